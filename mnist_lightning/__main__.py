@@ -1,0 +1,88 @@
+"""The command line. The first word decides what is imported: help and version need no PyTorch."""
+
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+from mnist_lightning import __version__
+
+# word: (module, function of the remaining words, what it does)
+COMMANDS = {
+    "fit": ("cli", "fit", "train a model"),
+    "validate": ("cli", "validate", "score a checkpoint on the validation images"),
+    "test": ("cli", "test", "score a checkpoint on the test images, and count the look"),
+    "predict": ("cli", "predict", "label images with a checkpoint"),
+    "inspect": ("cli", "inspect", "print the layers of a model, and the perceptron's tensors"),
+}
+
+HELP = f"""usage: mnist-lightning COMMAND [options]        (or: python -m mnist_lightning ...)
+
+Train small and medium image classifiers with PyTorch Lightning, and study them properly.
+
+commands:
+{{commands}}
+
+options:
+  -h, --help   this page; after a COMMAND, its options
+  --version    the version: {__version__}
+  --debug      with any command: show where an error comes from
+
+A first training, its dashboard, its test:
+  mnist-lightning fit --config shallow.yaml
+  tensorboard --logdir lightning_logs
+  mnist-lightning test --ckpt_path lightning_logs/shallow"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0 when it worked, 1 when it failed, 2 when it was not understood.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        commands = (f"  {word:<10} {what}" for word, (_, _, what) in COMMANDS.items())
+        print(HELP.format(commands="\n".join(commands)))
+        return 0
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    if words[0] not in COMMANDS:
+        close = get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(COMMANDS)}"
+        print(f"error: no command {words[0]!r}; {hint}", file=sys.stderr)
+        return 2
+    return _guarded(words, debug)
+
+
+def _guarded(words: list[str], debug: bool) -> int:
+    module, function, _ = COMMANDS[words[0]]
+    try:
+        run: Callable[[list[str]], None] = getattr(
+            import_module(f"mnist_lightning.{module}"), function
+        )
+        run(words[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {_explain(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, ValueError):  # the user's mistake: the message says it all
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror.lower()}"
+    return f"{type(error).__name__}: {error} (--debug shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

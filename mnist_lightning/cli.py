@@ -1,0 +1,430 @@
+"""fit, validate, test, predict through LightningCLI, and inspect.
+
+What a checkpoint holds becomes the default for what was not said on the command line: the model's
+class, its hyper-parameters, the data's settings. What was said wins, and is refused where the
+weights contradict it.
+"""
+
+import csv
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+
+from mnist_lightning import checkpoints, inspection
+from mnist_lightning.callbacks import EarlyStopping, EpochLines, ProgressBar
+from mnist_lightning.dashboard import Dashboard, RunLogger
+from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.models import Classifier, Perceptron
+
+LOGS = "lightning_logs"
+
+
+def fit(words: list[str]) -> None:
+    """Trains a model; ends with a summary."""
+    CLI(["fit", *words])
+
+
+def validate(words: list[str]) -> None:
+    """Scores a checkpoint on the validation images."""
+    CLI(["validate", *words])
+
+
+def test(words: list[str]) -> None:
+    """Scores a checkpoint on the test images, and counts the look in its run's folder."""
+    CLI(["test", *words])
+
+
+def predict(words: list[str]) -> None:
+    """Writes what a checkpoint makes of images."""
+    CLI(["predict", *words])
+
+
+def inspect(words: list[str]) -> None:
+    """Prints the layers of a model; for the perceptron also the tensors of a training step."""
+    cli = CLI(words, run=False)
+    data, model = cli.datamodule, cli.model
+    image = torch.zeros(1, 1, data.image_size, data.image_size)
+    print(inspection.format_layers(inspection.layer_table(model.net, image), model.net))
+    if isinstance(model, Perceptron):
+        data.prepare_data()
+        data.setup()
+        print(f"\nOne training step on {data.describe()}\n")
+        images, labels = next(iter(data.train_dataloader()))
+        rows = inspection.tensor_table(model, data.preprocess(images), labels)
+        print(inspection.format_table(("Tensor", "Shape", "Meaning"), rows))
+
+
+def config_folder() -> Path:
+    """The shipped configurations: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+class ConfigByName(ActionConfigFile):
+    """``--config``: a file, or the bare name of a shipped configuration, from any folder."""
+
+    def __call__(self, parser, cfg, values, option_string=None):  # type: ignore[no-untyped-def] # noqa: ANN
+        super().__call__(parser, cfg, _resolve_config(values), option_string)
+
+
+def _resolve_config(name: str) -> str:
+    if Path(name).is_file() or "\n" in name:
+        return name
+    if os.sep not in name:
+        for file in (config_folder() / name, config_folder() / f"{name}.yaml"):
+            if file.is_file():
+                return str(file)
+    shipped = sorted(path.name for path in config_folder().glob("*.yaml"))
+    close = get_close_matches(name, shipped, n=1)
+    hint = f"Did you mean {close[0]}?" if close else f"Shipped are: {', '.join(shipped)}."
+    raise ValueError(f"--config {name}: no such file. {hint}")
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in a line or two, where argparse would print a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise ValueError(_shorten(message, self))
+
+
+def _shorten(message: str, parser: LightningArgumentParser) -> str:
+    """The core of a jsonargparse message, with the option that was probably meant."""
+    if match := re.search(
+        r"(?:Unrecognized arguments|Unrecognized key|not a valid key).*?['\"]?(-{0,2}[\w.]+)",
+        message,
+    ):
+        pass
+    return message
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run's folder, of trainings only."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit" and trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+class CLI(LightningCLI):
+    """LightningCLI, taught to start from a checkpoint and to keep each run in a folder of its own."""
+
+    datamodule: MNISTDataModule
+    model: Classifier
+
+    def __init__(self, words: list[str], run: bool = True) -> None:
+        self.checkpoint_path: Path | None = None
+        self.checkpoint: dict[str, Any] | None = None
+        self.run_name = "run"
+        _quiet()
+        super().__init__(
+            Classifier,
+            MNISTDataModule,
+            args=words,
+            run=run,
+            subclass_mode_model=True,
+            # the optimizer and its learning rate are the model's own: every checkpoint has them
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_class=Parser,
+            trainer_defaults={
+                "max_epochs": 50,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        kwargs.setdefault("dump_header", ["a run of mnist_lightning, complete"])
+        parser = Parser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ConfigByName, help="A YAML file, or the name of a shipped one."
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/acc",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.save_last": True,
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.enable_version_counter": False,
+                # after the epoch's own figures are in
+                "checkpoint.save_on_train_epoch_end": True,
+            }
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        words = cast(list[str], args)
+        options = dict(_options(words))
+        if "config" in options:
+            self.run_name = Path(options["config"]).stem
+        self.root = Path(options.get("trainer.default_root_dir", ".")) / LOGS
+        if where := options.get("ckpt_path"):
+            name = self.run_name if "config" in options else None
+            self.checkpoint_path = checkpoints.find(where, self.root, name)
+            words = self._start_from(self.checkpoint_path, words, options)
+        elif words[:1] in (["test"], ["predict"]) and not {"h", "help"} & options.keys():
+            raise ValueError(
+                f"{words[0]} needs trained weights: --ckpt_path FILE, or the folder of a run"
+            )
+        self.config = parser.parse_args(words)
+        if "config" not in options and self.checkpoint is None:
+            settings = self.config.get(self.config.get("subcommand", ""), self.config)
+            self.run_name = settings.model.class_path.rpartition(".")[2]
+
+    def _start_from(self, path: Path, words: list[str], options: dict[str, str]) -> list[str]:
+        """Makes what the checkpoint holds the default of what the words leave unsaid."""
+        if "model" in options and "." in options["model"]:
+            # a class of the user's own: import it, as the parser would
+            __import__(options["model"].rpartition(".")[0])
+        self.checkpoint = checkpoint = checkpoints.read(path)
+        run = checkpoints.run_folder(path)
+        if words[0] == "fit" and "config" not in options and (run / "config.yaml").is_file():
+            words = [words[0], "--config", str(run / "config.yaml"), *words[1:]]
+        model = checkpoints.model_class(checkpoint)
+        data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
+        if data.get("data_dir") and not Path(data["data_dir"]).is_dir():
+            del data["data_dir"]  # a folder of another machine
+        defaults: dict[str, Any] = {f"data.{key}": value for key, value in data.items()}
+        defaults["model"] = {
+            "class_path": f"{model.__module__}.{model.__qualname__}",
+            "init_args": dict(checkpoint["hyper_parameters"]),
+        }
+        self._parser(words[0]).set_defaults(defaults)
+        return [words[0], *_replace(words[1:], "ckpt_path", str(path))]
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's own would now put the checkpoint's values over the user's flags again."""
+
+    def before_instantiate_classes(self) -> None:
+        if self.checkpoint is not None:
+            data = self.config[self.config.subcommand].data
+            if data.source == "auto":  # asked for nothing in particular
+                data.source = self.checkpoint["datamodule_hyper_parameters"]["source"]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        # The model and the data stand by now. Whatever is wrong with them shows before the run's
+        # folder is made.
+        if self.checkpoint is not None and self.checkpoint_path is not None:
+            checkpoints.check_agrees(
+                self.model, dict(self.datamodule.hparams), self.checkpoint, self.checkpoint_path
+            )
+        settings = self._get(self.config_init, "trainer")
+        extra: list[Any] = []
+        if settings.get("enable_progress_bar") is not False:
+            terminal = sys.stdout.isatty()
+            extra.append(ProgressBar() if terminal else EpochLines())
+            kwargs["enable_progress_bar"] = terminal
+        kwargs["logger"] = False
+        if self.subcommand == "fit":
+            self.datamodule.prepare_data()
+            self.datamodule.setup("fit")
+            if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
+                kwargs["logger"] = self._run_logger()
+                extra.append(Dashboard())
+            else:
+                kwargs["logger"] = settings.get("logger")
+        kwargs["callbacks"] = [*(settings.get("callbacks") or []), *extra]
+        return super().instantiate_trainer(**kwargs)
+
+    def _run_logger(self) -> RunLogger:
+        """Of a new folder, or of the one that the checkpoint lies in."""
+        if self.checkpoint is not None and self.checkpoint_path is not None:
+            run = checkpoints.run_folder(self.checkpoint_path)
+            if (run / "config.yaml").is_file():
+                # "epoch" counts from 0 and is the last one finished; the log counts finished ones
+                return RunLogger(run, first_epoch=self.checkpoint["epoch"] + 2)
+        return RunLogger(_new_run(self.root / self.run_name))
+
+    def fit(self, **kwargs: Any) -> None:
+        trainer, model = self.trainer, self.model
+        stopping = next(c for c in trainer.early_stopping_callbacks if isinstance(c, EarlyStopping))
+        limit = f"patience {stopping.patience}" if stopping.enabled else "off"
+        parameters = sum(p.numel() for p in model.parameters())
+        _say(
+            f"{type(model).__name__}, {parameters:,} parameters, on {trainer.strategy.root_device}"
+        )
+        _say(self.datamodule.describe())
+        _say(
+            f"batch size {self.datamodule.batch_size}, at most {trainer.max_epochs} epochs,"
+            f" early stopping {limit}"
+        )
+        try:
+            trainer.fit(**kwargs)
+        except SystemExit:  # Lightning's answer to Ctrl-C
+            last = getattr(trainer.checkpoint_callback, "last_model_path", "")
+            if last:
+                _say(f"\ninterrupted; to go on: python -m mnist_lightning fit --ckpt_path {last}")
+            raise
+        self._summarize()
+
+    def _summarize(self) -> None:
+        trainer = self.trainer
+        saver = trainer.checkpoint_callback
+        if not isinstance(saver, ModelCheckpoint) or not saver.best_model_path:
+            return
+        best = Path(saver.best_model_path)
+        run = checkpoints.run_folder(best)
+        epoch = torch.load(best, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
+        stopped = any(c.stopped_epoch for c in trainer.early_stopping_callbacks)  # type: ignore[attr-defined]
+        _say(
+            f"\nbest epoch   {epoch} of {trainer.current_epoch}"
+            + (" (stopped early)" if stopped else "")
+            + f"\n{saver.monitor:<12} {saver.best_model_score:.4f}"
+            f"\ncheckpoint   {_short(best)}"
+            f"\ntest it      python -m mnist_lightning test --ckpt_path {_short(run)}"
+            f"\nsee it       tensorboard --logdir {_short(self.root)}"
+        )
+
+    def validate(self, **kwargs: Any) -> None:
+        (metrics,) = self.trainer.validate(**{**kwargs, "verbose": False})
+        _say(f"{self.datamodule.describe()}\n{_figures(metrics)}")
+
+    def test(self, **kwargs: Any) -> None:
+        assert self.checkpoint is not None and self.checkpoint_path is not None
+        run = checkpoints.run_folder(self.checkpoint_path)
+        if not os.access(run, os.W_OK):
+            raise ValueError(
+                f"{run} is read-only: the look at the test set could not be noted there"
+            )
+        (metrics,) = self.trainer.test(**{**kwargs, "verbose": False})
+        _say(f"{self.datamodule.describe()}\n{_figures(metrics)}")
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
+            return
+        look = checkpoints.record_test(
+            run, self.checkpoint_path, metrics, data=self.datamodule.describe()
+        )
+        _say(f"look {look} of this run at the test images, noted in {_short(run / 'test.json')}")
+        if look > 1:
+            _say(
+                "  The more often one looks, the less a test says: choose on the validation images."
+            )
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(run)) as writer:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, self.checkpoint["epoch"] + 1)
+
+    def predict(self, **kwargs: Any) -> None:
+        assert self.checkpoint_path is not None
+        batches = self.trainer.predict(**{**kwargs, "return_predictions": True})
+        if not self.trainer.is_global_zero or batches is None:
+            return
+        confidence, predicted = torch.cat(cast(list[torch.Tensor], batches)).max(1)
+        data = self.datamodule
+        names = (
+            [file.name for file in data.predict_files()]
+            if data.predict_dir
+            else [f"val[{index}]" for index in range(len(predicted))]
+        )
+        rows = [
+            (name, str(int(digit)), f"{float(probability):.4f}")
+            for name, digit, probability in zip(names, predicted, confidence, strict=False)
+        ]
+        header = ("image", "predicted", "probability")
+        _say(inspection.format_table(header, rows[:10], right=(1, 2)))
+        target = checkpoints.run_folder(self.checkpoint_path) / "predictions.csv"
+        temporary = target.with_name(f".{target.name}")
+        with temporary.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+        os.replace(temporary, target)
+        _say(f"{len(rows):,} predictions in {_short(target)}")
+
+
+def _new_run(folder: Path) -> Path:
+    """Makes the next ``version_N``; never the same one for two trainings that start together."""
+    if rank_zero_only.rank != 0:  # a further process of the same training: it writes nothing
+        return folder / "version_0"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        number = (
+            max((int(run.name[8:]) for run in checkpoints.newest_first(folder)), default=-1) + 1
+        )
+        while True:
+            run = folder / f"version_{number}"
+            try:
+                run.mkdir()
+                return run
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise ValueError(
+            f"no run can be kept in {folder}: {(error.strerror or str(error)).lower()}."
+            " Another place: --trainer.default_root_dir DIR"
+        ) from error
+
+
+def _options(words: list[str]) -> Iterator[tuple[str, str]]:
+    """The options among the words, as (name without dashes, value)."""
+    for word, following in pairwise([*words, ""]):
+        if word.startswith("-"):
+            name, equals, value = word.lstrip("-").partition("=")
+            yield {"c": "config"}.get(name, name), value if equals else following
+
+
+def _replace(words: list[str], name: str, value: str) -> list[str]:
+    """The words with another value for one option."""
+    result, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word == f"--{name}":
+            skip = True
+        elif not word.startswith(f"--{name}="):
+            result.append(word)
+    return [*result, f"--{name}={value}"]
+
+
+def _figures(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
+
+
+def _short(path: Path) -> str:
+    """Relative to the working directory where that is shorter: to be read, and copied."""
+    relative = os.path.relpath(path)
+    return relative if len(relative) < len(str(path.absolute())) else str(path)
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _quiet() -> None:
+    """Keeps to what concerns the user: no adverts, and no advice that does not apply here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for advice in (
+        ".*does not have many workers.*",  # the images are in memory
+        ".*smaller than the logging interval.*",  # figures are logged once an epoch
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*LeafSpec.*",
+        ".*isinstance.treespec.*",
+    ):
+        warnings.filterwarnings("ignore", advice)
+    # a warning is a sentence for the user, not a place in the code
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

@@ -1,0 +1,180 @@
+"""What a run leaves behind: TensorBoard's curves and HParams, metrics.csv, provenance."""
+
+import csv
+import io
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from mnist_lightning.provenance import provenance, write_json
+
+# The same columns for every architecture: TensorBoard takes the columns of the first run that it
+# finds, and drops what others have beyond them.
+METRICS = ("best/val_acc", "best/val_loss", "test/acc", "test/loss", "run/epochs", "run/seconds")
+CURVES = {
+    "learning curves": {
+        "loss": ["Multiline", ["train/loss", "val/loss"]],
+        "accuracy": ["Multiline", ["train/acc", "val/acc"]],
+    }
+}
+
+
+class RunLogger(TensorBoardLogger):
+    """Logs one run into one folder: TensorBoard events and ``metrics.csv``, a row an epoch.
+
+    The horizontal axis counts finished epochs, so that runs with other batch sizes lie over each
+    other. A run that is resumed goes on in the same files.
+
+    Args:
+        folder: the run's folder, made when something is first written.
+        first_epoch: of a resumed run, the first epoch that will be logged (again).
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], first_epoch: int | None = None) -> None:
+        folder = Path(folder)
+        super().__init__(
+            save_dir=folder.parent,
+            name="",
+            version=folder.name,
+            default_hp_metric=False,
+            # has TensorBoard forget what a killed run logged beyond its last checkpoint
+            purge_step=first_epoch,
+        )
+        self.table = folder / "metrics.csv"
+        self._rows: dict[int, dict[str, Any]] = {}
+        if first_epoch is not None and self.table.is_file():
+            with self.table.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    if int(row["epoch"]) < first_epoch:
+                        self._rows[int(row.pop("epoch"))] = row
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        """Logs figures of an epoch.
+
+        Args:
+            metrics: with Lightning's own ``epoch``, which counts from 0, or without.
+            step: the optimizer's steps so far; without ``epoch``, the finished epochs.
+        """
+        metrics = dict(metrics)
+        if "epoch" in metrics:
+            epoch = int(metrics.pop("epoch")) + 1
+            self._rows.setdefault(epoch, {"step": step})
+        else:
+            epoch = step or 0
+            self._rows.setdefault(epoch, {})
+        super().log_metrics(metrics, epoch)
+        self._rows[epoch].update(metrics)
+
+    @rank_zero_only
+    def save(self) -> None:
+        super().save()
+        if not self._rows:
+            return
+        names = list(dict.fromkeys(name for row in self._rows.values() for name in row))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, ["epoch", *names])
+        writer.writeheader()
+        writer.writerows({"epoch": epoch, **row} for epoch, row in sorted(self._rows.items()))
+        temporary = self.table.with_name(f".{self.table.name}")
+        temporary.write_text(text.getvalue())
+        os.replace(temporary, self.table)
+
+
+class Dashboard(Callback):
+    """Fills TensorBoard's HParams and Custom Scalars tabs, and writes ``provenance.json``.
+
+    Works with a ``RunLogger``; without one it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._best: dict[str, float] = {}
+        self._seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best, "seconds": self._seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._best, self._seconds = dict(state_dict["best"]), state_dict["seconds"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic() - self._seconds
+        if (logger := _run_logger(trainer)) is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        row = hparams_row(trainer, pl_module)
+        writer = logger.experiment
+        writer.add_custom_scalars(CURVES)
+        for summary in hparams(row, dict.fromkeys(METRICS, 0.0)):
+            writer.file_writer.add_summary(summary)
+        data = getattr(trainer, "datamodule", None)
+        sessions = logger.table.with_name("provenance.json")
+        earlier = json.loads(sessions.read_text()) if sessions.is_file() else []
+        facts = provenance(
+            data={
+                "checksum": getattr(data, "checksum", None),
+                **dict(getattr(data, "hparams", {})),
+            },
+            seed=row["seed"],
+            device=str(trainer.strategy.root_device),
+            precision=str(trainer.precision),
+            resumed_at_epoch=trainer.current_epoch,
+        )
+        write_json(sessions, [*earlier, facts])
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seconds = time.monotonic() - self._began
+        metrics = trainer.callback_metrics
+        for tag, name, better in (
+            ("best/val_acc", "val/acc", max),
+            ("best/val_loss", "val/loss", min),
+        ):
+            if name in metrics:
+                value = float(metrics[name])
+                self._best[tag] = better(self._best.get(tag, value), value)
+        if (logger := _run_logger(trainer)) is not None:
+            epochs = trainer.current_epoch + 1
+            for tag, value in {
+                **self._best,
+                "run/epochs": epochs,
+                "run/seconds": self._seconds,
+            }.items():
+                logger.experiment.add_scalar(tag, value, epochs)
+
+
+def hparams_row(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """What HParams shows of a run: always the same columns, numbers as numbers, words as words."""
+    model = dict(module.hparams)
+    data: dict[str, Any] = dict(getattr(getattr(trainer, "datamodule", None), "hparams", {}))
+    hidden = model.get("hidden_units", [])
+    stopping = [c for c in trainer.early_stopping_callbacks if getattr(c, "enabled", True)]
+    parameters = list(module.parameters())
+    return {
+        "model": type(module).__name__,
+        "hidden_units": "-".join(map(str, hidden if isinstance(hidden, list) else [hidden]))
+        or "none",
+        "regime": str(model.get("regime", "none")),
+        "optimizer": str(model.get("optimizer", "none")),
+        "lr": float(model.get("lr", 0)),
+        "batch_size": int(data.get("batch_size", 0)),
+        "max_epochs": int(trainer.max_epochs or 0),
+        "patience": stopping[0].patience if stopping else 0,
+        "image_size": int(data.get("image_size", 0)),
+        "data": f"{data.get('name')}/{data.get('source')}/{data.get('split')}",
+        "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+    }
+
+
+def _run_logger(trainer: Trainer) -> RunLogger | None:
+    if not trainer.is_global_zero:
+        return None
+    return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)

@@ -1,0 +1,511 @@
+"""MNIST and the sets of the same format: found or fetched, verified, split, batched, resized.
+
+The whole set lives in memory as uint8 tensors. A mini-batch is one indexing operation; scaling,
+normalisation and the resize to 224 pixels happen per batch, on the device that trains.
+"""
+
+import gzip
+import hashlib
+import os
+import queue
+import socket
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+SetName = Literal["MNIST", "FashionMNIST", "KMNIST"]
+Source = Literal["auto", "mnist", "digits"]
+Split = Literal["study", "canonical"]
+Normalization = Literal["unit", "mnist", "imagenet"]
+
+# (mean, standard deviation) of pixels in [0, 1]. "imagenet" is the mean over ImageNet's three
+# channels: a gray image repeated three times needs one scalar, the same for each channel.
+NORMALIZATIONS: dict[str, tuple[float, float]] = {
+    "unit": (0.0, 1.0),
+    "mnist": (0.1307, 0.3081),
+    "imagenet": (0.449, 0.226),
+}
+
+_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+# MD5 of the uncompressed files. Those of the .gz files come from torchvision, for every set.
+_MNIST_MD5 = dict(
+    zip(
+        _FILES,
+        (
+            "6bbc9ace898e44ae57da46a324031adb",
+            "a25bea736e30d166cdddb491f175f624",
+            "2646ac647ad5339dbf082846283269ea",
+            "27ae3e4e09519cfbb04c329615203637",
+        ),
+        strict=True,
+    )
+)
+_REACH_SECONDS = 15  # for a mirror to answer at all
+_STALL_SECONDS = 15  # without a single byte, once it has
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """The order in which epoch ``epoch`` of a training with ``seed`` visits ``n`` images.
+
+    It depends on these three numbers alone: not on what else drew random numbers, nor on how often
+    the training was interrupted, nor on the number of processes. Whoever trains on this order (the
+    Trainer, or many models at once) sees the same mini-batches.
+
+    Returns:
+        A permutation of ``range(n)``, int64, shape ``(n,)``.
+    """
+    state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+    return torch.randperm(n, generator=torch.Generator().manual_seed(int(state >> 1)))
+
+
+class ImageSet(Dataset):
+    """Images and labels in memory; a whole mini-batch is one indexing operation.
+
+    Args:
+        images: uint8, shape ``(n, 28, 28)``.
+        labels: int64, shape ``(n,)``.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        # DataLoader's fetcher calls this with the indices of the whole mini-batch
+        rows = torch.tensor(indices)
+        return self.images[rows], self.labels[rows]
+
+
+class EpochSampler(DistributedSampler):
+    """Visits the training set in ``epoch_order``, dealt out to the processes one by one.
+
+    Being a ``DistributedSampler``, Lightning tells it the epoch and leaves it in place under DDP:
+    n processes with mini-batches of b images then see, together, the very mini-batches that one
+    process sees with n * b.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        order = epoch_order(len(self.dataset), self.seed, self.epoch).tolist()
+        order += order[: self.total_size - len(order)]  # all processes take as many steps
+        return iter(order[self.rank :: self.num_replicas])
+
+
+def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
+
+
+class MNISTDataModule(LightningDataModule):
+    """The 70,000 digits, split into train, validation and test, in mini-batches.
+
+    Args:
+        name: which set of the MNIST format.
+        source: ``mnist`` takes the set named above, from ``data_dir`` or else from its mirrors;
+            ``digits`` takes the 1,797 real 8x8 digits that scikit-learn carries, enlarged to 28x28;
+            ``auto`` prefers the first and falls back to the second, with a warning.
+        data_dir: holds ``MNIST/raw/...`` in torchvision's layout, raw or .gz. Without it, the
+            environment variable ``MNIST_DATA_DIR``, else ``data``.
+        split: ``study`` pools all 70,000 images, shuffles them and gives 63,000 for training and
+            validation and 7,000 for the test; ``canonical`` keeps MNIST's own 10,000 test images.
+        val_fraction: share of the training pool that validates.
+        split_seed: draws the split, and nothing else does.
+        batch_size: images in a training mini-batch, in each process.
+        eval_batch_size: images in a validation or test mini-batch; changes memory, not results.
+        image_size: pixels a side that the model sees. Other than 28, each batch is resized
+            (bilinear, antialiased where it shrinks) on the device.
+        normalization: ``unit`` divides pixels by 255; ``mnist`` and ``imagenet`` then subtract
+            that set's mean and divide by its standard deviation, one scalar for the gray channel.
+        predict_dir: a folder of image files for ``predict``; without it, the validation images.
+
+    A batch is ``(images, labels)``: from the loaders uint8 ``(b, 28, 28)`` and int64 ``(b,)``; after
+    ``on_after_batch_transfer``, which the Trainer calls, float32 ``(b, 1, image_size, image_size)``.
+    """
+
+    train_set: ImageSet
+    val_set: ImageSet
+    test_set: ImageSet
+    checksum: str
+    """SHA-256 over images and labels as read, whatever files they came from."""
+
+    def __init__(
+        self,
+        name: SetName = "MNIST",
+        source: Source = "auto",
+        data_dir: str | None = None,
+        split: Split = "study",
+        val_fraction: float = 0.2,
+        split_seed: int = 0,
+        batch_size: int = 32,
+        eval_batch_size: int = 1000,
+        image_size: int = 28,
+        normalization: Normalization = "unit",
+        predict_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        _check("val_fraction", val_fraction, 0 < val_fraction < 1, "must lie between 0 and 1")
+        for key, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            _check(key, value, value >= 1, "must be at least 1")
+        _check("image_size", image_size, image_size >= 1, "must be at least 1")
+        for key, value, allowed in (
+            ("name", name, SetName),
+            ("source", source, Source),
+            ("split", split, Split),
+            ("normalization", normalization, Normalization),
+        ):
+            choices = allowed.__args__  # type: ignore[attr-defined]
+            _check(key, value, value in choices, f"must be one of {', '.join(choices)}")
+        self.save_hyperparameters(ignore=["predict_dir"])
+        self.name, self.source, self.split = name, source, split
+        self.data_dir = Path(data_dir or os.environ.get("MNIST_DATA_DIR") or "data")
+        self.val_fraction, self.split_seed = val_fraction, split_seed
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.image_size, self.normalization = image_size, normalization
+        self.predict_dir = predict_dir
+        self._loaded = False
+
+    def prepare_data(self) -> None:
+        """Fetches the files if they are not there yet; in one process only."""
+        missing = _missing(self.name, self.data_dir)
+        if self.source == "digits" or not missing:
+            return
+        try:
+            _download(self.name, self.data_dir)
+        except OSError as error:
+            # a set that is there in part was meant to be used: no falling back to the digits
+            if self.source == "mnist" or len(missing) < len(_FILES):
+                reason = f"no {', no '.join(missing)}; {error}"
+                raise ValueError(_absent(self.name, self.data_dir, reason)) from error
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads, verifies and splits the set; every process gets the same split."""
+        if self._loaded:
+            return
+        if self.source == "auto":
+            gone = len(_missing(self.name, self.data_dir)) == len(_FILES)
+            self.source = "digits" if gone else "mnist"
+            if self.source == "digits":
+                rank_zero_warn(
+                    f"{self.name} is neither in {self.data_dir} nor within reach of the network:"
+                    " training on scikit-learn's 1,797 small digits instead. The results say"
+                    f" nothing about {self.name}. {_where_to_put(self.name, self.data_dir)}"
+                )
+            # from here on the run is about this source: checkpoints must not say "auto"
+            self.hparams["source"] = self.source
+        pool = _read_digits() if self.source == "digits" else _read_files(self.name, self.data_dir)
+        self.checksum = pool.checksum
+        train, val, test = split_indices(
+            len(pool.labels), pool.official_test, self.split, self.val_fraction, self.split_seed
+        )
+        self.train_set = ImageSet(pool.images[train], pool.labels[train])
+        self.val_set = ImageSet(pool.images[val], pool.labels[val])
+        self.test_set = ImageSet(pool.images[test], pool.labels[test])
+        self._loaded = True
+
+    def describe(self) -> str:
+        """One line: which data this is, after ``setup``."""
+        name = self.name if self.source == "mnist" else "scikit-learn's digits"
+        sizes = f"{len(self.train_set):,} / {len(self.val_set):,} / {len(self.test_set):,}"
+        return f"{name}, split {self.split} (seed {self.split_seed}): {sizes} train / val / test"
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        sampler = EpochSampler(
+            self.train_set,
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            # set by seed_everything, for this process and those that it starts
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+        )
+        return self._loader(self.train_set, self.batch_size, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self.val_set, self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader(self.test_set, self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader:
+        if self.predict_dir is None:
+            return self.val_dataloader()
+        images = torch.stack([read_image(path) for path in self.predict_files()])
+        unknown = torch.full((len(images),), -1)
+        return self._loader(ImageSet(images, unknown), self.eval_batch_size)
+
+    def predict_files(self) -> list[Path]:
+        """The image files of ``predict_dir``, sorted by name.
+
+        Raises:
+            ValueError: the folder is missing or holds no image.
+        """
+        folder = Path(self.predict_dir or "")
+        files = sorted(
+            path
+            for path in folder.glob("*")
+            if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".gif", ".webp"}
+        )
+        if not files:
+            raise ValueError(f"no image (.png, .jpg, .gif, .webp) in predict_dir: {folder}")
+        return files
+
+    def on_after_batch_transfer(
+        self, batch: tuple[Tensor, Tensor], dataloader_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        return self.preprocess(images), labels
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """uint8 ``(b, 28, 28)`` -> normalised float32 ``(b, 1, image_size, image_size)``."""
+        mean, std = NORMALIZATIONS[self.normalization]
+        pixels = images.unsqueeze(1).float().div_(255)
+        if (mean, std) != (0.0, 1.0):
+            pixels.sub_(mean).div_(std)
+        if self.image_size != images.shape[-1]:
+            size = (self.image_size, self.image_size)
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+        return pixels
+
+    @staticmethod
+    def _loader(data: ImageSet, batch_size: int, sampler: EpochSampler | None = None) -> DataLoader:
+        # no worker processes: indexing takes less time than handing the batch over would
+        return DataLoader(data, batch_size, sampler=sampler, collate_fn=_as_is)
+
+
+def split_indices(
+    n: int, official_test: int, split: str, val_fraction: float, split_seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the train, validation and test images.
+
+    Args:
+        n: images in all; the last ``official_test`` of them are the set's own test images.
+        split: ``study`` tests on a random tenth of all, ``canonical`` on the set's own.
+        val_fraction: share of the others that validates.
+        split_seed: seeds a private generator, so that no other randomness moves the split.
+
+    Returns:
+        Three int64 tensors, disjoint, which together hold ``range(n)``.
+    """
+    generator = torch.Generator().manual_seed(split_seed)
+    if split == "study":
+        shuffled = torch.randperm(n, generator=generator)
+        test, pool = shuffled.tensor_split([round(n / 10)])
+    else:
+        test = torch.arange(n - official_test, n)
+        pool = torch.randperm(n - official_test, generator=generator)
+    val, train = pool.tensor_split([round(len(pool) * val_fraction)])
+    return train, val, test
+
+
+def read_image(path: Path) -> Tensor:
+    """One photographed or drawn digit as MNIST would hold it: uint8, shape ``(28, 28)``.
+
+    As in the making of MNIST, the ink is light on dark, scaled to fit 20 x 20 pixels, and put with
+    its centre of mass in the middle of 28 x 28.
+
+    Raises:
+        ValueError: the file is no image, or there is nothing on it.
+    """
+    from torchvision.io import ImageReadMode, decode_image
+
+    try:
+        pixels = decode_image(str(path), ImageReadMode.GRAY)[0].float()
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    border = torch.cat([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    if border.median() > 127:  # dark ink on light paper
+        pixels = 255 - pixels
+    ink = pixels > (pixels.min() + pixels.max()) / 2
+    rows, columns = ink.any(1).nonzero().flatten(), ink.any(0).nonzero().flatten()
+    if not len(rows):
+        raise ValueError(f"{path} shows nothing: all its pixels are alike")
+    digit = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    scale = 20 / max(digit.shape)
+    height, width = (max(1, round(side * scale)) for side in digit.shape)
+    digit = F.interpolate(digit[None, None], size=(height, width), mode="bilinear", antialias=True)[
+        0, 0
+    ]
+    weight = digit / digit.sum()
+    centre_y = (weight.sum(1) * torch.arange(height)).sum()
+    centre_x = (weight.sum(0) * torch.arange(width)).sum()
+    top = int((13.5 - centre_y).round().clamp(0, 28 - height))
+    left = int((13.5 - centre_x).round().clamp(0, 28 - width))
+    image = torch.zeros(28, 28)
+    image[top : top + height, left : left + width] = digit
+    return image.round().clamp(0, 255).to(torch.uint8)
+
+
+class _Pool(NamedTuple):
+    """All images of a set, its own test images last."""
+
+    images: Tensor
+    labels: Tensor
+    official_test: int
+    checksum: str
+
+
+def _pool(images: Tensor, labels: Tensor, official_test: int) -> _Pool:
+    digest = hashlib.sha256(images.numpy().tobytes())
+    digest.update(labels.numpy().tobytes())
+    return _Pool(images, labels, official_test, digest.hexdigest())
+
+
+def _read_digits() -> _Pool:
+    """Scikit-learn's 8x8 digits, in MNIST's frame: 20 x 20 pixels of ink within 28 x 28."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    small = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) * (255 / 16)
+    large = F.interpolate(small, size=(20, 20), mode="bilinear", antialias=True)
+    images = F.pad(large, (4, 4, 4, 4)).round().to(torch.uint8).squeeze(1)
+    labels = torch.tensor(bunch.target, dtype=torch.int64)
+    # no official test set: the last seventh stands in for it, MNIST's own proportion
+    return _pool(images, labels, official_test=len(labels) // 7)
+
+
+def _read_files(name: str, data_dir: Path) -> _Pool:
+    images, labels = [], []
+    for file in _FILES:
+        array = _read_idx(name, file, data_dir)
+        (images if "images" in file else labels).append(torch.from_numpy(array))
+    for part, kind in zip(images, ("train", "test"), strict=True):
+        count = len(labels[0 if kind == "train" else 1])
+        if len(part) != count:
+            raise ValueError(f"{name} in {data_dir}: {len(part)} {kind} images, {count} labels")
+    return _pool(torch.cat(images), torch.cat(labels).long(), official_test=len(labels[1]))
+
+
+def _read_idx(name: str, file: str, data_dir: Path) -> np.ndarray:
+    """One file of the IDX format as a uint8 array, after checking magic, length and checksum."""
+    raw, packed = _paths(name, file, data_dir)
+    # only MNIST's uncompressed files have a published checksum
+    path = raw if raw.is_file() and name == "MNIST" else packed
+    if not path.is_file():
+        raise ValueError(_absent(name, data_dir, f"no {packed.name if name != 'MNIST' else file}"))
+    remedy = "Delete it to have it fetched again, or put a good copy there."
+    content = path.read_bytes()
+    if path is packed:
+        if hashlib.md5(content).hexdigest() != _packed_md5(name)[packed.name]:
+            raise ValueError(f"{path} is damaged: wrong checksum (MD5). {remedy}")
+        content = gzip.decompress(content)
+    dimensions = 3 if "images" in file else 1
+    magic = int.from_bytes(content[:4], "big")
+    if magic != 0x0800 + dimensions:
+        raise ValueError(f"{path} is not an IDX file of {name}: magic number {magic}. {remedy}")
+    shape = np.frombuffer(content, ">u4", dimensions, offset=4).astype(int)
+    expected = 4 + 4 * dimensions + int(shape.prod())
+    if len(content) != expected:
+        raise ValueError(f"{path} has {len(content):,} bytes instead of {expected:,}. {remedy}")
+    if path is raw and hashlib.md5(content).hexdigest() != _MNIST_MD5[file]:
+        raise ValueError(f"{path} is damaged: wrong checksum (MD5). {remedy}")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
+
+
+def _packed_md5(name: str) -> dict[str, str]:
+    import torchvision.datasets
+
+    return dict(getattr(torchvision.datasets, name).resources)
+
+
+def _paths(name: str, file: str, data_dir: Path) -> tuple[Path, Path]:
+    folder = data_dir / name / "raw"
+    return folder / file, folder / f"{file}.gz"
+
+
+def _missing(name: str, data_dir: Path) -> list[str]:
+    """The files of the set that are there neither raw nor as .gz."""
+    return [
+        file for file in _FILES if not any(path.is_file() for path in _paths(name, file, data_dir))
+    ]
+
+
+def _where_to_put(name: str, data_dir: Path) -> str:
+    return (
+        f"Put the four files ({_FILES[0]}[.gz] ...) into {data_dir / name / 'raw'}, or point"
+        " MNIST_DATA_DIR or --data.data_dir at the folder that holds them."
+    )
+
+
+def _absent(name: str, data_dir: Path, reason: str) -> str:
+    return (
+        f"{name} is not in {data_dir}: {reason}. {_where_to_put(name, data_dir)}"
+        " Or train on scikit-learn's small digits: --data.source digits."
+    )
+
+
+def _download(name: str, data_dir: Path) -> None:
+    """Fetches a set through torchvision, from the first of its mirrors that answers.
+
+    Raises:
+        OSError: no mirror answers, or one stalls; nothing is left behind.
+    """
+    import torchvision.datasets
+
+    known = getattr(torchvision.datasets, name)
+    mirror = _first_to_answer(known.mirrors, known.resources[0][0])
+    data_dir.mkdir(parents=True, exist_ok=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_STALL_SECONDS)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
+            # a class of the same name, because torchvision names its folder after it
+            type(name, (known,), {"mirrors": [mirror]})(folder, download=True)
+            target = data_dir / name / "raw"
+            target.mkdir(parents=True, exist_ok=True)
+            for file in (Path(folder) / name / "raw").iterdir():
+                os.replace(file, target / file.name)
+    except RuntimeError as error:  # torchvision's word for a failed or damaged download
+        raise OSError(f"the download from {mirror} failed ({error})") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _first_to_answer(mirrors: Sequence[str], file: str) -> str:
+    """Asks all mirrors at once; waits at most ``_REACH_SECONDS``, even for a silent name server."""
+    answers: queue.Queue[str | Exception] = queue.Queue()
+
+    def ask(mirror: str) -> None:
+        try:
+            urllib.request.urlopen(mirror + file, timeout=_REACH_SECONDS).close()
+            answers.put(mirror)
+        except Exception as error:
+            answers.put(error)
+
+    for mirror in mirrors:
+        # a daemon: a thread stuck in name resolution must not keep the program from ending
+        threading.Thread(target=ask, args=(mirror,), daemon=True).start()
+    reason = f"no mirror answered within {_REACH_SECONDS} s"
+    deadline = time.monotonic() + _REACH_SECONDS
+    for _ in mirrors:
+        try:
+            answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            break
+        if isinstance(answer, str):
+            return answer
+        reason = f"no mirror could be reached ({answer})"
+    raise OSError(reason)
+
+
+def _check(name: str, value: object, holds: bool, law: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} {law}, got {value!r}")
