@@ -49,7 +49,7 @@ class EarlyStopping(callbacks.EarlyStopping):
 
 
 class ProgressBar(callbacks.TQDMProgressBar):
-    """Lightning's bar, drawn at most five times a second: small networks take 1,000 steps in one."""
+    """Lightning's bar, drawn at most five times a second: small steps take a millisecond."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -6,12 +6,13 @@ weights contradict it.
 """
 
 import csv
+import inspect as inspect_module
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -64,7 +65,7 @@ def inspect(words: list[str]) -> None:
         data.setup()
         print(f"\nOne training step on {data.describe()}\n")
         images, labels = next(iter(data.train_dataloader()))
-        rows = inspection.tensor_table(model, data.preprocess(images), labels)
+        rows = inspection.tensor_table(model, data, data.preprocess(images), labels)
         print(inspection.format_table(("Tensor", "Shape", "Meaning"), rows))
 
 
@@ -78,7 +79,7 @@ def config_folder() -> Path:
 class ConfigByName(ActionConfigFile):
     """``--config``: a file, or the bare name of a shipped configuration, from any folder."""
 
-    def __call__(self, parser, cfg, values, option_string=None):  # type: ignore[no-untyped-def] # noqa: ANN
+    def __call__(self, parser, cfg, values, option_string=None):  # type: ignore[no-untyped-def]
         super().__call__(parser, cfg, _resolve_config(values), option_string)
 
 
@@ -90,9 +91,7 @@ def _resolve_config(name: str) -> str:
             if file.is_file():
                 return str(file)
     shipped = sorted(path.name for path in config_folder().glob("*.yaml"))
-    close = get_close_matches(name, shipped, n=1)
-    hint = f"Did you mean {close[0]}?" if close else f"Shipped are: {', '.join(shipped)}."
-    raise ValueError(f"--config {name}: no such file. {hint}")
+    raise ValueError(f"--config {name}: no such file; {_meant(name, shipped)}")
 
 
 class Parser(LightningArgumentParser):
@@ -105,13 +104,44 @@ class Parser(LightningArgumentParser):
 
 
 def _shorten(message: str, parser: LightningArgumentParser) -> str:
-    """The core of a jsonargparse message, with the option that was probably meant."""
-    if match := re.search(
-        r"(?:Unrecognized arguments|Unrecognized key|not a valid key).*?['\"]?(-{0,2}[\w.]+)",
-        message,
-    ):
-        pass
-    return message
+    """The core of a jsonargparse message, and what was probably meant."""
+    noise = r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value"
+    lines = [line.strip(" -") for line in message.splitlines()]
+    core = " ".join(line for line in lines if line and not re.match(noise, line))
+    core = re.sub(r'Parser key "([\w.]+)":', r"--\1:", core)
+    core = re.sub(r"Problem with given class_path '[\w.]*?(\w+)':", r"\1:", core)
+    core = re.sub(r"--(\w+): \w+: --(\w+):", r"--\1.\2:", core)
+    core = re.sub(r"typing\.Literal\[(.+?)\]", r"one of \1", core)
+    core = re.sub(r"<class '(\w+)'>", r"\1", core)
+    core = re.sub(r"Expected an? (.+?)\. Got value: ", r"expected \1, got ", core)
+    models = {model.__name__: model for model in _subclasses(Classifier)}
+    configs = sorted(path.name for path in config_folder().glob("*.yaml"))
+    if re.search(r"required: (fit\.|inspect\.)?model$", core):
+        return f"which model? --config NAME ({', '.join(configs)}), or --model CLASS"
+    if match := re.search(r"Expected a dot import path string: (\S+)", core):
+        return f"no model {match[1]!r}; {_meant(match[1], models)}"
+    if match := re.search(r"(\w+): Option '(\w+)' is not accepted", core):
+        known = inspect_module.signature(models[match[1]]).parameters if match[1] in models else []
+        return f"{match[1]} has no option {match[2]!r}; {_meant(match[2], known)}"
+    if match := re.search(r"unrecognized arguments: (\S+)|not accept option '(\S+)'", core):
+        word = (match[1] or match[2]).partition("=")[0]
+        options = [text for action in parser._actions for text in action.option_strings]
+        if match[2]:  # in a file, where there are no dashes
+            options = [option.lstrip("-") for option in options]
+        return f"no option {word}; {_meant(word, options, 'all of them: --help')}"
+    return core
+
+
+def _meant(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    close = get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]}?" if close else otherwise or f"there are: {', '.join(known)}"
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    subclass: type
+    for subclass in base.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -123,7 +153,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class CLI(LightningCLI):
-    """LightningCLI, taught to start from a checkpoint and to keep each run in a folder of its own."""
+    """LightningCLI that starts from checkpoints and keeps each run in a folder of its own."""
 
     datamodule: MNISTDataModule
     model: Classifier
@@ -132,7 +162,7 @@ class CLI(LightningCLI):
         self.checkpoint_path: Path | None = None
         self.checkpoint: dict[str, Any] | None = None
         self.run_name = "run"
-        _quiet()
+        _quiet(training=words[:1] == ["fit"])
         super().__init__(
             Classifier,
             MNISTDataModule,
@@ -155,7 +185,8 @@ class CLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", ["a run of mnist_lightning, complete"])
-        parser = Parser(**kwargs)
+        # an abbreviated option would be another spelling for everything that looks for options
+        parser = Parser(**{"allow_abbrev": False, **kwargs})
         parser.add_argument(
             "-c", "--config", action=ConfigByName, help="A YAML file, or the name of a shipped one."
         )
@@ -206,6 +237,8 @@ class CLI(LightningCLI):
         if words[0] == "fit" and "config" not in options and (run / "config.yaml").is_file():
             words = [words[0], "--config", str(run / "config.yaml"), *words[1:]]
         model = checkpoints.model_class(checkpoint)
+        if (asked := options.get("model", "").rpartition(".")[2]) not in ("", model.__name__):
+            raise ValueError(f"{path} holds a {model.__name__}, not a {asked}")
         data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
         if data.get("data_dir") and not Path(data["data_dir"]).is_dir():
             del data["data_dir"]  # a folder of another machine
@@ -226,6 +259,12 @@ class CLI(LightningCLI):
             if data.source == "auto":  # asked for nothing in particular
                 data.source = self.checkpoint["datamodule_hyper_parameters"]["source"]
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # of a constructor, wrapped by the parser
+            raise ValueError(_shorten(str(error), self._parser(self.subcommand))) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         # The model and the data stand by now. Whatever is wrong with them shows before the run's
         # folder is made.
@@ -240,12 +279,12 @@ class CLI(LightningCLI):
             extra.append(ProgressBar() if terminal else EpochLines())
             kwargs["enable_progress_bar"] = terminal
         kwargs["logger"] = False
+        extra.append(Dashboard())
         if self.subcommand == "fit":
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
             if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
                 kwargs["logger"] = self._run_logger()
-                extra.append(Dashboard())
             else:
                 kwargs["logger"] = settings.get("logger")
         kwargs["callbacks"] = [*(settings.get("callbacks") or []), *extra]
@@ -305,7 +344,8 @@ class CLI(LightningCLI):
         _say(f"{self.datamodule.describe()}\n{_figures(metrics)}")
 
     def test(self, **kwargs: Any) -> None:
-        assert self.checkpoint is not None and self.checkpoint_path is not None
+        assert self.checkpoint is not None
+        assert self.checkpoint_path is not None
         run = checkpoints.run_folder(self.checkpoint_path)
         if not os.access(run, os.W_OK):
             raise ValueError(
@@ -313,10 +353,10 @@ class CLI(LightningCLI):
             )
         (metrics,) = self.trainer.test(**{**kwargs, "verbose": False})
         _say(f"{self.datamodule.describe()}\n{_figures(metrics)}")
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         look = checkpoints.record_test(
-            run, self.checkpoint_path, metrics, data=self.datamodule.describe()
+            run, self.checkpoint_path, dict(metrics), data=self.datamodule.describe()
         )
         _say(f"look {look} of this run at the test images, noted in {_short(run / 'test.json')}")
         if look > 1:
@@ -357,7 +397,7 @@ class CLI(LightningCLI):
 
 def _new_run(folder: Path) -> Path:
     """Makes the next ``version_N``; never the same one for two trainings that start together."""
-    if rank_zero_only.rank != 0:  # a further process of the same training: it writes nothing
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]  # a further process of the same training: it writes nothing
         return folder / "version_0"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -414,7 +454,7 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _quiet() -> None:
+def _quiet(training: bool) -> None:
     """Keeps to what concerns the user: no adverts, and no advice that does not apply here."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
@@ -424,6 +464,7 @@ def _quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*LeafSpec.*",
         ".*isinstance.treespec.*",
+        *([] if training else [".*The dirpath has changed.*"]),  # nothing will be saved there
     ):
         warnings.filterwarnings("ignore", advice)
     # a warning is a sentence for the user, not a place in the code

@@ -15,7 +15,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -107,12 +107,12 @@ class EpochSampler(DistributedSampler):
     """
 
     def __iter__(self) -> Iterator[int]:
-        order = epoch_order(len(self.dataset), self.seed, self.epoch).tolist()
+        order = epoch_order(len(cast(ImageSet, self.dataset)), self.seed, self.epoch).tolist()
         order += order[: self.total_size - len(order)]  # all processes take as many steps
         return iter(order[self.rank :: self.num_replicas])
 
 
-def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
@@ -138,10 +138,12 @@ class MNISTDataModule(LightningDataModule):
             that set's mean and divide by its standard deviation, one scalar for the gray channel.
         predict_dir: a folder of image files for ``predict``; without it, the validation images.
 
-    A batch is ``(images, labels)``: from the loaders uint8 ``(b, 28, 28)`` and int64 ``(b,)``; after
-    ``on_after_batch_transfer``, which the Trainer calls, float32 ``(b, 1, image_size, image_size)``.
+    A batch is ``(images, labels)``: from the loaders uint8 ``(b, 28, 28)`` and int64 ``(b,)``;
+    after ``on_after_batch_transfer``, which the Trainer calls, the images are float32
+    ``(b, 1, image_size, image_size)``.
     """
 
+    name: SetName
     train_set: ImageSet
     val_set: ImageSet
     test_set: ImageSet
@@ -164,9 +166,12 @@ class MNISTDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         _check("val_fraction", val_fraction, 0 < val_fraction < 1, "must lie between 0 and 1")
-        for key, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            _check(key, value, value >= 1, "must be at least 1")
-        _check("image_size", image_size, image_size >= 1, "must be at least 1")
+        for key, count in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("image_size", image_size),
+        ):
+            _check(key, count, count >= 1, "must be at least 1")
         for key, value, allowed in (
             ("name", name, SetName),
             ("source", source, Source),
@@ -288,7 +293,7 @@ class MNISTDataModule(LightningDataModule):
     @staticmethod
     def _loader(data: ImageSet, batch_size: int, sampler: EpochSampler | None = None) -> DataLoader:
         # no worker processes: indexing takes less time than handing the batch over would
-        return DataLoader(data, batch_size, sampler=sampler, collate_fn=_as_is)
+        return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=_as_is)
 
 
 def split_indices(
@@ -383,7 +388,8 @@ def _read_digits() -> _Pool:
 
 
 def _read_files(name: str, data_dir: Path) -> _Pool:
-    images, labels = [], []
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
     for file in _FILES:
         array = _read_idx(name, file, data_dir)
         (images if "images" in file else labels).append(torch.from_numpy(array))

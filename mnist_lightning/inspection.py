@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.models import Perceptron
 
 
@@ -18,7 +20,9 @@ class Layer(NamedTuple):
 
 
 def layer_table(net: nn.Module, image: Tensor) -> list[Layer]:
-    """Every layer in the order in which a forward pass finishes it; a layer used twice stands twice.
+    """Every layer, in the order in which a forward pass is done with them.
+
+    A layer that is used twice stands twice, its parameters once.
 
     Args:
         net: left as it was (its training mode too).
@@ -58,18 +62,27 @@ def format_layers(table: list[Layer], net: nn.Module) -> str:
     return f"{text}\n\nTotal params: {total:,}\nTrainable params: {trainable:,}"
 
 
-def tensor_table(model: Perceptron, images: Tensor, labels: Tensor) -> list[tuple[str, str, str]]:
+def tensor_table(
+    model: Perceptron, data: MNISTDataModule, images: Tensor, labels: Tensor
+) -> list[tuple[str, str, str]]:
     """The tensors of one live step of the perceptron: name, shape, meaning.
 
     Args:
         model: takes one step's gradients; its weights stay.
+        data: that the mini-batch comes from, after ``setup``.
         images: ``(b, 1, 28, 28)``.
         labels: ``(b,)``.
     """
     step = model.delta_rule(images, labels)
     y, t, grad = step["y"], step["t"], step["grad"]
     tensors = {
-        "x": (step["x"], "the mini-batch, each image a row of pixels"),
+        "data_train": (data.train_set.images.flatten(1), "training images, each a row of pixels"),
+        "label_train": (F.one_hot(data.train_set.labels), "their labels, one-hot"),
+        "data_val": (data.val_set.images.flatten(1), "validation images"),
+        "label_val": (F.one_hot(data.val_set.labels), "their labels, one-hot"),
+        "data_test": (data.test_set.images.flatten(1), "test images"),
+        "label_test": (F.one_hot(data.test_set.labels), "their labels, one-hot"),
+        "x": (step["x"], "the mini-batch, pixels from 0 to 1"),
         "w": (step["w"], "weights, from each pixel to each class"),
         "b": (step["b"], "biases, one a class"),
         "y": (y, "scores of the mini-batch: x @ w + b"),

@@ -84,7 +84,7 @@ class Classifier(LightningModule):
         self.mean_loss.reset()
         self.accuracy.reset()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         return self._step("train", batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -157,7 +157,7 @@ class Perceptron(Classifier):
         optimizer: ``sgd`` is the delta rule itself; the others receive the same gradient.
     """
 
-    def __init__(self, lr: float = 0.0005, optimizer: OptimizerName = "sgd") -> None:
+    def __init__(self, lr: float = 0.0001, optimizer: OptimizerName = "sgd") -> None:
         super().__init__(AffineMap(), lr, optimizer)
         self.save_hyperparameters()
         self.automatic_optimization = False
