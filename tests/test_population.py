@@ -290,8 +290,8 @@ def test_the_memory_estimate_covers_the_weights_and_their_best_state():
 @pytest.mark.skipif(not os.environ.get("MNIST_DATA_DIR"), reason="needs MNIST_DATA_DIR")
 @pytest.mark.parametrize(
     ("batch_size", "lr", "tolerance"),
-    # Training multiplies rounding, most at batch 4 and lr 0.1: 63,000 steps later two trainings that
-    # differ by the order of their additions are two samples of the same noise.
+    # Training multiplies rounding, most at batch 4 and lr 0.1: 63,000 steps later two trainings
+    # that differ by the order of their additions are two samples of the same noise.
     [(4, 0.1, 0.01), (8, 0.1, 0.003), (32, 0.1, 0.003), (128, 0.01, 0.0005)],
 )
 def test_five_epochs_of_mnist_end_close_to_the_lone_model(batch_size, lr, tolerance, capsys):
