@@ -5,11 +5,14 @@ class, its hyper-parameters, the data's settings. What was said wins, and is ref
 weights contradict it.
 """
 
+import copy
 import csv
 import inspect as inspect_module
+import io
 import logging
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+import yaml
 from jsonargparse import ActionConfigFile
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -30,6 +34,7 @@ from mnist_lightning.callbacks import EarlyStopping, EpochLines, ProgressBar
 from mnist_lightning.dashboard import Dashboard, RunLogger
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.models import Classifier, Perceptron
+from mnist_lightning.provenance import write_text
 
 LOGS = "lightning_logs"
 
@@ -80,7 +85,7 @@ class ConfigByName(ActionConfigFile):
     """``--config``: a file, or the bare name of a shipped configuration, from any folder."""
 
     def __call__(self, parser, cfg, values, option_string=None):  # type: ignore[no-untyped-def]
-        super().__call__(parser, cfg, _resolve_config(values), option_string)
+        super().__call__(parser, cfg, _check_config(_resolve_config(values)), option_string)
 
 
 def _resolve_config(name: str) -> str:
@@ -94,6 +99,24 @@ def _resolve_config(name: str) -> str:
     raise ValueError(f"--config {name}: no such file; {_meant(name, shipped)}")
 
 
+def _check_config(file: str) -> str:
+    """The same file; what jsonargparse says about one that holds no YAML does not name it."""
+    if "\n" in file:
+        return file
+    try:
+        content = yaml.safe_load(Path(file).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}" if mark else "it is no text"
+        raise ValueError(f"--config {file}: not a YAML file ({where})") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"--config {file}: no settings in it; --print_config after a command shows how"
+            " they are written"
+        )
+    return file
+
+
 class Parser(LightningArgumentParser):
     """Says what is wrong in a line or two, where argparse would print a page of usage."""
 
@@ -105,6 +128,7 @@ class Parser(LightningArgumentParser):
 
 def _shorten(message: str, parser: LightningArgumentParser) -> str:
     """The core of a jsonargparse message, and what was probably meant."""
+    given = "".join(re.findall(r"^ *Given value: (.*)$", message, re.MULTILINE)[-1:])
     noise = r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value"
     lines = [line.strip(" -") for line in message.splitlines()]
     core = " ".join(line for line in lines if line and not re.match(noise, line))
@@ -116,19 +140,28 @@ def _shorten(message: str, parser: LightningArgumentParser) -> str:
     core = re.sub(r"Expected an? (.+?)\. Got value: ", r"expected \1, got ", core)
     models = {model.__name__: model for model in _subclasses(Classifier)}
     configs = sorted(path.name for path in config_folder().glob("*.yaml"))
-    if re.search(r"required: (fit\.|inspect\.)?model$", core):
+    if re.search(r"required: (\w+\.)?model$", core):
         return f"which model? --config NAME ({', '.join(configs)}), or --model CLASS"
     if match := re.search(r"Expected a dot import path string: (\S+)", core):
         return f"no model {match[1]!r}; {_meant(match[1], models)}"
+    if "does not correspond to a subclass of" in core:
+        return f"--model {given}: no Classifier; {_meant(given, models)}"
+    if match := re.search(r"argument (?:\S+/)?(\S+): expected one argument", core):
+        return f"{match[1]} needs a value after it"
     if match := re.search(r"(\w+): Option '(\w+)' is not accepted", core):
         known = inspect_module.signature(models[match[1]]).parameters if match[1] in models else []
         return f"{match[1]} has no option {match[2]!r}; {_meant(match[2], known)}"
     if match := re.search(r"unrecognized arguments: (\S+)|not accept option '(\S+)'", core):
         word = (match[1] or match[2]).partition("=")[0]
-        options = [text for action in parser._actions for text in action.option_strings]
+        nested = getattr(parser, "_subcommands_action", None)
+        parsers = [parser, *(nested.choices.values() if nested else [])]
+        options = [o for p in parsers for action in p._actions for o in action.option_strings]
         if match[2]:  # in a file, where there are no dashes
             options = [option.lstrip("-") for option in options]
         return f"no option {word}; {_meant(word, options, 'all of them: --help')}"
+    if given and "Expected a" in core:  # of several types
+        start, *types = re.split(r"Expected an? ", core)
+        return f"{start}expected {' or '.join(kind.strip() for kind in types)}, got {given}"
     return core
 
 
@@ -162,6 +195,8 @@ class CLI(LightningCLI):
         self.checkpoint_path: Path | None = None
         self.checkpoint: dict[str, Any] | None = None
         self.run_name = "run"
+        self.run: Path | None = None  # the folder of a training that is logged
+        self.run_is_new = False
         _quiet(training=words[:1] == ["fit"])
         super().__init__(
             Classifier,
@@ -194,19 +229,6 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.monitor": "val/acc",
-                "checkpoint.mode": "max",
-                "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.enable_version_counter": False,
-                # after the epoch's own figures are in
-                "checkpoint.save_on_train_epoch_end": True,
-            }
-        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         words = cast(list[str], args)
@@ -218,7 +240,10 @@ class CLI(LightningCLI):
             name = self.run_name if "config" in options else None
             self.checkpoint_path = checkpoints.find(where, self.root, name)
             words = self._start_from(self.checkpoint_path, words, options)
-        elif words[:1] in (["test"], ["predict"]) and not {"h", "help"} & options.keys():
+        elif (
+            words[:1] in (["validate"], ["test"], ["predict"])
+            and not {"h", "help"} & options.keys()
+        ):
             raise ValueError(
                 f"{words[0]} needs trained weights: --ckpt_path FILE, or the folder of a run"
             )
@@ -233,9 +258,17 @@ class CLI(LightningCLI):
             # a class of the user's own: import it, as the parser would
             __import__(options["model"].rpartition(".")[0])
         self.checkpoint = checkpoint = checkpoints.read(path)
-        run = checkpoints.run_folder(path)
-        if words[0] == "fit" and "config" not in options and (run / "config.yaml").is_file():
-            words = [words[0], "--config", str(run / "config.yaml"), *words[1:]]
+        if words[0] == "fit" and "optimizer_states" not in checkpoint:
+            raise ValueError(
+                f"{path} holds weights only: no training can go on from it, where its optimizer was"
+            )
+        recorded = checkpoints.run_folder(path) / "config.yaml"
+        if recorded.is_file():
+            if options["ckpt_path"] in ("best", "last"):
+                # the configuration named the run: take what that run was really made with
+                words = [words[0], "--config", str(recorded), *_without(words, "config")[1:]]
+            elif words[0] == "fit" and "config" not in options:
+                words = [words[0], "--config", str(recorded), *words[1:]]
         model = checkpoints.model_class(checkpoint)
         if (asked := options.get("model", "").rpartition(".")[2]) not in ("", model.__name__):
             raise ValueError(f"{path} holds a {model.__name__}, not a {asked}")
@@ -248,7 +281,8 @@ class CLI(LightningCLI):
             "init_args": dict(checkpoint["hyper_parameters"]),
         }
         self._parser(words[0]).set_defaults(defaults)
-        return [words[0], *_replace(words[1:], "ckpt_path", str(path))]
+        # last, because the run's own config.yaml has a ckpt_path too
+        return [*_without(words, "ckpt_path"), "--ckpt_path", str(path)]
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's own would now put the checkpoint's values over the user's flags again."""
@@ -257,7 +291,8 @@ class CLI(LightningCLI):
         if self.checkpoint is not None:
             data = self.config[self.config.subcommand].data
             if data.source == "auto":  # asked for nothing in particular
-                data.source = self.checkpoint["datamodule_hyper_parameters"]["source"]
+                saved = self.checkpoint.get("datamodule_hyper_parameters", {})
+                data.source = saved.get("source", "auto")
 
     def instantiate_classes(self) -> None:
         try:
@@ -272,6 +307,7 @@ class CLI(LightningCLI):
             checkpoints.check_agrees(
                 self.model, dict(self.datamodule.hparams), self.checkpoint, self.checkpoint_path
             )
+        _check_image_size(self.model, self.datamodule.image_size)
         settings = self._get(self.config_init, "trainer")
         extra: list[Any] = []
         if settings.get("enable_progress_bar") is not False:
@@ -287,17 +323,35 @@ class CLI(LightningCLI):
                 kwargs["logger"] = self._run_logger()
             else:
                 kwargs["logger"] = settings.get("logger")
+            if settings.get("enable_checkpointing") is not False:
+                # Two of them: ModelCheckpoint's save_last would only copy the best one, each time
+                # that there is a better one. Both after the epoch's own figures are in.
+                how = {"enable_version_counter": False, "save_on_train_epoch_end": True}
+                extra.append(ModelCheckpoint(filename="best", monitor="val/acc", mode="max", **how))
+                extra.append(ModelCheckpoint(filename="last", **how))
         kwargs["callbacks"] = [*(settings.get("callbacks") or []), *extra]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except Exception:
+            self._take_back_run()
+            raise
 
     def _run_logger(self) -> RunLogger:
         """Of a new folder, or of the one that the checkpoint lies in."""
         if self.checkpoint is not None and self.checkpoint_path is not None:
             run = checkpoints.run_folder(self.checkpoint_path)
             if (run / "config.yaml").is_file():
+                self.run = run
                 # "epoch" counts from 0 and is the last one finished; the log counts finished ones
                 return RunLogger(run, first_epoch=self.checkpoint["epoch"] + 2)
-        return RunLogger(_new_run(self.root / self.run_name))
+        self.run = _new_run(self.root / self.run_name)
+        self.run_is_new = True
+        return RunLogger(self.run)
+
+    def _take_back_run(self) -> None:
+        """Removes the folder of a training that failed before its first step."""
+        if self.run is not None and self.run_is_new and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            shutil.rmtree(self.run, ignore_errors=True)
 
     def fit(self, **kwargs: Any) -> None:
         trainer, model = self.trainer, self.model
@@ -315,28 +369,33 @@ class CLI(LightningCLI):
         try:
             trainer.fit(**kwargs)
         except SystemExit:  # Lightning's answer to Ctrl-C
-            last = getattr(trainer.checkpoint_callback, "last_model_path", "")
-            if last:
-                _say(f"\ninterrupted; to go on: python -m mnist_lightning fit --ckpt_path {last}")
+            if trainer.current_epoch and self.run is not None:
+                again = f"python -m mnist_lightning fit --ckpt_path {_short(self.run)}/last"
+                _say(f"\ninterrupted; to go on: {again}")
+            raise
+        except Exception:
+            if trainer.global_step == 0:
+                self._take_back_run()
             raise
         self._summarize()
 
     def _summarize(self) -> None:
         trainer = self.trainer
-        saver = trainer.checkpoint_callback
-        if not isinstance(saver, ModelCheckpoint) or not saver.best_model_path:
+        best = next(
+            (c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_score", None)), None
+        )
+        if not isinstance(best, ModelCheckpoint) or self.run is None:
             return
-        best = Path(saver.best_model_path)
-        run = checkpoints.run_folder(best)
-        epoch = torch.load(best, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
+        file = Path(best.best_model_path)
+        epoch = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
         stopped = any(c.stopped_epoch for c in trainer.early_stopping_callbacks)  # type: ignore[attr-defined]
         _say(
             f"\nbest epoch   {epoch} of {trainer.current_epoch}"
             + (" (stopped early)" if stopped else "")
-            + f"\n{saver.monitor:<12} {saver.best_model_score:.4f}"
-            f"\ncheckpoint   {_short(best)}"
-            f"\ntest it      python -m mnist_lightning test --ckpt_path {_short(run)}"
-            f"\nsee it       tensorboard --logdir {_short(self.root)}"
+            + f"\n{best.monitor:<12} {best.best_model_score:.4f}"
+            f"\ncheckpoint   {_short(file)}"
+            f"\ntest it      python -m mnist_lightning test --ckpt_path {_short(self.run)}"
+            f"\nsee it       tensorboard --logdir {_short(self.run.parent.parent)}"
         )
 
     def validate(self, **kwargs: Any) -> None:
@@ -347,6 +406,7 @@ class CLI(LightningCLI):
         assert self.checkpoint is not None
         assert self.checkpoint_path is not None
         run = checkpoints.run_folder(self.checkpoint_path)
+        checkpoints.tests(run)  # a look that could not be noted is not taken
         if not os.access(run, os.W_OK):
             raise ValueError(
                 f"{run} is read-only: the look at the test set could not be noted there"
@@ -388,11 +448,23 @@ class CLI(LightningCLI):
         header = ("image", "predicted", "probability")
         _say(inspection.format_table(header, rows[:10], right=(1, 2)))
         target = checkpoints.run_folder(self.checkpoint_path) / "predictions.csv"
-        temporary = target.with_name(f".{target.name}")
-        with temporary.open("w", newline="") as file:
-            csv.writer(file).writerows([header, *rows])
-        os.replace(temporary, target)
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([header, *rows])
+        write_text(target, text.getvalue())
         _say(f"{len(rows):,} predictions in {_short(target)}")
+
+
+def _check_image_size(model: Classifier, size: int) -> None:
+    if size == 28:  # every model's
+        return
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model.net).eval()(torch.zeros(1, 1, size, size))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{type(model).__name__} takes no images of {size} x {size} pixels:"
+            " --data.image_size 28"
+        ) from error
 
 
 def _new_run(folder: Path) -> Path:
@@ -426,17 +498,17 @@ def _options(words: list[str]) -> Iterator[tuple[str, str]]:
             yield {"c": "config"}.get(name, name), value if equals else following
 
 
-def _replace(words: list[str], name: str, value: str) -> list[str]:
-    """The words with another value for one option."""
+def _without(words: list[str], name: str) -> list[str]:
+    """The words without one option and its value."""
     result, skip = [], False
     for word in words:
         if skip:
             skip = False
-        elif word == f"--{name}":
+        elif word in (f"--{name}", f"-{name[0]}"):
             skip = True
         elif not word.startswith(f"--{name}="):
             result.append(word)
-    return [*result, f"--{name}={value}"]
+    return result
 
 
 def _figures(metrics: Mapping[str, float]) -> str:
@@ -464,7 +536,8 @@ def _quiet(training: bool) -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*LeafSpec.*",
         ".*isinstance.treespec.*",
-        *([] if training else [".*The dirpath has changed.*"]),  # nothing will be saved there
+        # what only training needs of a checkpoint
+        *([] if training else [".*The dirpath has changed.*", ".*callbacks used to create.*"]),
     ):
         warnings.filterwarnings("ignore", advice)
     # a warning is a sentence for the user, not a place in the code

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mnist_lightning.provenance import provenance, write_json
+from mnist_lightning.provenance import provenance, write_json, write_text
 
 # The same columns for every architecture: TensorBoard takes the columns of the first run that it
 # finds, and drops what others have beyond them.
@@ -82,9 +82,7 @@ class RunLogger(TensorBoardLogger):
         writer = csv.DictWriter(text, ["epoch", *names])
         writer.writeheader()
         writer.writerows({"epoch": epoch, **row} for epoch, row in sorted(self._rows.items()))
-        temporary = self.table.with_name(f".{self.table.name}")
-        temporary.write_text(text.getvalue())
-        os.replace(temporary, self.table)
+        write_text(self.table, text.getvalue())
 
 
 class Dashboard(Callback):
@@ -103,7 +101,8 @@ class Dashboard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best, self._seconds = dict(state_dict["best"]), state_dict["seconds"]
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not at on_fit_start: a resumed training does not know yet where it goes on
         self._began = time.monotonic() - self._seconds
         if (logger := _run_logger(trainer)) is None:
             return

@@ -40,7 +40,8 @@ class Classifier(LightningModule):
         optimizer: ``sgd`` (plain, no momentum), ``adam`` or ``adamw``.
 
     Raises:
-        ValueError: the learning rate is not positive, or the optimizer is unknown.
+        ValueError: the learning rate is not positive, or the optimizer is unknown; or, in
+            training, the loss is no longer finite.
     """
 
     def __init__(self, net: nn.Module, lr: float, optimizer: OptimizerName) -> None:
@@ -50,7 +51,9 @@ class Classifier(LightningModule):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
         self.net, self.lr, self.optimizer = net, lr, optimizer
-        self.mean_loss = MeanMetric()
+        # A loss that is not a number must show in the mean. By default it is left out, and with
+        # "disable" torchmetrics 1.9 leaves out the weights.
+        self.mean_loss = MeanMetric(nan_strategy=float("nan"))
         self.accuracy = MulticlassAccuracy(CLASSES, average="micro", validate_args=False)
         self._seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
@@ -79,7 +82,13 @@ class Classifier(LightningModule):
         sizes = torch.tensor([len(part) for part in labels], device=self.device)
         self.mean_loss.update(torch.stack(losses), sizes)
         self.accuracy.update(torch.cat(predictions), torch.cat(labels))
-        self.log(f"{stage}/loss", self.mean_loss.compute())
+        loss = self.mean_loss.compute()
+        if stage == "train" and not loss.isfinite():
+            raise ValueError(
+                f"the training diverged in epoch {self.current_epoch + 1}: its loss is {loss}."
+                f" A lower lr may help (now {self.lr})"
+            )
+        self.log(f"{stage}/loss", loss)
         self.log(f"{stage}/acc", self.accuracy.compute(), prog_bar=stage == "val")
         self.mean_loss.reset()
         self.accuracy.reset()

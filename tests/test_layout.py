@@ -1,0 +1,68 @@
+"""The house: who may import whom, and what is imported when."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "mnist_lightning"
+
+# A file imports only from lower floors.
+FLOORS = {
+    "__init__": 0,
+    "provenance": 0,
+    "data": 0,
+    "space": 0,
+    "models": 1,
+    "callbacks": 1,
+    "dashboard": 1,
+    "checkpoints": 2,
+    "inspection": 2,
+    "population": 2,
+    "search": 3,
+    "report": 3,
+    "cli": 4,
+    "__main__": 5,
+}
+
+
+def _imports(file: Path) -> set[str]:
+    """Modules of the package that a file names in an import, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mnist_lightning"):
+            inner = (node.module or "").split(".")[1:]
+            found |= {inner[0]} if inner else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {
+                alias.name.split(".")[1] for alias in node.names if "mnist_lightning." in alias.name
+            }
+    return found & FLOORS.keys()
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda file: file.stem)
+def test_imports_go_down(file: Path) -> None:
+    assert file.stem in FLOORS, f"{file.name} has no floor yet: give it one"
+    above = {name for name in _imports(file) if FLOORS[name] >= FLOORS[file.stem]}
+    assert not above
+
+
+def _loaded(code: str) -> set[str]:
+    code += "; import sys; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["fti"], []])
+def test_help_and_typos_do_not_wait_for_torch(words: list[str]) -> None:
+    loaded = _loaded(f"from mnist_lightning.__main__ import main; main({words!r})")
+    assert loaded.isdisjoint({"torch", "lightning", "numpy", "jsonargparse"})
+
+
+def test_fit_imports_no_more_than_lightnings_command_line() -> None:
+    """Start-up: what `import lightning.pytorch.cli` costs is the floor, and we stay on it."""
+    heavy = {"pandas", "matplotlib", "sklearn", "optuna", "scipy", "tensorboard"}
+    floor = _loaded("import lightning.pytorch.cli")
+    assert (_loaded("import mnist_lightning.cli") - floor) & heavy == set()

@@ -1,0 +1,188 @@
+"""Each architecture against an oracle: autograd, a plain PyTorch loop, its own checkpoint."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import same_weights, trainer
+
+from mnist_lightning import DeepNetwork, MNISTDataModule, Perceptron, ShallowNetwork
+from mnist_lightning.data import epoch_order
+from mnist_lightning.models import Classifier
+
+MODELS = {
+    "perceptron": lambda: Perceptron(lr=0.0001),
+    "shallow": lambda: ShallowNetwork(hidden_units=20, lr=0.1),
+    "deep2": lambda: DeepNetwork(hidden_units=[30, 20], lr=0.1),
+    "deep3": lambda: DeepNetwork(hidden_units=[30, 15, 20], lr=0.1),
+    "deep4": lambda: DeepNetwork(hidden_units=[20, 20, 20, 20], lr=0.1),
+    "adam": lambda: ShallowNetwork(hidden_units=20, lr=0.001, optimizer="adam"),
+    "adamw": lambda: ShallowNetwork(hidden_units=20, lr=0.001, optimizer="adamw"),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> Classifier:
+    torch.manual_seed(0)
+    return MODELS[request.param]()
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(12, 1, 28, 28, generator=generator), torch.arange(12) % 10
+
+
+def test_contract(model: Classifier, digits: MNISTDataModule) -> None:
+    """Whatever the architecture: it scores ten classes, and every weight learns."""
+    before = [parameter.clone() for parameter in model.parameters()]
+    pl.seed_everything(3, verbose=False)
+    fit = trainer(max_epochs=4)
+    fit.fit(model, digits)
+    assert model(torch.rand(4, 1, 28, 28)).shape == (4, 10)
+    # ten classes, balanced: one in ten is what a network gets that learned nothing
+    assert fit.callback_metrics["val/acc"] > 0.4
+    assert torch.isfinite(fit.callback_metrics["train/loss"])
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert not torch.equal(old, new)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_seed_is_bit_equal(name: str) -> None:
+    """Two trainings with one seed: the same weights, bit for bit; another seed: others."""
+    trained = []
+    for seed in (1, 1, 2):
+        pl.seed_everything(seed, verbose=False)
+        model = MODELS[name]()
+        trainer().fit(model, MNISTDataModule(source="digits"))
+        trained.append(model)
+    assert same_weights(trained[0], trained[1])
+    assert not same_weights(trained[0], trained[2])
+
+
+def test_fit_equals_a_hand_written_loop(digits: MNISTDataModule) -> None:
+    """The Trainer does what the textbook says: the same weights, bit for bit."""
+    pl.seed_everything(5, verbose=False)
+    model = DeepNetwork(hidden_units=[30, 20], lr=0.1)
+    pl.seed_everything(5, verbose=False)
+    net = DeepNetwork(hidden_units=[30, 20], lr=0.1).net
+    trainer(max_epochs=2).fit(model, digits)
+
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    images, labels = digits.train_set.images, digits.train_set.labels
+    for epoch in range(2):
+        for rows in epoch_order(len(labels), 5, epoch).split(16):
+            sgd.zero_grad()
+            x = images[rows].unsqueeze(1).float() / 255
+            F.cross_entropy(net(x), labels[rows]).backward()
+            sgd.step()
+    assert same_weights(model.net, net)
+
+
+def test_metrics_are_means_over_the_images(digits: MNISTDataModule) -> None:
+    """val/loss and val/acc against one pass over the whole set: the last batch is smaller."""
+    digits.eval_batch_size = 100  # 323 images: 100 + 100 + 100 + 23
+    model = ShallowNetwork(20)
+    run = trainer()
+    (logged,) = run.validate(model, digits, verbose=False)
+    with torch.no_grad():
+        scores = model(digits.preprocess(digits.val_set.images))
+    loss = F.cross_entropy(scores, digits.val_set.labels)
+    accuracy = (scores.argmax(1) == digits.val_set.labels).float().mean()
+    assert logged["val/loss"] == pytest.approx(float(loss), rel=1e-6)
+    assert logged["val/acc"] == pytest.approx(float(accuracy), rel=1e-6)
+
+
+def test_perceptron_rule_is_the_gradient_of_half_the_squared_error(
+    batch: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """What the delta rule leaves in w.grad and b.grad against autograd, in float64."""
+    images, labels = batch[0].double(), batch[1]
+    model = Perceptron().double()
+    model.delta_rule(images, labels)
+    by_hand = [parameter.grad.clone() for parameter in model.net.parameters()]
+    model.zero_grad()
+    error = F.one_hot(labels, 10).double() - model(images)
+    (error.square().sum() / 2).backward()
+    for ours, parameter in zip(by_hand, model.net.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_perceptron_step_moves_by_lr_times_x_t_minus_y() -> None:
+    """One training step of the Trainer against the study's formula."""
+    pl.seed_everything(0, verbose=False)
+    model = Perceptron(lr=0.001)
+    data = MNISTDataModule(source="digits", batch_size=5)
+    w, b = model.net.w.detach().clone(), model.net.b.detach().clone()
+    trainer(max_steps=1).fit(model, data)
+    rows = epoch_order(len(data.train_set), 0, 0)[:5]
+    x = data.train_set.images[rows].flatten(1) / 255
+    t = torch.eye(10)[data.train_set.labels[rows]]
+    grad = t - (x @ w + b)
+    torch.testing.assert_close(model.net.w.detach(), w + 0.001 * x.T @ grad)
+    torch.testing.assert_close(model.net.b.detach(), b + 0.001 * grad.sum(0))
+    assert model.net.w.shape == (784, 10)
+    assert model.net.b.shape == (1, 10)
+
+
+def test_perceptron_loss_is_half_the_squared_error() -> None:
+    scores, labels = torch.zeros(3, 10), torch.tensor([1, 2, 3])
+    assert Perceptron().loss(scores, labels) == 0.5  # each image misses its one by one
+
+
+def test_checkpoint_round_trip(model: Classifier, digits: MNISTDataModule, tmp_path) -> None:
+    """Saved and loaded: the same scores, bit for bit, and the same hyper-parameters."""
+    run = trainer()
+    run.fit(model, digits)
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = type(model).load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    images = torch.rand(9, 1, 28, 28)
+    assert torch.equal(loaded.eval()(images), model.eval()(images))
+    assert loaded.hparams == model.hparams
+
+
+@pytest.mark.parametrize("name", ["perceptron", "deep2"])
+def test_resume_is_bit_equal(name: str, tmp_path) -> None:
+    """Four epochs at a stretch against two, a checkpoint, and two more in another trainer."""
+    data = lambda: MNISTDataModule(source="digits")  # noqa: E731
+    pl.seed_everything(0, verbose=False)
+    whole = MODELS[name]()
+    trainer(max_epochs=4).fit(whole, data())
+
+    pl.seed_everything(0, verbose=False)
+    first = trainer(max_epochs=2)
+    first.fit(MODELS[name](), data())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    torch.rand(100)  # whatever drew random numbers in between
+    resumed = MODELS[name]()
+    trainer(max_epochs=4).fit(resumed, data(), ckpt_path=tmp_path / "half.ckpt")
+    assert same_weights(whole, resumed)
+
+
+def test_a_new_lr_wins_over_the_checkpoint(digits: MNISTDataModule, tmp_path) -> None:
+    """Lightning restores the optimizer with its old learning rate; the one asked for must hold."""
+    first = trainer()
+    first.fit(ShallowNetwork(20, lr=0.1), digits)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    second = trainer(max_epochs=2)
+    second.fit(ShallowNetwork(20, lr=0.25), digits, ckpt_path=tmp_path / "a.ckpt")
+    assert second.optimizers[0].param_groups[0]["lr"] == 0.25
+
+
+def test_diverged_training_ends_with_a_word(digits: MNISTDataModule) -> None:
+    with pytest.raises(ValueError, match=r"diverged in epoch 1.*lower.*lr"):
+        trainer().fit(DeepNetwork([30, 20], lr=1e9), digits)
+
+
+@pytest.mark.parametrize(
+    ("make", "law"),
+    [
+        (lambda: ShallowNetwork(0), "hidden_units must all be at least 1"),
+        (lambda: ShallowNetwork(10, lr=0), "lr must be positive"),
+        (lambda: ShallowNetwork(10, optimizer="sdg"), "optimizer must be one of sgd, adam, adamw"),
+        (lambda: DeepNetwork([10]), "two sizes or more"),
+    ],
+)
+def test_refuses(make, law: str) -> None:
+    with pytest.raises(ValueError, match=law):
+        make()

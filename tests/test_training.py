@@ -1,0 +1,296 @@
+"""Early stopping, checkpoints, runs, dashboards: against runs without them, and from outside."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import same_weights, trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mnist_lightning import (
+    Dashboard,
+    DeepNetwork,
+    EarlyStopping,
+    MNISTDataModule,
+    Perceptron,
+    RunLogger,
+    ShallowNetwork,
+)
+from mnist_lightning.__main__ import main
+
+
+class Losses(Callback):
+    """Notes the validation loss of each epoch, and the weights after it."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        self.losses.append(float(trainer.callback_metrics["val/loss"]))
+        self.weights.append({k: v.clone() for k, v in pl_module.state_dict().items()})
+
+
+def _train(epochs: int, *callbacks: Callback, model=None) -> tuple[ShallowNetwork, Losses]:
+    pl.seed_everything(0, verbose=False)
+    model, losses = model or ShallowNetwork(20, lr=0.5), Losses()
+    run = trainer(max_epochs=epochs, callbacks=[losses, *callbacks])
+    run.fit(model, MNISTDataModule(source="digits", batch_size=16))
+    return model, losses
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_early_stopping_against_a_run_without_it(patience: int) -> None:
+    """It stops where the loss, without it, had gone `patience` epochs without a new minimum."""
+    _, whole = _train(20)
+    best, since, stop = math.inf, 0, 0
+    while since < patience:
+        improved = whole.losses[stop] < best
+        best, since, stop = min(best, whole.losses[stop]), 0 if improved else since + 1, stop + 1
+    assert stop < 20, "the test needs a run in which early stopping fires"
+    stopped_model, stopped = _train(20, EarlyStopping(patience=patience))
+    assert stopped.losses == whole.losses[:stop]
+    assert all(
+        torch.equal(v, stopped_model.state_dict()[k]) for k, v in whole.weights[stop - 1].items()
+    )
+
+
+def test_early_stopping_turned_off_changes_nothing() -> None:
+    _, without = _train(8)
+    _, off = _train(8, EarlyStopping(enabled=False, patience=1))
+    assert off.losses == without.losses
+
+
+def test_early_stopping_keeps_the_patience_asked_for_on_resume(tmp_path: Path) -> None:
+    """Lightning's own takes it from the checkpoint, over the one that was asked for."""
+    first = EarlyStopping(patience=3)
+    first.wait_count = 2
+    second = EarlyStopping(patience=7)
+    second.load_state_dict(first.state_dict())
+    assert (second.patience, second.wait_count) == (7, 2)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `fit`, as a user makes it."""
+    root = tmp_path_factory.mktemp("work")
+    words = "--config shallow.yaml --data.source digits --trainer.max_epochs 6".split()
+    assert main(["fit", *words, "--trainer.default_root_dir", str(root)]) == 0
+    return root / "lightning_logs" / "shallow" / "version_0"
+
+
+def _rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_run_folder_is_complete(run: Path) -> None:
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    events = {name for name in names if "tfevents" in name}
+    assert len(events) == 1
+    assert names - events == {
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "config.yaml",
+        "hparams.yaml",
+        "metrics.csv",
+        "provenance.json",
+    }
+
+
+def test_best_checkpoint_is_of_the_epoch_with_the_highest_val_acc(run: Path) -> None:
+    accuracies = [float(row["val/acc"]) for row in _rows(run)]
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["epoch"] == accuracies.index(max(accuracies))
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 5
+    # and it scores what it was chosen for
+    model = ShallowNetwork.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
+    (metrics,) = trainer().validate(model, MNISTDataModule(source="digits"), verbose=False)
+    assert metrics["val/acc"] == pytest.approx(max(accuracies))
+
+
+def test_provenance_says_where_it_comes_from(run: Path) -> None:
+    (session,) = json.loads((run / "provenance.json").read_text())
+    assert session["data"]["source"] == "digits"
+    assert session["data"]["split_seed"] == 0
+    assert len(session["data"]["checksum"]) == 64
+    assert session["seed"] == 0
+    assert session["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_resume_goes_on_in_the_same_folder(run: Path, tmp_path: Path) -> None:
+    """Three epochs, then three more, against six at a stretch: the same table, the same weights."""
+    words = "--config shallow.yaml --data.source digits --trainer.max_epochs 3".split()
+    assert main(["fit", *words, "--trainer.default_root_dir", str(tmp_path)]) == 0
+    part = tmp_path / "lightning_logs" / "shallow" / "version_0"
+    resume = f"--ckpt_path {part}/last --trainer.max_epochs 6".split()
+    assert main(["fit", *resume]) == 0
+    assert [path.name for path in part.parent.iterdir()] == ["version_0"]
+    assert _rows(part) == _rows(run)
+    for name in ("best", "last"):
+        one, other = (
+            torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+            for folder in (part, run)
+        )
+        assert one["epoch"] == other["epoch"]
+        assert all(torch.equal(one["state_dict"][k], v) for k, v in other["state_dict"].items())
+    assert [s["resumed_at_epoch"] for s in json.loads((part / "provenance.json").read_text())] == [
+        0,
+        3,
+    ]
+
+
+def test_two_trainings_never_share_a_folder(tmp_path: Path) -> None:
+    from mnist_lightning.cli import _new_run
+
+    assert [_new_run(tmp_path / "a").name for _ in range(3)] == [
+        "version_0",
+        "version_1",
+        "version_2",
+    ]
+
+
+def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_has_the_curves_over_epochs(run: Path) -> None:
+    scalars = _scalars(run)
+    for tag in ("train/loss", "train/acc", "val/loss", "val/acc"):
+        steps, values = zip(*scalars[tag], strict=True)
+        assert steps == (1, 2, 3, 4, 5, 6)
+        assert values == pytest.approx([float(row[tag]) for row in _rows(run)])
+    assert scalars["best/val_acc"][-1][1] == max(value for _, value in scalars["val/acc"])
+    assert "hp_metric" not in scalars
+
+
+def test_hparams_tab_has_the_same_columns_for_different_models(tmp_path: Path) -> None:
+    """Asked of TensorBoard's own backend: what its HParams page would show for three models."""
+    from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins.base_plugin import TBContext
+    from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+
+    models = {
+        "perceptron": Perceptron(),
+        "shallow": ShallowNetwork(20),
+        "deep": DeepNetwork([30, 20], optimizer="adam", lr=0.001),
+    }
+    for name, model in models.items():
+        logger = RunLogger(tmp_path / name / "version_0")
+        run = trainer(logger=logger, callbacks=[Dashboard()])
+        run.fit(model, MNISTDataModule(source="digits"))
+        logger.experiment.close()
+    multiplexer = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    multiplexer.Reload()
+    provider = data_provider.MultiplexerDataProvider(multiplexer, str(tmp_path))
+    context = backend_context.Context(TBContext(data_provider=provider))
+    request = RequestContext()
+    experiment = context.experiment_from_metadata(
+        request, "", True, context.hparams_metadata(request, ""), []
+    )
+    columns = {info.name for info in experiment.hparam_infos}
+    assert {
+        "model",
+        "hidden_units",
+        "optimizer",
+        "lr",
+        "batch_size",
+        "seed",
+        "parameters",
+    } <= columns
+    assert {info.name.tag for info in experiment.metric_infos} >= {"best/val_acc", "test/acc"}
+    groups = list_session_groups.Handler(
+        request,
+        context,
+        "",
+        api_pb2.ListSessionGroupsRequest(
+            allowed_statuses=[
+                api_pb2.STATUS_UNKNOWN,
+                api_pb2.STATUS_SUCCESS,
+                api_pb2.STATUS_RUNNING,
+            ],
+            start_index=0,
+            slice_size=10,
+            col_params=[api_pb2.ColParams(hparam="model", order=api_pb2.ORDER_ASC)],
+        ),
+    ).run()
+    shown = {g.hparams["model"].string_value: g for g in groups.session_groups}
+    assert shown.keys() == {"Perceptron", "ShallowNetwork", "DeepNetwork"}
+    assert {name: g.hparams["hidden_units"].string_value for name, g in shown.items()} == {
+        "Perceptron": "none",
+        "ShallowNetwork": "20",
+        "DeepNetwork": "30-20",
+    }
+    assert shown["DeepNetwork"].hparams["lr"].number_value == pytest.approx(0.001)
+    for group in shown.values():
+        assert columns <= set(group.hparams)  # nothing is missing for any of them
+
+
+def test_test_is_logged_into_the_run_and_counted(run: Path, capsys: pytest.CaptureFixture) -> None:
+    for look in (1, 2):
+        assert main(["test", "--ckpt_path", str(run)]) == 0
+        assert f"look {look} " in capsys.readouterr().out
+    looks = json.loads((run / "test.json").read_text())
+    assert [entry["look"] for entry in looks] == [1, 2]
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert _scalars(run)["test/acc"] == [
+        (best["epoch"] + 1, pytest.approx(entry["test/acc"])) for entry in looks
+    ]
+
+
+def test_ddp_on_two_processes_equals_one(tmp_path: Path) -> None:
+    """Two processes with mini-batches of 8 against one with 16: same mini-batches, same weights."""
+    for model in ("shallow", "perceptron"):
+        states = []
+        for name, flags in (
+            ("one", "--data.batch_size 16"),
+            ("two", "--data.batch_size 8 --trainer.devices 2 --trainer.strategy ddp"),
+        ):
+            root = tmp_path / model / name
+            command = (
+                f"fit --config {model} --data.source digits --trainer.max_epochs 2"
+                f" --trainer.accelerator cpu --trainer.default_root_dir {root} {flags}"
+            )
+            done = subprocess.run(
+                [sys.executable, "-m", "mnist_lightning", *command.split()],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            assert done.returncode == 0, done.stderr
+            assert [p.name for p in (root / "lightning_logs" / model).iterdir()] == ["version_0"]
+            last = root / "lightning_logs" / model / "version_0" / "checkpoints" / "last.ckpt"
+            states.append(torch.load(last, weights_only=True))
+        one, two = states
+        assert one["global_step"] == two["global_step"]
+        for key, value in one["state_dict"].items():
+            torch.testing.assert_close(two["state_dict"][key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_plain_python_needs_no_command_line(digits: MNISTDataModule, tmp_path: Path) -> None:
+    """As in any Lightning project; and the checkpoint is then good for the command line."""
+    saver = ModelCheckpoint(tmp_path, filename="best", monitor="val/acc", mode="max")
+    run = trainer(callbacks=[saver, EarlyStopping()], enable_checkpointing=True)
+    run.fit(ShallowNetwork(20), digits)
+    assert main(["test", "--ckpt_path", str(tmp_path / "best.ckpt")]) == 0
+    assert json.loads((tmp_path / "test.json").read_text())[0]["look"] == 1
+
+
+def test_same_weights_notices_a_difference() -> None:
+    """The oracle's own test."""
+    torch.manual_seed(0)
+    one, other = ShallowNetwork(5), ShallowNetwork(5)
+    assert same_weights(one, one)
+    assert not same_weights(one, other)
