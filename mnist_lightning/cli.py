@@ -326,7 +326,10 @@ class CLI(LightningCLI):
             if settings.get("enable_checkpointing") is not False:
                 # Two of them: ModelCheckpoint's save_last would only copy the best one, each time
                 # that there is a better one. Both after the epoch's own figures are in.
-                how = {"enable_version_counter": False, "save_on_train_epoch_end": True}
+                how: dict[str, Any] = {
+                    "enable_version_counter": False,
+                    "save_on_train_epoch_end": True,
+                }
                 extra.append(ModelCheckpoint(filename="best", monitor="val/acc", mode="max", **how))
                 extra.append(ModelCheckpoint(filename="last", **how))
         kwargs["callbacks"] = [*(settings.get("callbacks") or []), *extra]

@@ -1,0 +1,32 @@
+# make fit: a first training. make test: the tests. Both make their own environment in .venv first.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: fit test test-all lint bench clean
+
+fit: $(VENV)/ready
+	$(BIN)/python -m mnist_lightning fit --config shallow.yaml
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2
+
+# also what takes minutes, or needs the real MNIST, or PostgreSQL
+test-all: $(VENV)/ready
+	$(BIN)/python -m pytest -m ""
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/ready
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
