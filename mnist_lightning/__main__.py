@@ -81,7 +81,10 @@ def _explain(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror.lower()}"
-    return f"{type(error).__name__}: {error} (--debug shows where)"
+    message = " ".join(str(error).split())
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's word for a wrong option
+        return message
+    return f"{type(error).__name__}: {message} (--debug shows where)"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ A run's folder is ``lightning_logs/<config name>/version_N/``; its checkpoints l
 """
 
 import json
+import pickle
 import sys
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +21,9 @@ from mnist_lightning.provenance import provenance, write_json
 # A model that learned from one split must not be scored on another: its training images would be
 # among the test images. Nor on pixels that were scaled in another way.
 BINDING_DATA = ("name", "source", "split", "val_fraction", "split_seed", "normalization")
+
+_REMEDY = "Give another: --ckpt_path FILE, or the folder of a run."
+_LEAVE_AWAY = ". What is left unsaid, the checkpoint itself says."
 
 
 def find(where: str, root: Path, run_name: str | None = None) -> Path:
@@ -83,22 +89,33 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: damaged, no checkpoint of this project, or one that would run code.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as archive:
+            # torch.load reads altered weights without a word: it compares no checksums
+            damaged = archive.testzip()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:
-        # torch raises RuntimeError, UnpicklingError, EOFError, KeyError ... for damaged files
-        if "weights_only" in str(error).lower() and path.read_bytes()[:2] == b"PK":
-            raise ValueError(
-                f"{path} holds code besides tensors: refused, nothing was run"
-            ) from error
-        raise ValueError(f"{path} is damaged, or not a checkpoint: {_first_line(error)}") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict")
-    if "model_class" not in checkpoint:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}. {_REMEDY}") from error
+    except Exception as error:  # BadZipFile, EOFError, NotImplementedError ...
+        raise ValueError(f"{path} is truncated, or not a checkpoint at all. {_REMEDY}") from error
+    if damaged:
+        raise ValueError(f"{path} is damaged: wrong checksum (CRC) of {damaged}. {_REMEDY}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is not of a Classifier of mnist_lightning: it names no model class"
-        )
+            f"{path} holds code besides tensors: refused, and nothing was run. {_REMEDY}"
+        ) from error
+    except Exception as error:  # RuntimeError, EOFError, KeyError ...
+        raise ValueError(
+            f"{path} is not a checkpoint of PyTorch: {_first_line(error)}. {_REMEDY}"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict. {_REMEDY}")
+    kinds = {"model_class": str, "hyper_parameters": Mapping, "state_dict": Mapping}
+    for key, kind in kinds.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise ValueError(
+                f"{path} is not of a Classifier of mnist_lightning: it has no {key}. {_REMEDY}"
+            )
     return cast(dict[str, Any], checkpoint)
 
 
@@ -142,6 +159,7 @@ def check_agrees(
         raise ValueError(
             f"{path} does not fit the model asked for: "
             + _differences(dict(model.hparams), checkpoint["hyper_parameters"], "model")
+            + _LEAVE_AWAY
         )
     saved_data = checkpoint.get("datamodule_hyper_parameters", {})
     asked = {key: data[key] for key in BINDING_DATA if key in data}
@@ -151,6 +169,7 @@ def check_agrees(
         raise ValueError(
             f"{path} was trained on other data than asked for: "
             + _differences(asked, saved_data, "data")
+            + _LEAVE_AWAY
         )
 
 
@@ -169,13 +188,31 @@ def record_test(run: Path, checkpoint: Path, metrics: dict[str, float], **facts:
         How often this run has now been tested. Each further look makes the test set a bit more of
         a validation set.
     """
-    book = run / "test.json"
-    looks = json.loads(book.read_text()) if book.is_file() else []
+    looks = tests(run)
     looks.append(
         {"look": len(looks) + 1, "checkpoint": checkpoint.name, **metrics, **provenance(**facts)}
     )
-    write_json(book, looks)
+    write_json(run / "test.json", looks)
     return len(looks)
+
+
+def tests(run: Path) -> list[dict[str, Any]]:
+    """The test evaluations noted in ``test.json`` of a run.
+
+    Raises:
+        ValueError: the file cannot be read as that.
+    """
+    book = run / "test.json"
+    if not book.exists():
+        return []
+    try:
+        looks = json.loads(book.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = f"{book} cannot be read as JSON: {_first_line(error)}"
+        raise ValueError(f"{reason}. Mend it, or move it away and count anew.") from error
+    if not isinstance(looks, list):
+        raise ValueError(f"{book} holds no list of tests. Move it away and count anew.")
+    return looks
 
 
 def _first_line(error: Exception) -> str:

@@ -4,8 +4,11 @@ The whole set lives in memory as uint8 tensors. A mini-batch is one indexing ope
 normalisation and the resize to 224 pixels happen per batch, on the device that trains.
 """
 
+import contextlib
 import gzip
 import hashlib
+import http.client
+import math
 import os
 import queue
 import socket
@@ -57,8 +60,8 @@ _MNIST_MD5 = dict(
         strict=True,
     )
 )
-_REACH_SECONDS = 15  # for a mirror to answer at all
-_STALL_SECONDS = 15  # without a single byte, once it has
+_REACH_SECONDS = 8  # for a mirror to answer at all
+_STALL_SECONDS = 10  # without a single byte, once it has
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
@@ -188,6 +191,7 @@ class MNISTDataModule(LightningDataModule):
         self.image_size, self.normalization = image_size, normalization
         self.predict_dir = predict_dir
         self._loaded = False
+        self._no_download = "not tried"
 
     def prepare_data(self) -> None:
         """Fetches the files if they are not there yet; in one process only."""
@@ -201,6 +205,7 @@ class MNISTDataModule(LightningDataModule):
             if self.source == "mnist" or len(missing) < len(_FILES):
                 reason = f"no {', no '.join(missing)}; {error}"
                 raise ValueError(_absent(self.name, self.data_dir, reason)) from error
+            self._no_download = str(error)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, verifies and splits the set; every process gets the same split."""
@@ -211,8 +216,9 @@ class MNISTDataModule(LightningDataModule):
             self.source = "digits" if gone else "mnist"
             if self.source == "digits":
                 rank_zero_warn(
-                    f"{self.name} is neither in {self.data_dir} nor within reach of the network:"
-                    " training on scikit-learn's 1,797 small digits instead. The results say"
+                    f"{self.name} is not in {self.data_dir}, nor was it fetched"
+                    f" ({self._no_download}): training on scikit-learn's 1,797 small digits"
+                    " instead. The results say"
                     f" nothing about {self.name}. {_where_to_put(self.name, self.data_dir)}"
                 )
             # from here on the run is about this source: checkpoints must not say "auto"
@@ -222,6 +228,12 @@ class MNISTDataModule(LightningDataModule):
         train, val, test = split_indices(
             len(pool.labels), pool.official_test, self.split, self.val_fraction, self.split_seed
         )
+        for part, indices in (("train", train), ("validate", val), ("test", test)):
+            if not len(indices):
+                raise ValueError(
+                    f"val_fraction {self.val_fraction} of {len(train) + len(val):,} images leaves"
+                    f" none to {part} on; the study takes 0.2"
+                )
         self.train_set = ImageSet(pool.images[train], pool.labels[train])
         self.val_set = ImageSet(pool.images[val], pool.labels[val])
         self.test_set = ImageSet(pool.images[test], pool.labels[test])
@@ -327,36 +339,52 @@ def read_image(path: Path) -> Tensor:
     As in the making of MNIST, the ink is light on dark, scaled to fit 20 x 20 pixels, and put with
     its centre of mass in the middle of 28 x 28.
 
+    Transparent parts count as white paper; the turn that a camera notes is undone.
+
     Raises:
         ValueError: the file is no image, or there is nothing on it.
     """
-    from torchvision.io import ImageReadMode, decode_image
-
-    try:
-        pixels = decode_image(str(path), ImageReadMode.GRAY)[0].float()
-    except RuntimeError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    border = torch.cat([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    if border.median() > 127:  # dark ink on light paper
-        pixels = 255 - pixels
-    ink = pixels > (pixels.min() + pixels.max()) / 2
+    pixels = torch.from_numpy(_decode(path))
+    # what the edges show is the paper; what differs most from it is the ink, dark or light
+    pixels -= torch.cat([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]).median()
+    if pixels.max() < -pixels.min():
+        pixels = -pixels
+    if pixels.max() < 25:
+        raise ValueError(f"{path} shows nothing: all its pixels are nearly alike")
+    pixels = pixels.clamp(min=0) * (255 / pixels.max())
+    ink = pixels > 64
     rows, columns = ink.any(1).nonzero().flatten(), ink.any(0).nonzero().flatten()
-    if not len(rows):
-        raise ValueError(f"{path} shows nothing: all its pixels are alike")
     digit = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     scale = 20 / max(digit.shape)
     height, width = (max(1, round(side * scale)) for side in digit.shape)
-    digit = F.interpolate(digit[None, None], size=(height, width), mode="bilinear", antialias=True)[
-        0, 0
-    ]
+    digit = F.interpolate(digit[None, None], size=(height, width), mode="area")[0, 0]
     weight = digit / digit.sum()
     centre_y = (weight.sum(1) * torch.arange(height)).sum()
     centre_x = (weight.sum(0) * torch.arange(width)).sum()
-    top = int((13.5 - centre_y).round().clamp(0, 28 - height))
-    left = int((13.5 - centre_x).round().clamp(0, 28 - width))
-    image = torch.zeros(28, 28)
-    image[top : top + height, left : left + width] = digit
-    return image.round().clamp(0, 255).to(torch.uint8)
+    # MNIST's own centres of mass lie within half a pixel of row and column 14, not of 13.5
+    top = int((14 - centre_y).round().clamp(0, 28 - height))
+    left = int((14 - centre_x).round().clamp(0, 28 - width))
+    framed = torch.zeros(28, 28)
+    framed[top : top + height, left : left + width] = digit
+    return framed.round().clamp(0, 255).to(torch.uint8)
+
+
+def _decode(path: Path) -> np.ndarray:
+    """An image file as float32 gray values from 0 to 255, shape ``(height, width)``."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I;16"):
+                return np.asarray(picture, np.float32) / 257
+            paper = Image.new("RGBA", picture.size, "white")
+            paper.alpha_composite(picture.convert("RGBA"))
+            return np.array(paper.convert("L"), np.float32)
+    except Exception as error:  # of many kinds, for the many ways to be damaged
+        raise ValueError(
+            f"{path} cannot be read as an image: put a good copy there, or remove it"
+        ) from error
 
 
 class _Pool(NamedTuple):
@@ -400,30 +428,32 @@ def _read_files(name: str, data_dir: Path) -> _Pool:
     return _pool(torch.cat(images), torch.cat(labels).long(), official_test=len(labels[1]))
 
 
-def _read_idx(name: str, file: str, data_dir: Path) -> np.ndarray:
+def _read_idx(name: str, stem: str, data_dir: Path) -> np.ndarray:
     """One file of the IDX format as a uint8 array, after checking magic, length and checksum."""
-    raw, packed = _paths(name, file, data_dir)
-    # only MNIST's uncompressed files have a published checksum
-    path = raw if raw.is_file() and name == "MNIST" else packed
-    if not path.is_file():
-        raise ValueError(_absent(name, data_dir, f"no {packed.name if name != 'MNIST' else file}"))
+    paths = _paths(name, stem, data_dir)
+    path = next((file for file in paths if file.is_file()), None)
+    if path is None:
+        reason = f"no {' and no '.join(file.name for file in paths)}"
+        raise ValueError(_absent(name, data_dir, reason))
     remedy = "Delete it to have it fetched again, or put a good copy there."
     content = path.read_bytes()
-    if path is packed:
-        if hashlib.md5(content).hexdigest() != _packed_md5(name)[packed.name]:
+    packed = path.suffix == ".gz"
+    if packed:
+        if hashlib.md5(content).hexdigest() != _packed_md5(name)[path.name]:
             raise ValueError(f"{path} is damaged: wrong checksum (MD5). {remedy}")
         content = gzip.decompress(content)
-    dimensions = 3 if "images" in file else 1
+    dimensions = 3 if "images" in stem else 1
     magic = int.from_bytes(content[:4], "big")
     if magic != 0x0800 + dimensions:
         raise ValueError(f"{path} is not an IDX file of {name}: magic number {magic}. {remedy}")
-    shape = np.frombuffer(content, ">u4", dimensions, offset=4).astype(int)
-    expected = 4 + 4 * dimensions + int(shape.prod())
+    header = 4 + 4 * dimensions
+    shape = np.frombuffer(content[4:header].ljust(header - 4, b"\0"), ">u4").astype(int)
+    expected = header + math.prod(shape.tolist())
     if len(content) != expected:
         raise ValueError(f"{path} has {len(content):,} bytes instead of {expected:,}. {remedy}")
-    if path is raw and hashlib.md5(content).hexdigest() != _MNIST_MD5[file]:
+    if not packed and hashlib.md5(content).hexdigest() != _MNIST_MD5[stem]:
         raise ValueError(f"{path} is damaged: wrong checksum (MD5). {remedy}")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
 
 
 def _packed_md5(name: str) -> dict[str, str]:
@@ -432,21 +462,26 @@ def _packed_md5(name: str) -> dict[str, str]:
     return dict(getattr(torchvision.datasets, name).resources)
 
 
-def _paths(name: str, file: str, data_dir: Path) -> tuple[Path, Path]:
-    folder = data_dir / name / "raw"
-    return folder / file, folder / f"{file}.gz"
+def _paths(name: str, file: str, data_dir: Path) -> list[Path]:
+    """Where a file may lie, the preferred place first."""
+    packed = data_dir / name / "raw" / f"{file}.gz"
+    # only MNIST's uncompressed files have a published checksum
+    return [packed.with_suffix(""), packed] if name == "MNIST" else [packed]
 
 
 def _missing(name: str, data_dir: Path) -> list[str]:
-    """The files of the set that are there neither raw nor as .gz."""
+    """The files of the set that are there in no form that can be verified."""
     return [
-        file for file in _FILES if not any(path.is_file() for path in _paths(name, file, data_dir))
+        file if name == "MNIST" else f"{file}.gz"
+        for file in _FILES
+        if not any(path.is_file() for path in _paths(name, file, data_dir))
     ]
 
 
 def _where_to_put(name: str, data_dir: Path) -> str:
+    ending = "[.gz]" if name == "MNIST" else ".gz"
     return (
-        f"Put the four files ({_FILES[0]}[.gz] ...) into {data_dir / name / 'raw'}, or point"
+        f"Put the four files ({_FILES[0]}{ending} ...) into {data_dir / name / 'raw'}, or point"
         " MNIST_DATA_DIR or --data.data_dir at the folder that holds them."
     )
 
@@ -468,10 +503,11 @@ def _download(name: str, data_dir: Path) -> None:
 
     known = getattr(torchvision.datasets, name)
     mirror = _first_to_answer(known.mirrors, known.resources[0][0])
-    data_dir.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_STALL_SECONDS)
+    made = not data_dir.exists()
     try:
+        data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
             # a class of the same name, because torchvision names its folder after it
             type(name, (known,), {"mirrors": [mirror]})(folder, download=True)
@@ -479,8 +515,13 @@ def _download(name: str, data_dir: Path) -> None:
             target.mkdir(parents=True, exist_ok=True)
             for file in (Path(folder) / name / "raw").iterdir():
                 os.replace(file, target / file.name)
-    except RuntimeError as error:  # torchvision's word for a failed or damaged download
-        raise OSError(f"the download from {mirror} failed ({error})") from error
+    except (RuntimeError, http.client.HTTPException, OSError) as error:
+        # RuntimeError is torchvision's word for a failed or damaged download
+        if made:
+            with contextlib.suppress(OSError):
+                data_dir.rmdir()
+        reason = " ".join(str(error).split())
+        raise OSError(f"the download from {mirror} failed: {reason}") from error
     finally:
         socket.setdefaulttimeout(timeout)
 

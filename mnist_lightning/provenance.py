@@ -35,10 +35,22 @@ def provenance(**facts: Any) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON whole or not at all: to a temporary name first, then renamed."""
+    """Writes JSON whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: under another name first, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(
+            f"{path} cannot be written: {reason}. Make room there, or make it writable."
+        ) from error
 
 
 def _version(package: str) -> str | None:
