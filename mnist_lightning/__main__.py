@@ -1,6 +1,7 @@
 """The command line. The first word decides what is imported: help and version need no PyTorch."""
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -60,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(words: list[str], debug: bool) -> int:
     module, function, _ = COMMANDS[words[0]]
+    hook = threading.excepthook
+    if not debug:
+        threading.excepthook = _without_write_errors
     try:
         run: Callable[[list[str]], None] = getattr(
             import_module(f"mnist_lightning.{module}"), function
@@ -73,7 +77,15 @@ def _guarded(words: list[str], debug: bool) -> int:
             raise
         print(f"error: {_explain(error)}", file=sys.stderr)
         return 1
+    finally:
+        threading.excepthook = hook
     return 0
+
+
+def _without_write_errors(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread prints a traceback on a full disk; its next call raises the same."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
 
 
 def _explain(error: Exception) -> str:

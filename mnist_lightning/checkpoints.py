@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, callbacks
 
 from mnist_lightning.models import Classifier
 from mnist_lightning.provenance import provenance, write_json
@@ -179,6 +179,30 @@ def _differences(asked: dict[str, Any], saved: dict[str, Any], group: str) -> st
         "; ".join(f"--{group}.{key} {asked[key]}, but it has {saved[key]}" for key in different)
         or "its weights have other names or shapes"
     )
+
+
+class ModelCheckpoint(callbacks.ModelCheckpoint):
+    """Lightning's own, for a run that goes on in its folder whatever path now leads there.
+
+    Lightning forgets what was best as soon as the path is spelled in another way: the first epoch
+    after would then pass for the best one, and earlier files for other files, to be removed.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        folder = self.dirpath
+
+        def here(path: str) -> str:
+            return str(Path(folder or "", Path(path).name)) if path else path
+
+        if folder and Path(here(state_dict["best_model_path"])).is_file():
+            state_dict = {
+                **state_dict,
+                "dirpath": folder,
+                "best_k_models": {here(k): v for k, v in state_dict["best_k_models"].items()},
+            }
+            for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                state_dict[key] = here(state_dict[key])
+        super().load_state_dict(state_dict)
 
 
 def record_test(run: Path, checkpoint: Path, metrics: dict[str, float], **facts: Any) -> int:

@@ -25,15 +25,15 @@ import torch
 import yaml
 from jsonargparse import ActionConfigFile
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from mnist_lightning import checkpoints, inspection
-from mnist_lightning.callbacks import EarlyStopping, EpochLines, ProgressBar
+from mnist_lightning.callbacks import EarlyStopping, EpochLines, LayerFreezing, ProgressBar
+from mnist_lightning.checkpoints import ModelCheckpoint
 from mnist_lightning.dashboard import Dashboard, RunLogger
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.models import Classifier, Perceptron
+from mnist_lightning.models import Classifier, Perceptron, ResNet18
 from mnist_lightning.provenance import write_text
 
 LOGS = "lightning_logs"
@@ -229,6 +229,7 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.add_lightning_class_args(LayerFreezing, "freezing")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         words = cast(list[str], args)
@@ -319,6 +320,8 @@ class CLI(LightningCLI):
         if self.subcommand == "fit":
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
+            if isinstance(self.model, ResNet18) and self.checkpoint is None:
+                self.model.load_pretrained()
             if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
                 kwargs["logger"] = self._run_logger()
             else:
@@ -376,9 +379,16 @@ class CLI(LightningCLI):
                 again = f"python -m mnist_lightning fit --ckpt_path {_short(self.run)}/last"
                 _say(f"\ninterrupted; to go on: {again}")
             raise
-        except Exception:
+        except Exception as error:
             if trainer.global_step == 0:
                 self._take_back_run()
+            if isinstance(error, OSError) and self.run is not None:
+                # of any of its files; those that were complete before still are
+                reason = (error.strerror or str(error)).lower()
+                raise ValueError(
+                    f"{_short(self.run)} cannot be written: {reason}. Make room there, or give"
+                    " another place: --trainer.default_root_dir DIR"
+                ) from error
             raise
         self._summarize()
 
