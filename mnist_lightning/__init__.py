@@ -15,7 +15,9 @@ _HOMES = {
     "Perceptron": "models",
     "ShallowNetwork": "models",
     "DeepNetwork": "models",
+    "ResNet18": "models",
     "EarlyStopping": "callbacks",
+    "LayerFreezing": "callbacks",
     "Dashboard": "dashboard",
     "RunLogger": "dashboard",
 }

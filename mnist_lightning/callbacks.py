@@ -1,9 +1,14 @@
-"""Callbacks for any LightningModule: early stopping, and what the console shows."""
+"""Callbacks for any LightningModule: early stopping, layer freezing, what the console shows."""
 
 import time
-from typing import Any
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class EarlyStopping(callbacks.EarlyStopping):
@@ -46,6 +51,163 @@ class EarlyStopping(callbacks.EarlyStopping):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning would restore the patience too, over the one just asked for
         super().load_state_dict({**state_dict, "patience": self.patience})
+
+
+class LayerFreezing(Callback):
+    """Trains some parameters of a module and leaves the others as they are.
+
+    Patterns match the names of ``named_parameters()``; a ``*`` matches dots too: ``net.layer4.*``.
+    Without patterns the module's own ``trained_by_default`` counts, a list of them, if it has one.
+    What is frozen gets no gradient and no place in an optimizer. The freezing is over when the
+    training is.
+
+    Args:
+        train: patterns of the parameters that train; the others are frozen.
+        freeze: patterns of those that are frozen; the others train. Only one of the two.
+        batch_norm: of BatchNorm layers with frozen parameters: ``frozen`` keeps their running
+            statistics too (evaluation mode), ``adapt`` lets these follow the training images.
+        unfreeze_at_epoch: after so many epochs everything trains. Without it, never.
+
+    Raises:
+        ValueError: contradicting arguments; in training, a pattern that matches nothing, nothing
+            left to train, or a checkpoint that was trained with other frozen parameters.
+    """
+
+    def __init__(
+        self,
+        train: list[str] | None = None,
+        freeze: list[str] | None = None,
+        batch_norm: Literal["frozen", "adapt"] = "frozen",
+        unfreeze_at_epoch: int | None = None,
+    ) -> None:
+        if train and freeze:
+            raise ValueError(f"say what to train or what to freeze, not both: {train}, {freeze}")
+        if batch_norm not in ("frozen", "adapt"):
+            raise ValueError(f"batch_norm must be frozen or adapt, got {batch_norm!r}")
+        if unfreeze_at_epoch is not None and unfreeze_at_epoch < 1:
+            raise ValueError(
+                f"unfreeze_at_epoch must be at least 1, got {unfreeze_at_epoch}."
+                " To freeze nothing, give no patterns."
+            )
+        self.train, self.freeze = train, freeze
+        self.batch_norm, self.unfreeze_at_epoch = batch_norm, unfreeze_at_epoch
+        self._frozen: dict[str, nn.Parameter] = {}
+        self._norms: list[nn.Module] = []
+        self._optimized: list[list[list[nn.Parameter]]] = []
+        self._resumed: list[str] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"frozen": list(self._frozen)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict["frozen"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # before the optimizers are made: who asks for parameters that train then gets only these
+        if stage != "fit":
+            return
+        self._resumed = None  # filled from a checkpoint, later
+        parameters = dict(pl_module.named_parameters())
+        patterns = self.freeze or self.train or getattr(pl_module, "trained_by_default", [])
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in parameters):
+                raise ValueError(
+                    f"freezing: no parameter matches {pattern!r}; there are:"
+                    f" {', '.join(_blocks(parameters))}"
+                )
+
+        def frozen(name: str) -> bool:
+            named = any(fnmatchcase(name, pattern) for pattern in patterns)
+            return named if self.freeze else bool(patterns) and not named
+
+        self._frozen = {name: p for name, p in parameters.items() if frozen(name)}
+        if len(self._frozen) == len(parameters):
+            raise ValueError(f"freezing: {', '.join(patterns)} leaves nothing to train")
+        if self._frozen and self.unfreeze_at_epoch and trainer.world_size > 1:
+            # DistributedDataParallel exchanges the gradients of what trains at the start
+            raise ValueError(
+                "unfreeze_at_epoch works in a single process only, not in"
+                f" {trainer.world_size}. Use one device, or freeze for the whole training."
+            )
+        for parameter in self._frozen.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None  # of an earlier training
+        self._norms = []
+        for prefix, module in pl_module.named_modules():
+            if isinstance(module, _BatchNorm) and self.batch_norm == "frozen":
+                own = [name for name, _ in module.named_parameters(recurse=False)]
+                # one without parameters goes by the name of its statistics
+                if all(frozen(f"{prefix}.{name}") for name in own or ["running_mean"]):
+                    self._norms.append(module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed == [] and self.unfreeze_at_epoch:  # the checkpoint lies beyond it
+            self._thaw()
+        elif self._resumed is not None and set(self._resumed) != self._frozen.keys():
+            raise ValueError(
+                f"freezing: the checkpoint was trained with {_count(self._resumed)} frozen, now"
+                f" {_count(self._frozen)} would be. Resume with the same settings."
+            )
+        if not self._frozen:
+            return
+        self._optimized = [
+            [group["params"] for group in optimizer.param_groups]
+            for optimizer in trainer.optimizers
+        ]
+        self._regroup(trainer)
+        trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        total = sum(p.numel() for p in pl_module.parameters())
+        _say(
+            f"training {', '.join(_blocks(trained))}:"
+            f" {sum(p.numel() for p in trained.values()):,} of {total:,} parameters\n"
+            f"frozen   {', '.join(_blocks(self._frozen))}"
+            + (f", and the statistics of {len(self._norms)} BatchNorm" if self._norms else "")
+        )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._frozen and trainer.current_epoch >= (self.unfreeze_at_epoch or float("inf")):
+            self._thaw()
+            self._regroup(trainer)
+            _say(f"epoch {trainer.current_epoch + 1}: from here on everything trains")
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # each time: whatever calls train() on the whole module would set their statistics moving
+        for norm in self._norms:
+            norm.eval()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._thaw()
+
+    def _thaw(self) -> None:
+        for parameter in self._frozen.values():
+            parameter.requires_grad_(True)
+        for norm in self._norms:
+            norm.train()
+        self._frozen, self._norms = {}, []
+
+    def _regroup(self, trainer: Trainer) -> None:
+        """Leaves in each optimizer those of its parameters that train, in their own order."""
+        for optimizer, groups in zip(trainer.optimizers, self._optimized, strict=True):
+            for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+                group["params"] = [p for p in parameters if p.requires_grad]
+
+
+def _blocks(names: Iterable[str]) -> list[str]:
+    """The patterns of the module's parts that hold these parameters, such as ``net.layer4.*``."""
+    split = (name.split(".") for name in names)
+    return list(dict.fromkeys(".".join(n[:2]) + (".*" if len(n) > 2 else "") for n in split))
+
+
+def _count(names: Collection[str]) -> str:
+    return f"{len(names)} parameters ({', '.join(_blocks(names))})" if names else "nothing"
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 class ProgressBar(callbacks.TQDMProgressBar):

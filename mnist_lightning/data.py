@@ -502,26 +502,38 @@ def _download(name: str, data_dir: Path) -> None:
     import torchvision.datasets
 
     known = getattr(torchvision.datasets, name)
-    mirror = _first_to_answer(known.mirrors, known.resources[0][0])
+    made = not data_dir.exists()
+    with answering(known.mirrors, known.resources[0][0]) as mirror:
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
+                # a class of the same name, because torchvision names its folder after it
+                type(name, (known,), {"mirrors": [mirror]})(folder, download=True)
+                target = data_dir / name / "raw"
+                target.mkdir(parents=True, exist_ok=True)
+                for file in (Path(folder) / name / "raw").iterdir():
+                    os.replace(file, target / file.name)
+        except (RuntimeError, http.client.HTTPException, OSError) as error:
+            # RuntimeError is torchvision's word for a failed or damaged download
+            if made:
+                with contextlib.suppress(OSError):
+                    data_dir.rmdir()
+            reason = " ".join(str(error).split())
+            raise OSError(f"the download from {mirror} failed: {reason}") from error
+
+
+@contextlib.contextmanager
+def answering(mirrors: Sequence[str], file: str) -> Iterator[str]:
+    """The first mirror that answers for the file; within, a download that stalls is given up.
+
+    Raises:
+        OSError: none answers within ``_REACH_SECONDS``.
+    """
+    mirror = _first_to_answer(mirrors, file)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_STALL_SECONDS)
-    made = not data_dir.exists()
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
-            # a class of the same name, because torchvision names its folder after it
-            type(name, (known,), {"mirrors": [mirror]})(folder, download=True)
-            target = data_dir / name / "raw"
-            target.mkdir(parents=True, exist_ok=True)
-            for file in (Path(folder) / name / "raw").iterdir():
-                os.replace(file, target / file.name)
-    except (RuntimeError, http.client.HTTPException, OSError) as error:
-        # RuntimeError is torchvision's word for a failed or damaged download
-        if made:
-            with contextlib.suppress(OSError):
-                data_dir.rmdir()
-        reason = " ".join(str(error).split())
-        raise OSError(f"the download from {mirror} failed: {reason}") from error
+        yield mirror
     finally:
         socket.setdefaulttimeout(timeout)
 

@@ -1,20 +1,28 @@
-"""The study's architectures: a perceptron, a shallow network, deep networks.
+"""The study's architectures: a perceptron, a shallow network, deep networks, ResNet-18.
 
 Each is a LightningModule around a plain ``torch.nn.Module`` (its ``net``), which can be used alone.
 Hyper-parameters are plain types, so every checkpoint records them and loads as data, not as code.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
+from torchvision.models import ResNet18_Weights, resnet18
+
+from mnist_lightning.callbacks import LayerFreezing
+from mnist_lightning.data import answering
 
 PIXELS = 28 * 28
 CLASSES = 10
@@ -137,9 +145,16 @@ class Classifier(LightningModule):
         Lightning restores the optimizer's state after this hook, and the learning rate with it.
         """
         saved = checkpoint.get("hyper_parameters", {}).get("lr", self.lr)
-        for state in checkpoint.get("optimizer_states", []) if saved != self.lr else []:
+        if saved == self.lr:
+            return
+        for state in checkpoint.get("optimizer_states", []):
             for group in state["param_groups"]:
-                group["lr"] = self.lr
+                # under a schedule, at the same point of it
+                group["lr"] = self.lr * (group["lr"] / group.get("initial_lr", group["lr"]))
+                if "initial_lr" in group:
+                    group["initial_lr"] = self.lr
+        for state in checkpoint.get("lr_schedulers", []):
+            state["base_lrs"] = [self.lr for _ in state["base_lrs"]]
 
 
 class AffineMap(nn.Module):
@@ -251,3 +266,201 @@ class DeepNetwork(Classifier):
             )
         super().__init__(mlp(hidden_units), lr, optimizer)
         self.save_hyperparameters()
+
+
+Regime = Literal["scratch", "finetune", "freeze"]
+Stem = Literal["sum", "reset"]
+Schedule = Literal["constant", "one_cycle"]
+
+
+class ResNet18(Classifier):
+    """ResNet-18 for one channel and ten classes: 11,175,370 parameters.
+
+    ``net`` is torchvision's (He et al. 2015, "Deep residual learning for image recognition",
+    arXiv:1512.03385), in the memory format channels_last, which convolutions in bf16 prefer.
+
+    A pretrained stem expects three channels. ``sum`` adds up its filters, which for a gray image is
+    the same as the image three times, also at the border, since all three channels are then padded
+    alike. That holds exactly for pixels normalised by one mean and deviation, as the data's
+    normalization ``imagenet`` does: (0.449, 0.226), the means over ImageNet's channels. Its own
+    normalisation, one for each channel, would scale such pixels by 0.987, 1.009 and 1.004, and
+    shift them by -0.16, -0.03 and +0.19.
+
+    Pretrained weights are loaded when a training starts from nothing; whoever has a checkpoint does
+    not need them. Alone, ``load_pretrained`` does it.
+
+    Args:
+        regime: ``scratch`` draws all weights; ``finetune`` starts from pretrained ones and trains
+            them all; ``freeze`` starts from pretrained ones and trains layer4 and fc alone (which
+            the callback ``LayerFreezing`` sees to, and its own patterns take precedence).
+        weights: ``IMAGENET1K_V1``, from torchvision's cache or its address, or a file (.pth,
+            .safetensors) with a state dict of ResNet-18. Its fc is not used: other classes.
+        stem: what becomes of the pretrained first convolution: ``sum``, or ``reset`` to draw it
+            anew as the study did.
+        lr: learning rate; under a schedule, its peak.
+        optimizer: ``sgd`` (plain), ``adam`` or ``adamw``.
+        schedule: of the learning rate: ``constant``, or ``one_cycle``, which rises over the first
+            quarter of the steps and falls to zero over the rest.
+    """
+
+    def __init__(
+        self,
+        regime: Regime = "scratch",
+        weights: str = "IMAGENET1K_V1",
+        stem: Stem = "sum",
+        lr: float = 0.01,
+        optimizer: OptimizerName = "adam",
+        schedule: Schedule = "constant",
+    ) -> None:
+        for name, value, allowed in (
+            ("regime", regime, Regime),
+            ("stem", stem, Stem),
+            ("schedule", schedule, Schedule),
+        ):
+            choices = allowed.__args__  # type: ignore[attr-defined]
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        net = resnet18(num_classes=CLASSES)
+        net.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        super().__init__(net.to(memory_format=torch.channels_last), lr, optimizer)  # type: ignore[call-overload]
+        self.save_hyperparameters()
+        self.regime, self.weights, self.stem, self.schedule = regime, weights, stem, schedule
+        self.trained_by_default = ["net.layer4.*", "net.fc.*"] if regime == "freeze" else []
+        self._drawn = True
+        net.register_load_state_dict_post_hook(self._loaded)
+
+    def _loaded(self, *_: object) -> None:
+        # from a checkpoint, a file, another model: what was loaded is not to be overwritten
+        self._drawn = False
+
+    def load_pretrained(self) -> None:
+        """Loads what ``regime`` asks for, unless the network has had weights loaded already.
+
+        Raises:
+            ValueError: the weights cannot be had, are no state dict of ResNet-18, or hold code.
+        """
+        if self.regime == "scratch" or not self._drawn:
+            return
+        own = self.net.state_dict()
+        loaded = _state_dict(self.weights, {name: value.shape for name, value in own.items()})
+        if self.stem == "sum":
+            loaded["conv1.weight"] = loaded["conv1.weight"].float().sum(1, keepdim=True)
+        else:
+            del loaded["conv1.weight"]
+        self.net.load_state_dict({**own, **loaded})
+
+    def configure_callbacks(self) -> list[Callback]:
+        # for a Trainer made in Python; the command line's has one, with what its flags say
+        present = self.trainer.callbacks  # type: ignore[attr-defined]
+        has_one = any(isinstance(c, LayerFreezing) for c in present)
+        return [LayerFreezing()] if self.trained_by_default and not has_one else []
+
+    def on_fit_start(self) -> None:
+        self.load_pretrained()
+        on_cpu, bf16 = self.device.type == "cpu", "bf16" in str(self.trainer.precision)
+        if on_cpu and bf16 and not any(_cpu_can(kind) for kind in ("avx512_bf16", "bf16")):
+            rank_zero_warn(
+                "this processor computes bf16 slowly; --trainer.precision 32-true is faster here"
+            )
+
+    def configure_optimizers(self) -> Any:
+        # one pass over the 11 million parameters, where the default takes several
+        optimizer = OPTIMIZERS[self.optimizer](self.parameters(), lr=self.lr, fused=True)  # type: ignore[call-arg]
+        if self.schedule == "constant":
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("schedule one_cycle needs an end: set max_epochs, or max_steps")
+        scheduler = LambdaLR(optimizer, lambda step: one_cycle(step, int(steps)))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+
+def one_cycle(step: int, steps: int) -> float:
+    """Share of the peak learning rate at ``step`` of ``steps``: straight up, then straight to zero.
+
+    After Smith and Topin 2017, "Super-convergence" (arXiv:1708.07120), without its last stretch.
+    """
+    rise = max(1, steps // 4)
+    return max(0.0, min((step + 1) / rise, (steps - step) / max(1, steps - rise + 1)))
+
+
+def _state_dict(weights: str, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The pretrained tensors without those of fc, checked against the shapes of our own."""
+    known = weights in ResNet18_Weights.__members__
+    path = _cached(ResNet18_Weights[weights]) if known else Path(weights)
+    tensors = _read_tensors(path)
+    tensors = {name: value for name, value in tensors.items() if not name.startswith("fc.")}
+    needed = {name for name in shapes if not name.startswith("fc.")}
+    # counters that files older than PyTorch 0.4.1 do not have
+    counters = {name for name in needed if name.endswith(".num_batches_tracked")}
+
+    def fits(name: str) -> bool:
+        # an image's channels are the stem's own affair
+        ours, theirs = list(shapes[name]), list(tensors[name].shape)
+        if name == "conv1.weight" and theirs[1:2] in ([1], [3]):
+            ours[1] = theirs[1]
+        return ours == theirs
+
+    faults = {
+        "missing": needed - counters - tensors.keys(),
+        "left over": tensors.keys() - needed,
+        "of another shape": {name for name in needed & tensors.keys() if not fits(name)},
+    }
+    if any(faults.values()):
+        named = (f"{what}: {_some(names)}" for what, names in faults.items() if names)
+        raise ValueError(f"{path} holds no weights of ResNet-18; {'; '.join(named)}")
+    return tensors
+
+
+def _some(names: Collection[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(sorted(names)[:most]) + more
+
+
+def _cached(weights: ResNet18_Weights) -> Path:
+    """The file in torchvision's cache, fetched if it is not there."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    file = folder / Path(weights.url).name
+    if not file.is_file():
+        try:
+            with answering([weights.url], ""):
+                weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: a damaged download
+            raise ValueError(
+                f"{file.name} is not in {folder}, and could not be fetched: {error}."
+                " Put it there, or name another file: --model.weights FILE"
+            ) from error
+    return file
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """A file of tensors by name; nothing that it holds is executed."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise ValueError(f"{path} needs a package: pip install safetensors") from error
+    except FileNotFoundError as error:
+        names = ", ".join(ResNet18_Weights.__members__)
+        raise ValueError(f"weights must be {names} or a file; there is no file {path}") from error
+    except UnpicklingError as error:
+        if "nsupported" not in str(error):  # neither an unsupported global, nor operand
+            raise ValueError(f"{path} is damaged, or no file of weights") from error
+        raise ValueError(f"{path} holds code besides tensors: refused, nothing was run") from error
+    except Exception as error:  # whatever a truncated file leads torch or safetensors to
+        raise ValueError(f"{path} is damaged, or no file of weights") from error
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{path} is not a state dict: it does not hold tensors by name")
+    return dict(content)
+
+
+def _cpu_can(kind: str) -> bool:
+    return bool(torch.cpu.get_capabilities().get(kind))
