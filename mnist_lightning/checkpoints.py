@@ -194,7 +194,8 @@ class ModelCheckpoint(callbacks.ModelCheckpoint):
         def here(path: str) -> str:
             return str(Path(folder or "", Path(path).name)) if path else path
 
-        if folder and Path(here(state_dict["best_model_path"])).is_file():
+        best = state_dict["best_model_path"]
+        if folder and (not best or Path(here(best)).is_file()):
             state_dict = {
                 **state_dict,
                 "dirpath": folder,
