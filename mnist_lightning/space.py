@@ -26,19 +26,17 @@ class Trial:
         params: what tells it from the others, its ``seed`` among them.
         number: its place in the search, from 0.
         round: of the search, from 0.
-        sampled: whether a sampler drew it, who may draw the same parameters again.
     """
 
     params: Mapping[str, Any]
     number: int
     round: int = 0
-    sampled: bool = False
 
     @property
     def id(self) -> str:
         """Eight hexadecimal digits that follow from the parameters, whatever their order."""
-        key = [sorted(self.params.items()), self.number if self.sampled else None]
-        return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
+        key = json.dumps(dict(self.params), sort_keys=True)
+        return hashlib.sha256(key.encode()).hexdigest()[:8]
 
 
 class Score(NamedTuple):

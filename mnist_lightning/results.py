@@ -1,0 +1,269 @@
+"""What a search leaves behind: a folder of trials, written so that no crash can damage them.
+
+search.json                 what was searched, on which data: another search is refused
+trials/<id>.json            one finished trial: the truth, written once, whole or not at all
+checkpoints/<id>.ckpt       its weights, an ordinary checkpoint; best.ckpt is the winner's
+state/<unit>.pt             where unfinished trainings stand, to go on to the bit
+results.json, results.csv   all trials
+tensorboard/                a few numbers a trial, and its hyper-parameters
+"""
+
+import contextlib
+import csv
+import json
+import math
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mnist_lightning.provenance import provenance, write_json
+from mnist_lightning.space import Score, Trial
+
+if TYPE_CHECKING:
+    import pandas
+
+Record = dict[str, Any]
+
+# what happened in each epoch; the train loss is the mean over its mini-batches as they came
+CURVES = ("train_loss", "val_loss", "val_acc")
+
+
+class Results:
+    """The folder of a search.
+
+    Args:
+        path: the folder, which need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.trials, self.checkpoints = path / "trials", path / "checkpoints"
+        self.state = path / "state"
+        self._records: dict[str, Record] = {}  # a finished trial never changes
+
+    def open(self, identity: Mapping[str, Any]) -> None:
+        """Makes the folder, or checks that it is of the same search.
+
+        Args:
+            identity: all that the results depend on, as JSON types.
+
+        Raises:
+            ValueError: it holds another search, or a damaged file.
+        """
+        for folder in (self.trials, self.checkpoints, self.state):
+            folder.mkdir(parents=True, exist_ok=True)
+        about = self.path / "search.json"
+        if not about.is_file():
+            write_once(about, {**identity, "provenance": provenance()})
+        held = _read_json(about, "delete the folder to start anew")
+        for key, value in identity.items():
+            if held.get(key) != value:
+                raise ValueError(
+                    f"{self.path} holds another search: {_difference(key, held.get(key), value)}."
+                    " Choose another folder with --name, or delete this one"
+                )
+        self.records()
+
+    def record(self, id: str) -> Record | None:
+        """A finished trial, or ``None``.
+
+        Raises:
+            ValueError: its file is damaged.
+        """
+        file = self.trials / f"{id}.json"
+        if id not in self._records and file.is_file():
+            remedy = "delete it, and the trial is trained again"
+            record = _read_json(file, remedy)
+            if record.get("id") != id or not {"state", "params", "val_acc"} <= record.keys():
+                raise ValueError(f"{file} is damaged (not trial {id}): {remedy}")
+            self._records[id] = record
+        return self._records.get(id)
+
+    def records(self) -> dict[str, Record]:
+        """All trials finished so far, by id."""
+        for file in self.trials.glob("[!.]*.json"):
+            self.record(file.stem)
+        return self._records
+
+    def in_order(self) -> list[Record]:
+        """All trials finished so far, in the order of their numbers."""
+        return sorted(self.records().values(), key=lambda record: record["number"])
+
+    def add(self, record: Record) -> None:
+        """Writes a finished trial; whoever finishes it first stays."""
+        write_once(self.trials / f"{record['id']}.json", record)
+
+    def write_tables(self) -> list[Record]:
+        """Writes ``results.json`` and ``results.csv``; returns what the former holds."""
+        found = self.in_order()
+        write_json(self.path / "results.json", found)
+        rows = [_flat(record) for record in found]
+
+        def write(temporary: Path) -> None:
+            with temporary.open("w", newline="") as file:
+                table = csv.DictWriter(
+                    file, list(dict.fromkeys(name for row in rows for name in row))
+                )
+                table.writeheader()
+                table.writerows(rows)
+
+        replace(self.path / "results.csv", write)
+        return found
+
+    def write_tensorboard(self, model: str) -> None:
+        """Adds the trials to TensorBoard: whole curves of hundreds of runs make its page crawl."""
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        metrics = ("val/acc", "val/loss", "best/val_acc", "run/epochs", "run/seconds")
+        root = self.path / "tensorboard"
+        for record in self.in_order():
+            folder = root / f"{record['number']:04d}-{record['id']}"
+            if folder.is_dir() or record["state"] == "FAIL":
+                continue
+            cells = {"model": model, **record["params"], "seed": record["seed"]}
+            for name, value in cells.items():
+                cells[name] = value if isinstance(value, int | float) else str(value)
+            columns, start, end = hparams(cells, dict.fromkeys(metrics, 0.0))
+            if not root.is_dir():
+                with SummaryWriter(str(root)) as writer:
+                    writer.file_writer.add_summary(columns)
+            values = [
+                record[n] for n in ("val_acc", "val_loss", "best_val_acc", "epochs", "seconds")
+            ]
+            with SummaryWriter(str(folder)) as writer:
+                writer.file_writer.add_summary(start)
+                for metric, value in zip(metrics, values, strict=True):
+                    writer.add_scalar(metric, value, record["epochs"])
+                writer.file_writer.add_summary(end)
+
+
+def new_record(
+    trial: Trial,
+    id: str,
+    curves: Mapping[str, Sequence[float]],
+    seconds: float,
+    state: str = "COMPLETE",
+    error: str | None = None,
+) -> Record:
+    """A trial's result, as its file holds it.
+
+    Args:
+        trial: what was trained.
+        id: its name.
+        curves: by name as in ``CURVES``, a number for each epoch.
+        seconds: it took; of networks trained together, its share.
+        state: ``COMPLETE``, ``PRUNED`` or ``FAIL``.
+        error: of a trial that failed, the reason. Its figures are left empty: they mean nothing.
+    """
+    params = dict(trial.params)
+    figures = dict.fromkeys((*CURVES, "best_val_acc", "best_epoch"))
+    if state != "FAIL":
+        figures |= {name: curves[name][-1] for name in CURVES}
+        best = max(curves["val_acc"])
+        figures |= {"best_val_acc": best, "best_epoch": 1 + list(curves["val_acc"]).index(best)}
+    return {
+        "id": id,
+        "number": trial.number,
+        "round": trial.round,
+        "state": state,
+        "seed": params.pop("seed"),
+        "params": params,
+        **figures,
+        "epochs": len(curves["val_acc"]),
+        "seconds": round(seconds, 3),
+        "error": error,
+        # JSON has no word for what is not a number
+        "curves": {
+            name: [value if math.isfinite(value) else None for value in curves[name]]
+            for name in CURVES
+        },
+    }
+
+
+def score(record: Record, objective: str) -> Score | None:
+    """By which trials are ranked; ``None`` unless it was completed.
+
+    Args:
+        record: of the trial.
+        objective: ``val_acc``, after the last epoch, or ``best_val_acc``.
+    """
+    if record["state"] != "COMPLETE":
+        return None
+    if objective == "val_acc":
+        return Score(record["val_acc"], record["val_loss"])
+    return Score(record["best_val_acc"], record["curves"]["val_loss"][record["best_epoch"] - 1])
+
+
+def load_results(path: str | os.PathLike[str]) -> "pandas.DataFrame":
+    """The trials of a search as a table, a row each.
+
+    Args:
+        path: the search's folder (finished or not), or its ``results.json``.
+
+    Returns:
+        Columns as in ``results.csv`` and, last, ``curves``: a dict of lists, see ``CURVES``.
+
+    Raises:
+        ValueError: there is no search, or pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ValueError("a table needs pandas: pip install 'mnist-lightning[search]'") from error
+    path = Path(path)
+    if path.is_file():
+        records = _read_json(path, "run the search again, which writes it anew", list)
+    elif (path / "search.json").is_file():
+        records = Results(path).in_order()
+    else:
+        raise ValueError(f"{path} is not the folder of a search: it has no search.json")
+    return pandas.DataFrame([{**_flat(r), "curves": r["curves"]} for r in records])
+
+
+def _flat(record: Record) -> Record:
+    """A row: the parameters as columns of their own, without the curves."""
+    row: Record = {}
+    for name, value in record.items():
+        if name == "params":
+            row |= value
+        elif name != "curves":
+            row[name] = value
+    return row
+
+
+def replace(path: Path, write: Callable[[Path], None]) -> None:
+    """Has a file written under another name, then puts it in place."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_once(path: Path, content: Any) -> None:
+    """Writes JSON whole or not at all, and never over what is there."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    with contextlib.suppress(FileExistsError):
+        os.link(temporary, path)  # unlike a rename, this refuses to replace
+    temporary.unlink()
+
+
+def _read_json(file: Path, remedy: str, kind: type = dict) -> Any:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): {remedy}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{file} is damaged (no JSON {kind.__name__}): {remedy}")
+    return content
+
+
+def _difference(key: str, held: Any, asked: Any) -> str:
+    """Where two values differ, as deep as can be said in a line."""
+    if isinstance(held, dict) and isinstance(asked, dict):
+        for name in [*asked, *held]:
+            if held.get(name) != asked.get(name):
+                return _difference(f"{key}.{name}", held.get(name), asked.get(name))
+    return f"its {key} is {json.dumps(held)}, not {json.dumps(asked)}"
