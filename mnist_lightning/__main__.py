@@ -14,6 +14,7 @@ COMMANDS = {
     "validate": ("cli", "validate", "score a checkpoint on the validation images"),
     "test": ("cli", "test", "score a checkpoint on the test images, and count the look"),
     "predict": ("cli", "predict", "label images with a checkpoint"),
+    "search": ("search", "main", "train many models and compare them"),
     "inspect": ("cli", "inspect", "print the layers of a model, and the perceptron's tensors"),
 }
 

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -607,6 +609,11 @@ class Worker:
                 if epoch_done(values, lambda: list(module.state_dict().values())):
                     trainer.should_stop = True
 
+        # a search says what is worth saying itself
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+        for advice in (".*does not have many workers.*", ".*LeafSpec.*"):
+            warnings.filterwarnings("ignore", advice)
         seed_everything(trial.params["seed"], verbose=False)
         model, data = self.search.build(trial.params), self.search.data_module(trial.params)
         settings = {
@@ -1060,26 +1067,36 @@ def _find_config(name: str) -> Path:
     raise ValueError(f"--config {name}: no such file; {_hint(name, names)}")
 
 
-def main(argv: list[str]) -> int:
-    """``python -m mnist_lightning search --config NAME [options]``.
+def read(argv: Sequence[str]) -> tuple[Search, dict[str, Any]]:
+    """The search that the words of a command line ask for, and the other arguments of ``run``.
 
     Raises:
-        ValueError: the command line or the configuration cannot be understood, or cannot work.
+        ValueError: they, or the configuration that they name, cannot be understood.
     """
     try:
-        settings = _parser().parse_args(argv)
+        settings = _parser().parse_args(list(argv))
     except (ArgumentError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ValueError("; ".join(lines[:2])) from error
     given = settings.as_dict()
     configs = given.pop("config") or []
-    name = Path(str(configs[-1])).stem if configs else "search"
     place = {key: given.pop(key) for key in ("folder", "workers", "storage", "device")}
-    if place["folder"]:
+    if place["folder"] is not None:
         place["folder"] = Path(place["folder"])
     if place["workers"] is not None:
         _check_count("workers", place["workers"])
     if isinstance(given["strategy"], str):
         given["strategy"] = {"name": given["strategy"]}
-    run(Search(**{**given, "name": given["name"] or name}), **place)
+    given["name"] = given["name"] or (Path(str(configs[-1])).stem if configs else "search")
+    return Search(**given), place
+
+
+def main(argv: Sequence[str]) -> int:
+    """``python -m mnist_lightning search --config NAME [options]``.
+
+    Raises:
+        ValueError: what was asked for cannot be understood, or cannot work.
+    """
+    search, place = read(argv)
+    run(search, **place)
     return 0
