@@ -143,6 +143,7 @@ class LayerFreezing(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed == [] and self.unfreeze_at_epoch:  # the checkpoint lies beyond it
             self._thaw()
+            self._frozen = {}
         elif self._resumed is not None and set(self._resumed) != self._frozen.keys():
             raise ValueError(
                 f"freezing: the checkpoint was trained with {_count(self._resumed)} frozen, now"
@@ -167,6 +168,7 @@ class LayerFreezing(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._frozen and trainer.current_epoch >= (self.unfreeze_at_epoch or float("inf")):
             self._thaw()
+            self._frozen = {}
             self._regroup(trainer)
             _say(f"epoch {trainer.current_epoch + 1}: from here on everything trains")
 
@@ -179,14 +181,14 @@ class LayerFreezing(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._thaw()
+            self._thaw()  # but a checkpoint that is saved from here on still says what was frozen
 
     def _thaw(self) -> None:
         for parameter in self._frozen.values():
             parameter.requires_grad_(True)
         for norm in self._norms:
             norm.train()
-        self._frozen, self._norms = {}, []
+        self._norms = []
 
     def _regroup(self, trainer: Trainer) -> None:
         """Leaves in each optimizer those of its parameters that train, in their own order."""

@@ -28,6 +28,21 @@ def mnist_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def resnet18_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file like torchvision's pretrained one: the same names and shapes, other numbers."""
+    from torchvision.models import resnet18
+
+    generator = torch.Generator().manual_seed(0)
+    net = resnet18()
+    for name, value in net.state_dict().items():
+        if name.endswith(("running_mean", "running_var")):
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    file = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(net.state_dict(), file)
+    return file
+
+
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
     """Commands under test set up warnings for a terminal; each test starts with pytest's own."""

@@ -28,13 +28,16 @@ def test_early_stopping_can_fire(config: Path) -> None:
     assert patience < settings["trainer"]["max_epochs"]
 
 
-def test_runs(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs(
+    config: Path, resnet18_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For real, for a few steps on the digits, from a folder that knows nothing of the project."""
     monkeypatch.chdir(tmp_path)
     few = "--trainer.max_epochs 2 --trainer.limit_train_batches 4 --trainer.limit_val_batches 2"
     words = f"--config {config.name} --data.source digits {few}"
     if "resnet" in config.stem:
         words += " --data.image_size 28 --data.batch_size 8 --data.eval_batch_size 32"
+        words += f" --model.weights {resnet18_file}"
     assert main(["fit", *words.split()]) == 0
     run = tmp_path / "lightning_logs" / config.stem / "version_0"
     saved = yaml.safe_load((run / "config.yaml").read_text())
