@@ -19,6 +19,7 @@ import torchvision.datasets
 
 from mnist_lightning import provenance
 from mnist_lightning.__main__ import main
+from mnist_lightning.models import Classifier
 
 DIGITS = ("--data.source", "digits")
 QUICK = (*DIGITS, "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu")
@@ -91,7 +92,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 WRONG_WORDS: list[tuple[str, list[str]]] = [
     # command line, what the message must hold: the value, and the remedy
     ("fti", ["'fti'", "did you mean fit?"]),
-    ("zzz", ["'zzz'", "there are: fit, validate, test, predict, inspect"]),
+    ("zzz", ["'zzz'", "there are: fit, validate, test, predict"]),
     ("--config shallow.yaml", ["'--config'", "there are: fit"]),
     ("fit", ["which model?", "--config NAME", "shallow.yaml", "--model CLASS"]),
     ("inspect", ["which model?", "--config NAME", "shallow.yaml", "--model CLASS"]),
@@ -503,6 +504,7 @@ def test_a_read_only_run_is_not_tested(
 ) -> None:
     """A look at the test images that could not be noted is not taken."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(Classifier, "test_step", lambda *_: pytest.fail("looked"))
     text = refused("test", "--ckpt_path", run)
     assert "read-only" in text
     assert str(run) in text
@@ -510,8 +512,9 @@ def test_a_read_only_run_is_not_tested(
 
 @pytest.mark.parametrize("content", ["{broken", "7", ""])
 def test_a_damaged_book_of_tests_is_kept_and_no_look_is_taken(
-    refused: Refused, run: Path, content: str, capsys: pytest.CaptureFixture[str]
+    refused: Refused, run: Path, content: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Classifier, "test_step", lambda *_: pytest.fail("looked"))
     (run / "test.json").write_text(content)
     text = refused("test", "--ckpt_path", run)
     assert f"{run}/test.json" in text
