@@ -435,6 +435,7 @@ def test_a_disk_without_room_for_a_folder(
         assert part in text
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("size", [10, 500])
 def test_a_disk_that_is_full_from_the_start(refused: Refused, size: int) -> None:
     """10 bytes are not enough for TensorBoard's file, 500 not for config.yaml."""
