@@ -89,7 +89,7 @@ def freeze(data: MNISTDataModule, file: Path, stem: str, batch_norm: str, seed: 
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    logging.getLogger("lightning").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     data = MNISTDataModule(
         source="mnist",
         batch_size=FREEZING["batch_size"],

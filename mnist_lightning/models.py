@@ -301,6 +301,8 @@ class ResNet18(Classifier):
         optimizer: ``sgd`` (plain), ``adam`` or ``adamw``.
         schedule: of the learning rate: ``constant``, or ``one_cycle``, which rises over the first
             quarter of the steps and falls to zero over the rest.
+        compile: trains through torch.compile, which takes a minute or more to start and is meant
+            for a GPU: on a CPU it was slower.
     """
 
     def __init__(
@@ -311,6 +313,7 @@ class ResNet18(Classifier):
         lr: float = 0.01,
         optimizer: OptimizerName = "adam",
         schedule: Schedule = "constant",
+        compile: bool = False,
     ) -> None:
         for name, value, allowed in (
             ("regime", regime, Regime),
@@ -358,6 +361,8 @@ class ResNet18(Classifier):
 
     def on_fit_start(self) -> None:
         self.load_pretrained()
+        if self.hparams["compile"]:
+            self.net.compile()  # in place: the names of the weights stay
         on_cpu, bf16 = self.device.type == "cpu", "bf16" in str(self.trainer.precision)
         if on_cpu and bf16 and not any(_cpu_can(kind) for kind in ("avx512_bf16", "bf16")):
             rank_zero_warn(

@@ -367,6 +367,18 @@ def test_schedule_goes_on_where_it_was(digits: MNISTDataModule, tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_compiling_changes_speed_alone(digits: MNISTDataModule) -> None:
+    """The same weights under the same names, up to rounding."""
+    trained = [model(lr=0.01, compile=compile) for compile in (False, True)]
+    for each in trained:
+        trainer(limit_train_batches=1, limit_val_batches=0).fit(each, digits)
+    plain, compiled = (each.state_dict() for each in trained)
+    assert plain.keys() == compiled.keys()
+    for name in plain:
+        torch.testing.assert_close(plain[name], compiled[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_small_config_learns_mnist(mnist_dir: Path, tmp_path: Path) -> None:
     """One epoch of the recipe for small machines; the whole recipe's figures stand in its file."""
     words = (
