@@ -107,22 +107,7 @@ class LayerFreezing(Callback):
         if stage != "fit":
             return
         self._resumed = None  # filled from a checkpoint, later
-        parameters = dict(pl_module.named_parameters())
-        patterns = self.freeze or self.train or getattr(pl_module, "trained_by_default", [])
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in parameters):
-                raise ValueError(
-                    f"freezing: no parameter matches {pattern!r}; there are:"
-                    f" {', '.join(_blocks(parameters))}"
-                )
-
-        def frozen(name: str) -> bool:
-            named = any(fnmatchcase(name, pattern) for pattern in patterns)
-            return named if self.freeze else bool(patterns) and not named
-
-        self._frozen = {name: p for name, p in parameters.items() if frozen(name)}
-        if len(self._frozen) == len(parameters):
-            raise ValueError(f"freezing: {', '.join(patterns)} leaves nothing to train")
+        self._frozen = self.choose(pl_module)
         if self._frozen and self.unfreeze_at_epoch and trainer.world_size > 1:
             # DistributedDataParallel exchanges the gradients of what trains at the start
             raise ValueError(
@@ -137,8 +122,34 @@ class LayerFreezing(Callback):
             if isinstance(module, _BatchNorm) and self.batch_norm == "frozen":
                 own = [name for name, _ in module.named_parameters(recurse=False)]
                 # one without parameters goes by the name of its statistics
-                if all(frozen(f"{prefix}.{name}") for name in own or ["running_mean"]):
+                names = [f"{prefix}.{name}" for name in own or ["running_mean"]]
+                if all(self._freezes(name, self._patterns(pl_module)) for name in names):
                     self._norms.append(module)
+
+    def choose(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of a module that would be frozen, by name.
+
+        Raises:
+            ValueError: a pattern that matches nothing, or nothing left to train.
+        """
+        parameters, patterns = dict(module.named_parameters()), self._patterns(module)
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in parameters):
+                raise ValueError(
+                    f"freezing: no parameter matches {pattern!r}; there are:"
+                    f" {', '.join(_blocks(parameters))}"
+                )
+        chosen = {name: p for name, p in parameters.items() if self._freezes(name, patterns)}
+        if patterns and len(chosen) == len(parameters):
+            raise ValueError(f"freezing: {', '.join(patterns)} leaves nothing to train")
+        return chosen
+
+    def _patterns(self, module: nn.Module) -> list[str]:
+        return self.freeze or self.train or getattr(module, "trained_by_default", [])
+
+    def _freezes(self, name: str, patterns: list[str]) -> bool:
+        named = any(fnmatchcase(name, pattern) for pattern in patterns)
+        return named if self.freeze else bool(patterns) and not named
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed == [] and self.unfreeze_at_epoch:  # the checkpoint lies beyond it

@@ -322,6 +322,7 @@ class CLI(LightningCLI):
             self.datamodule.setup("fit")
             if isinstance(self.model, ResNet18) and self.checkpoint is None:
                 self.model.load_pretrained()
+            self._get(self.config_init, "freezing").choose(self.model)
             if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
                 kwargs["logger"] = self._run_logger()
             else:

@@ -454,7 +454,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except ImportError as error:
         raise ValueError(f"{path} needs a package: pip install safetensors") from error
     except FileNotFoundError as error:
-        names = ", ".join(ResNet18_Weights.__members__)
+        names = ", ".join(known.name for known in ResNet18_Weights)
         raise ValueError(f"weights must be {names} or a file; there is no file {path}") from error
     except UnpicklingError as error:
         if "nsupported" not in str(error):  # neither an unsupported global, nor operand

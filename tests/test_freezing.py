@@ -245,3 +245,7 @@ def test_from_the_command_line(
     assert main(["fit", "--ckpt_path", last, "--trainer.max_epochs", "2"]) == 0
     resumed = torch.load(last, weights_only=True)["state_dict"]
     assert all(torch.equal(resumed[name], two[name]) for name in two)
+    monkeypatch.chdir(tmp_path.parent)  # a wrong pattern shows before a run's folder is made
+    assert main("fit --config shallow --data.source digits --freezing.train+ net.fc.*".split()) == 1
+    assert "no parameter matches 'net.fc.*'; there are: net.hidden1.*" in capsys.readouterr().err
+    assert not (tmp_path.parent / "lightning_logs").exists()
