@@ -363,8 +363,8 @@ class ResNet18(Classifier):
         self.load_pretrained()
         if self.hparams["compile"]:
             self.net.compile()  # in place: the names of the weights stay
-        on_cpu, bf16 = self.device.type == "cpu", "bf16" in str(self.trainer.precision)
-        if on_cpu and bf16 and not any(_cpu_can(kind) for kind in ("avx512_bf16", "bf16")):
+        bf16 = "bf16" in str(self.trainer.precision)
+        if bf16 and self.device.type == "cpu" and _emulates_bf16():
             rank_zero_warn(
                 "this processor computes bf16 slowly; --trainer.precision 32-true is faster here"
             )
@@ -467,5 +467,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def _cpu_can(kind: str) -> bool:
-    return bool(torch.cpu.get_capabilities().get(kind))
+def _emulates_bf16() -> bool:
+    if not hasattr(torch.cpu, "get_capabilities"):  # PyTorch too old to tell
+        return False
+    known = torch.cpu.get_capabilities()
+    return not any(known.get(name) for name in ("avx512_bf16", "bf16"))  # x86, ARM

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,19 @@ def test_bad_arguments(settings: dict[str, Any]) -> None:
     ((name, value),) = settings.items()
     with pytest.raises(ValueError, match=f"{name} must be .*{value}"):
         ResNet18(**settings)
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_processors_without_bf16_are_told(
+    digits: MNISTDataModule, monkeypatch: pytest.MonkeyPatch, capable: bool
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": capable})
+    few = {"limit_train_batches": 1, "limit_val_batches": 0, "precision": "bf16-mixed"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(**few).fit(model(), digits)
+    told = any("--trainer.precision 32-true is faster" in str(w.message) for w in caught)
+    assert told != capable
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 1000])
