@@ -373,6 +373,8 @@ class CLI(LightningCLI):
             f"batch size {self.datamodule.batch_size}, at most {trainer.max_epochs} epochs,"
             f" early stopping {limit}"
         )
+        steps, fused = model.execution(trainer, self.datamodule)
+        _say(f"{steps} steps per execution{', fused' if fused else ''}")
         try:
             trainer.fit(**kwargs)
         except SystemExit:  # Lightning's answer to Ctrl-C

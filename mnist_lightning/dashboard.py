@@ -65,7 +65,7 @@ class RunLogger(TensorBoardLogger):
         metrics = dict(metrics)
         if "epoch" in metrics:
             epoch = int(metrics.pop("epoch")) + 1
-            self._rows.setdefault(epoch, {"step": step})
+            self._rows.setdefault(epoch, {})
         else:
             epoch = step or 0
             self._rows.setdefault(epoch, {})

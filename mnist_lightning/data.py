@@ -140,6 +140,9 @@ class MNISTDataModule(LightningDataModule):
         normalization: ``unit`` divides pixels by 255; ``mnist`` and ``imagenet`` then subtract
             that set's mean and divide by its standard deviation, one scalar for the gray channel.
         predict_dir: a folder of image files for ``predict``; without it, the validation images.
+        steps_per_execution: mini-batches that one ``training_step`` gets and makes as many updates
+            with. They are the same mini-batches and updates as one by one, without what the Trainer
+            does between them. Unset, the model chooses.
 
     A batch is ``(images, labels)``: from the loaders uint8 ``(b, 28, 28)`` and int64 ``(b,)``;
     after ``on_after_batch_transfer``, which the Trainer calls, the images are float32
@@ -152,6 +155,8 @@ class MNISTDataModule(LightningDataModule):
     test_set: ImageSet
     checksum: str
     """SHA-256 over images and labels as read, whatever files they came from."""
+    steps: int
+    """The steps per execution that the training takes."""
 
     def __init__(
         self,
@@ -166,6 +171,7 @@ class MNISTDataModule(LightningDataModule):
         image_size: int = 28,
         normalization: Normalization = "unit",
         predict_dir: str | None = None,
+        steps_per_execution: int | None = None,
     ) -> None:
         super().__init__()
         _check("val_fraction", val_fraction, 0 < val_fraction < 1, "must lie between 0 and 1")
@@ -173,6 +179,7 @@ class MNISTDataModule(LightningDataModule):
             ("batch_size", batch_size),
             ("eval_batch_size", eval_batch_size),
             ("image_size", image_size),
+            ("steps_per_execution", 1 if steps_per_execution is None else steps_per_execution),
         ):
             _check(key, count, count >= 1, "must be at least 1")
         for key, value, allowed in (
@@ -183,13 +190,15 @@ class MNISTDataModule(LightningDataModule):
         ):
             choices = allowed.__args__  # type: ignore[attr-defined]
             _check(key, value, value in choices, f"must be one of {', '.join(choices)}")
-        self.save_hyperparameters(ignore=["predict_dir"])
+        self.save_hyperparameters(ignore=["predict_dir", "steps_per_execution"])
         self.name, self.source, self.split = name, source, split
         self.data_dir = Path(data_dir or os.environ.get("MNIST_DATA_DIR") or "data")
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.image_size, self.normalization = image_size, normalization
         self.predict_dir = predict_dir
+        self.steps_per_execution = steps_per_execution
+        self.steps = steps_per_execution or 1
         self._loaded = False
         self._no_download = "not tried"
 
@@ -254,7 +263,8 @@ class MNISTDataModule(LightningDataModule):
             # set by seed_everything, for this process and those that it starts
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
         )
-        return self._loader(self.train_set, self.batch_size, sampler)
+        # consecutive mini-batches are consecutive in the sampler's order
+        return self._loader(self.train_set, self.batch_size * self.steps, sampler)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_set, self.eval_batch_size)
@@ -289,7 +299,11 @@ class MNISTDataModule(LightningDataModule):
         self, batch: tuple[Tensor, Tensor], dataloader_idx: int
     ) -> tuple[Tensor, Tensor]:
         images, labels = batch
-        return self.preprocess(images), labels
+        pixels = self.preprocess(images)
+        if self.trainer is not None:
+            # "64-true" and "bf16-true" convert what they are given, but before this hook
+            pixels = self.trainer.precision_plugin.convert_input(pixels)
+        return pixels, labels
 
     def preprocess(self, images: Tensor) -> Tensor:
         """uint8 ``(b, 28, 28)`` -> normalised float32 ``(b, 1, image_size, image_size)``."""

@@ -13,16 +13,16 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 from torchvision.models import ResNet18_Weights, resnet18
 
+from mnist_lightning import execution
 from mnist_lightning.callbacks import LayerFreezing
-from mnist_lightning.data import answering
+from mnist_lightning.data import MNISTDataModule, answering
 
 PIXELS = 28 * 28
 CLASSES = 10
@@ -52,6 +52,11 @@ class Classifier(LightningModule):
             training, the loss is no longer finite.
     """
 
+    by_hand = False
+    """Whether ``update`` never uses autograd."""
+    fused = False
+    """Whether the training may be fused, which takes an ``mlp``, cross entropy and ``sgd``."""
+
     def __init__(self, net: nn.Module, lr: float, optimizer: OptimizerName) -> None:
         super().__init__()
         if not lr > 0:
@@ -62,8 +67,11 @@ class Classifier(LightningModule):
         # A loss that is not a number must show in the mean. By default it is left out, and with
         # "disable" torchmetrics 1.9 leaves out the weights.
         self.mean_loss = MeanMetric(nan_strategy=float("nan"))
-        self.accuracy = MulticlassAccuracy(CLASSES, average="micro", validate_args=False)
-        self._seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self.accuracy = MeanMetric()
+        # for each mini-batch: its loss summed over the images, correct answers, images
+        self._seen: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
+        self._fuse = False
+        self._fused: execution.FusedSGD | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """``(b, 1, height, width)`` -> class scores ``(b, 10)``."""
@@ -83,13 +91,14 @@ class Classifier(LightningModule):
     def _note(self, stage: str, loss: Tensor, scores: Tensor, labels: Tensor) -> None:
         # Kept as they are until the epoch's end: a torchmetrics update for each mini-batch takes
         # longer than the training step of a small network.
-        self._seen.setdefault(stage, []).append((loss.detach(), scores.argmax(1), labels))
+        correct = (scores.argmax(1) == labels).sum()
+        self._seen.setdefault(stage, []).append((loss.detach() * len(labels), correct, len(labels)))
 
     def _log_epoch(self, stage: str) -> None:
-        losses, predictions, labels = zip(*self._seen.pop(stage), strict=True)
-        sizes = torch.tensor([len(part) for part in labels], device=self.device)
-        self.mean_loss.update(torch.stack(losses), sizes)
-        self.accuracy.update(torch.cat(predictions), torch.cat(labels))
+        losses, correct, sizes = zip(*self._seen.pop(stage), strict=True)
+        images = sum(sizes)
+        self.mean_loss.update(torch.stack(losses).sum() / images, images)
+        self.accuracy.update(torch.stack(correct).sum() / images, images)
         loss = self.mean_loss.compute()
         if stage == "train" and not loss.isfinite():
             raise ValueError(
@@ -101,8 +110,77 @@ class Classifier(LightningModule):
         self.mean_loss.reset()
         self.accuracy.reset()
 
+    def execution(self, trainer: Trainer, data: MNISTDataModule) -> tuple[int, bool]:
+        """Steps per execution, and whether they are fused, in a training with these.
+
+        Raises:
+            ValueError: the data asks for more steps than something allows.
+        """
+        if type(self).training_step is not Classifier.training_step:
+            return 1, False  # a step of its own, which expects one mini-batch
+        steps = execution.choose_steps(trainer, self, data)
+        return steps, self.fused and execution.can_fuse(trainer, self)
+
+    def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if stage != "fit" or not isinstance(data, MNISTDataModule):
+            return
+        data.steps, self._fuse = self.execution(self.trainer, data)
+        self.automatic_optimization = not (self.by_hand or self._fuse or data.steps > 1)
+
+    def teardown(self, stage: str) -> None:
+        if stage == "fit":
+            self._fuse, self._fused = False, None
+            self.automatic_optimization = not self.by_hand
+            self._count_steps(0)
+
+    def on_train_start(self) -> None:
+        if self._fuse:  # only now do the weights have their final device and precision
+            self._fused = execution.FusedSGD(self.net)
+        self._count_steps(0)  # a resumed training may have stepped in the other way before
+
+    def _count_steps(self, steps: int) -> None:
+        """Adds updates to ``global_step``; Lightning has one counter for its own, one for ours."""
+        loop = self.trainer.fit_loop.epoch_loop
+        own = loop.automatic_optimization.optim_progress.optimizer.step.total
+        ours = loop.manual_optimization.optim_step_progress.total
+        done = max(own.completed, ours.completed) + steps
+        for counter in (own, ours):
+            counter.ready = counter.completed = done
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        return self._step("train", batch)
+        if self.automatic_optimization:
+            return self._step("train", batch)
+        images, labels = batch
+        data = getattr(self.trainer, "datamodule", None)
+        size = data.batch_size if isinstance(data, MNISTDataModule) else len(labels)
+        if self._fused is not None:
+            lr = cast(Any, self.optimizers()).param_groups[0]["lr"]
+            loss, correct = self._fused.steps(images, labels, size, lr)
+            self._seen.setdefault("train", []).append((loss, correct, len(labels)))
+            self._count_steps(-(-len(labels) // size))
+            return None
+        for x, y in zip(images.split(size), labels.split(size), strict=True):
+            self.update(x, y)
+        return None
+
+    def update(self, images: Tensor, labels: Tensor) -> None:
+        """One update of the weights, as the Trainer makes it on its own."""
+        optimizer = cast(Any, self.optimizers())
+        loss = self._step("train", (images, labels))
+        optimizer.zero_grad()
+        # outside the precision's context, as the Trainer does
+        with torch.autocast(self.device.type, enabled=False):
+            self.manual_backward(loss)
+        clip, how = self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm
+        if clip:
+            self.clip_gradients(optimizer, clip, how)
+        optimizer.step()
+        # autocast keeps the weights that it has cast, and these have just changed
+        torch.clear_autocast_cache()
+        for config in self.trainer.lr_scheduler_configs:
+            if config.interval == "step":
+                config.scheduler.step()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._step("val", batch)
@@ -181,6 +259,8 @@ class Perceptron(Classifier):
         optimizer: ``sgd`` is the delta rule itself; the others receive the same gradient.
     """
 
+    by_hand = True
+
     def __init__(self, lr: float = 0.0001, optimizer: OptimizerName = "sgd") -> None:
         super().__init__(AffineMap(), lr, optimizer)
         self.save_hyperparameters()
@@ -205,8 +285,7 @@ class Perceptron(Classifier):
         net.w.grad, net.b.grad = -x.T @ grad, -grad.sum(0, keepdim=True)
         return {"x": x, "t": t, "y": y, "grad": grad, "w": net.w, "b": net.b}
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
-        images, labels = batch
+    def update(self, images: Tensor, labels: Tensor) -> None:
         tensors = self.delta_rule(images, labels)
         for parameter in self.net.parameters():
             # over several processes, the sum over all their mini-batches
@@ -238,13 +317,20 @@ class ShallowNetwork(Classifier):
         hidden_units: size of the hidden layer.
         lr: learning rate.
         optimizer: ``sgd`` (plain), ``adam`` or ``adamw``.
+        fused: plain SGD with forward, backward and update written out, where nothing forbids it;
+            rounds otherwise, and is several times as fast. Without it, autograd.
     """
 
     def __init__(
-        self, hidden_units: int = 100, lr: float = 0.1, optimizer: OptimizerName = "sgd"
+        self,
+        hidden_units: int = 100,
+        lr: float = 0.1,
+        optimizer: OptimizerName = "sgd",
+        fused: bool = True,
     ) -> None:
         super().__init__(mlp([hidden_units]), lr, optimizer)
         self.save_hyperparameters()
+        self.fused = fused and optimizer == "sgd"
 
 
 class DeepNetwork(Classifier):
@@ -254,10 +340,15 @@ class DeepNetwork(Classifier):
         hidden_units: sizes of the hidden layers, from the input's side to the output's.
         lr: learning rate.
         optimizer: ``sgd`` (plain), ``adam`` or ``adamw``.
+        fused: as for ``ShallowNetwork``.
     """
 
     def __init__(
-        self, hidden_units: list[int], lr: float = 0.01, optimizer: OptimizerName = "sgd"
+        self,
+        hidden_units: list[int],
+        lr: float = 0.01,
+        optimizer: OptimizerName = "sgd",
+        fused: bool = True,
     ) -> None:
         if len(hidden_units) < 2:
             raise ValueError(
@@ -266,6 +357,7 @@ class DeepNetwork(Classifier):
             )
         super().__init__(mlp(hidden_units), lr, optimizer)
         self.save_hyperparameters()
+        self.fused = fused and optimizer == "sgd"
 
 
 Regime = Literal["scratch", "finetune", "freeze"]
@@ -377,6 +469,10 @@ class ResNet18(Classifier):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("schedule one_cycle needs an end: set max_epochs, or max_steps")
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, MNISTDataModule) and data.steps > 1:  # it has counted executions
+            epoch = -(-len(data.train_set) // data.batch_size)
+            steps = epoch * cast(int, self.trainer.max_epochs)
         scheduler = LambdaLR(optimizer, lambda step: one_cycle(step, int(steps)))
         return {
             "optimizer": optimizer,

@@ -63,7 +63,7 @@ def test_same_seed_is_bit_equal(name: str) -> None:
 def test_fit_equals_a_hand_written_loop(digits: MNISTDataModule) -> None:
     """The Trainer does what the textbook says: the same weights, bit for bit."""
     pl.seed_everything(5, verbose=False)
-    model = DeepNetwork(hidden_units=[30, 20], lr=0.1)
+    model = DeepNetwork(hidden_units=[30, 20], lr=0.1, fused=False)
     pl.seed_everything(5, verbose=False)
     net = DeepNetwork(hidden_units=[30, 20], lr=0.1).net
     trainer(max_epochs=2).fit(model, digits)

@@ -13,12 +13,12 @@ from mnist_lightning.data import MNISTDataModule, epoch_order
 from mnist_lightning.models import mlp
 from mnist_lightning.population import (
     Member,
-    Population,
     PopulationTraining,
     initial_parameters,
     pixel_order,
     training_bytes,
 )
+from mnist_lightning.stacked import Population
 
 # every depth from 0 to 4, widths that are padded and widths that are not, equal and mixed
 NETWORKS = [(), (10,), (25,), (200,), (25,), (12, 7), (9, 30), (200, 20), (20, 200)]
