@@ -46,6 +46,7 @@ def _parsed(words: str) -> CLI:
         return CLI(words.split())
 
 
+TRAINED = {"hidden_units": 20, "lr": 0.3, "optimizer": "sgd", "fused": True}
 CKPT = "lightning_logs/shallow/version_0/checkpoints/best.ckpt"
 
 
@@ -65,7 +66,7 @@ def test_a_checkpoint_alone_is_enough(where: str) -> None:
     """Class, hyper-parameters and data settings come from the checkpoint."""
     cli = _parsed(f"test --ckpt_path {where}")
     assert type(cli.model) is ShallowNetwork
-    assert dict(cli.model.hparams) == {"hidden_units": 20, "lr": 0.3, "optimizer": "sgd"}
+    assert dict(cli.model.hparams) == TRAINED
     assert (cli.datamodule.batch_size, cli.datamodule.source) == (16, "digits")
     assert cli.config.test.ckpt_path == CKPT
 
@@ -152,7 +153,7 @@ def test_several_configs_lie_over_each_other(tmp_path: Path) -> None:
 
 def test_saved_config_starts_the_same_training_again() -> None:
     cli = _parsed("fit --config lightning_logs/shallow/version_0/config.yaml")
-    assert dict(cli.model.hparams) == {"hidden_units": 20, "lr": 0.3, "optimizer": "sgd"}
+    assert dict(cli.model.hparams) == TRAINED
     assert cli.trainer.max_epochs == 2
 
 
