@@ -49,7 +49,7 @@ class Claims:
                 known = optuna.load_study(storage=self.storage, study_name=name).user_attrs
                 if "finished" in known:
                     return [known[f"trial {id}"] for id in known["finished"]]
-                if not self._dead(name, known.get("owner")):
+                if "released" not in known and not self._dead(name, known.get("owner")):
                     return None
                 attempt += 1
             else:
@@ -76,7 +76,7 @@ class Claims:
     @staticmethod
     @contextlib.contextmanager
     def alive(claim: "optuna.Study") -> Iterator[None]:
-        """Shows signs of life while the unit is trained."""
+        """Shows signs of life while the unit is trained; releases it when that is cut off."""
         over = threading.Event()
 
         def beat() -> None:
@@ -90,6 +90,10 @@ class Claims:
         thread.start()
         try:
             yield
+        except BaseException:
+            with contextlib.suppress(Exception):
+                claim.set_user_attr("released", True)
+            raise
         finally:
             over.set()
             thread.join()

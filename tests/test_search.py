@@ -1,0 +1,750 @@
+"""Searches, on the digits: quick, and small enough to be known in every detail."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+import yaml
+from conftest import trainer
+
+from mnist_lightning import MNISTDataModule, claims, search, space
+from mnist_lightning.__main__ import main
+from mnist_lightning.claims import Claims, open_storage
+from mnist_lightning.models import Perceptron, ShallowNetwork
+from mnist_lightning.population import PopulationTraining
+from mnist_lightning.results import load_results
+from mnist_lightning.search import Search, read, run, units
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "search").glob("*.yaml"))
+AXES = {
+    "batch_size": [16, 64],
+    "max_epochs": [1, 3],
+    "lr": [0.1, 0.01],
+    "hidden_units": [5, 8],
+}
+
+
+def small(**changes) -> Search:
+    settings = {
+        "name": "small",
+        "model": "ShallowNetwork",
+        "space": AXES,
+        "data": {"source": "digits"},
+    }
+    return Search(**{**settings, **changes})
+
+
+def one_trial(**changes) -> Search:
+    return small(space={"lr": [0.1]}, fixed={"max_epochs": 1, "batch_size": 64}, **changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "found"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed search with one worker; to be read only."""
+    folder = tmp_path_factory.mktemp("finished") / "small"
+    run(small(), folder, workers=1)
+    return folder
+
+
+def without_time(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def of(folder: Path) -> list[dict]:
+    return json.loads((folder / "results.json").read_text())
+
+
+# What comes out
+
+
+def test_every_combination_is_a_row(finished):
+    records = of(finished)
+    found = [{**record["params"]} for record in records]
+    assert found == space.grid(AXES)
+    assert {record["state"] for record in records} == {"COMPLETE"}
+    for record in records:
+        epochs = record["params"]["max_epochs"]
+        assert record["epochs"] == epochs
+        for curve in record["curves"].values():
+            assert len(curve) == epochs
+        accuracies = record["curves"]["val_acc"]
+        assert record["val_acc"] == accuracies[-1]
+        assert record["best_val_acc"] == max(accuracies) == accuracies[record["best_epoch"] - 1]
+
+
+def test_short_trainings_are_read_off_the_long_ones(finished):
+    curves = {json.dumps(record["params"]): record["curves"] for record in of(finished)}
+    for cell in space.grid({**AXES, "max_epochs": [1]}):
+        longer = curves[json.dumps({**cell, "max_epochs": 3})]
+        assert curves[json.dumps(cell)] == {name: curve[:1] for name, curve in longer.items()}
+
+
+def test_results_load_as_a_table(finished):
+    table = load_results(finished)
+    assert len(table) == 16
+    assert {*AXES, "val_acc", "seconds", "state", "seed", "curves"} <= set(table.columns)
+    assert table["lr"].dtype == float
+    assert table.equals(load_results(finished / "results.json"))
+    header, *rows = (finished / "results.csv").read_text().splitlines()
+    assert header.split(",")[:6] == ["id", "number", "round", "state", "seed", "batch_size"]
+    assert len(rows) == 16
+
+
+def val_acc(checkpoint: Path) -> float:
+    """What the weights in a checkpoint are worth, without any code of the search."""
+    model = ShallowNetwork.load_from_checkpoint(checkpoint).eval()
+    data = MNISTDataModule(source="digits")
+    data.setup()
+    with torch.no_grad():
+        scores = model(data.preprocess(data.val_set.images))
+    return float((scores.argmax(1) == data.val_set.labels).double().mean())
+
+
+def test_every_trial_has_a_checkpoint_that_is_worth_what_it_says(finished):
+    for record in of(finished):
+        assert val_acc(finished / "checkpoints" / f"{record['id']}.ckpt") == record["val_acc"]
+
+
+def test_the_winner_is_the_best_and_can_be_tested(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    copy = shutil.copytree(finished, tmp_path / "lightning_logs" / "search" / "small")
+    best = max(of(copy), key=lambda r: (r["val_acc"], -r["val_loss"]))
+    assert val_acc(copy / "checkpoints" / "best.ckpt") == best["val_acc"]
+    assert main(["test", "--ckpt_path", "lightning_logs/search/small"]) == 0
+    assert "test/acc" in capsys.readouterr().out
+    checkpoint = torch.load(copy / "checkpoints" / "best.ckpt", weights_only=True)
+    assert checkpoint["search"] == {"name": "small", "trial": best["id"]}
+    assert checkpoint["epoch"] == best["params"]["max_epochs"] - 1
+    batches = -(-1294 // best["params"]["batch_size"])
+    assert checkpoint["global_step"] == batches * best["params"]["max_epochs"]
+
+
+def test_with_best_val_acc_the_weights_are_those_of_the_best_epoch(folder):
+    axes = {"lr": [0.5, 0.9], "batch_size": [4]}  # unsteady: the last epoch is rarely the best
+    wanted = small(space=axes, fixed={"max_epochs": 6}, objective="best_val_acc")
+    records = run(wanted, folder, workers=1)
+    assert any(record["best_epoch"] < 6 for record in records)
+    for record in records:
+        checkpoint = folder / "checkpoints" / f"{record['id']}.ckpt"
+        assert val_acc(checkpoint) == record["best_val_acc"]
+        assert torch.load(checkpoint, weights_only=True)["epoch"] == record["best_epoch"] - 1
+
+
+def test_tensorboard_gets_a_few_numbers_and_the_hyper_parameters(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    record = of(finished)[3]
+    events = EventAccumulator(str(finished / "tensorboard" / f"0003-{record['id']}")).Reload()
+    assert events.Tags()["scalars"] == [
+        "val/acc",
+        "val/loss",
+        "best/val_acc",
+        "run/epochs",
+        "run/seconds",
+    ]
+    assert events.Scalars("val/acc")[0].value == pytest.approx(record["val_acc"])
+    assert len(list((finished / "tensorboard").iterdir())) == 16 + 1  # and the table's columns
+
+
+def test_seeds_are_trials_of_their_own_and_the_best_mean_wins(folder, capsys):
+    records = run(small(seeds=(0, 1, 2), space={**AXES, "max_epochs": [1]}), folder, workers=1)
+    assert len(records) == 24
+    assert Counter(record["seed"] for record in records) == {0: 8, 1: 8, 2: 8}
+    means = load_results(folder).groupby(["batch_size", "lr", "hidden_units"])["val_acc"].mean()
+    winner = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["search"]["trial"]
+    row = next(record for record in records if record["id"] == winner)
+    cell = tuple(row["params"][name] for name in ("batch_size", "lr", "hidden_units"))
+    assert means.idxmax() == cell
+
+
+# Interrupted, resumed, shared
+
+
+def test_a_finished_search_does_no_work(finished, tmp_path, monkeypatch):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    before = {file: file.read_bytes() for file in (copy / "trials").iterdir()}
+    monkeypatch.setattr(PopulationTraining, "run_epoch", lambda self: pytest.fail("trained"))
+    assert run(small(), copy) == of(finished)
+    assert before == {file: file.read_bytes() for file in (copy / "trials").iterdir()}
+
+
+def test_an_interrupted_search_goes_on_where_it_stopped(finished, folder, monkeypatch, capsys):
+    monkeypatch.setattr(search, "SNAPSHOT_SECONDS", 0.0)
+    epochs = []
+    run_epoch = PopulationTraining.run_epoch
+
+    def interrupted(self):
+        epochs.append(self.epoch)
+        if len(epochs) in (3, 5):
+            raise KeyboardInterrupt
+        run_epoch(self)
+
+    monkeypatch.setattr(PopulationTraining, "run_epoch", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(small(), folder, workers=1)
+        assert "the same command goes on" in capsys.readouterr().out
+    run(small(), folder, workers=1)
+    assert without_time(of(folder)) == without_time(of(finished))
+    assert epochs == [0, 1, 2, 2, 0, 0, 1, 2]  # two units of three epochs, and two that were cut
+    assert not list((folder / "state").iterdir())
+
+
+def test_two_workers_give_the_same_bits_as_one(finished, folder):
+    run(small(), folder, workers=2)
+    assert without_time(of(folder)) == without_time(of(finished))
+    for file in (finished / "checkpoints").glob("*.ckpt"):
+        ours = torch.load(folder / "checkpoints" / file.name, weights_only=True)["state_dict"]
+        theirs = torch.load(file, weights_only=True)["state_dict"]
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_units_are_cut_at_a_size_and_lose_no_trial(monkeypatch):
+    trials = search.rounds(small(), {})[0]
+    whole = units(small(), trials, 1000)
+    assert [len(unit.trials) for unit in whole] == [8, 8]
+    monkeypatch.setattr(search, "UNIT_BYTES", 10_000)
+    parts = units(small(), trials, 1000)
+    assert len(parts) == 8
+    ids = [trial.id for unit in parts for trial in unit.trials]
+    assert sorted(ids) == sorted(trial.id for trial in trials)
+    assert len({unit.name for unit in parts}) == 8
+
+
+def test_machines_without_a_common_folder_share_the_trials(finished, folder, monkeypatch, capsys):
+    storage = str(folder.parent / "journal.log")
+    run(small(), folder / "one", workers=1, storage=storage)
+    monkeypatch.setattr(PopulationTraining, "run_epoch", lambda self: pytest.fail("trained"))
+    run(small(), folder / "two", workers=1, storage=storage)
+    assert without_time(of(folder / "two")) == without_time(of(finished))
+    assert "on the machine that trained it" in capsys.readouterr().out
+
+
+def test_a_lost_or_damaged_journal_is_made_anew(finished, tmp_path, monkeypatch):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    monkeypatch.setattr(PopulationTraining, "run_epoch", lambda self: pytest.fail("trained"))
+    (copy / "journal.log").write_text("not a journal\nat all\n")
+    run(small(), copy, workers=1)
+    (copy / "journal.log").unlink()
+    run(small(), copy, workers=1)
+    study = optuna.load_study(
+        study_name=None, storage=open_storage(None, copy)
+    )  # the only one: nothing was claimed
+    assert sorted(t.value for t in study.trials) == sorted(r["val_acc"] for r in of(finished))
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return open_storage(None, tmp_path)
+
+
+def test_a_unit_that_was_cut_off_is_free_at_once(storage):
+    claim = Claims(storage, "s").take("unit")
+    with pytest.raises(KeyboardInterrupt), Claims.alive(claim):
+        raise KeyboardInterrupt
+    assert isinstance(Claims(storage, "s").take("unit"), optuna.Study)
+
+
+def test_a_unit_is_taken_once(storage):
+    one, other = Claims(storage, "s"), Claims(storage, "s")
+    claim = one.take("unit")
+    assert isinstance(claim, optuna.Study)
+    assert other.take("unit") is None
+    record = {"id": "a", "val_acc": 0.5}
+    one.finish(claim, [record])
+    assert other.take("unit") == [record]
+
+
+def test_the_unit_of_a_dead_process_is_free_again(storage):
+    claim = Claims(storage, "s").take("unit")
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    owner = {**claim.user_attrs["owner"], "pid": child.pid, "started": "1"}
+    claim.set_user_attr("owner", owner)
+    assert isinstance(Claims(storage, "s").take("unit"), optuna.Study)
+    assert Claims(storage, "s").take("unit") is None
+
+
+def test_the_unit_of_a_silent_machine_is_free_after_a_while(storage, monkeypatch):
+    claim = Claims(storage, "s").take("unit")
+    claim.set_user_attr("owner", {"machine": "elsewhere", "pid": 1, "started": "1", "beat": 1})
+    watcher = Claims(storage, "s")
+    now = time.monotonic()
+    clock = {"now": now}
+    monkeypatch.setattr(claims.time, "monotonic", lambda: clock["now"])
+    assert watcher.take("unit") is None
+    clock["now"] += claims.STALE_SECONDS - 1
+    owner = {**claim.user_attrs["owner"], "beat": 2}  # a sign of life
+    claim.set_user_attr("owner", owner)
+    assert watcher.take("unit") is None
+    clock["now"] += claims.STALE_SECONDS - 1
+    assert watcher.take("unit") is None
+    clock["now"] += 2
+    assert isinstance(watcher.take("unit"), optuna.Study)
+
+
+# Other strategies, other models
+
+
+def test_the_second_round_starts_from_the_best_of_the_first(folder):
+    again = small(space={**AXES, "max_epochs": [1]}, second_round={"best": 2, "max_epochs": 3})
+    records = run(again, folder, workers=1)
+    first = sorted((r for r in records if r["round"] == 0), key=lambda r: -r["val_acc"])
+    second = [r for r in records if r["round"] == 1]
+    assert len(first) == 8
+    assert [r["params"] for r in second] == [{**r["params"], "max_epochs": 3} for r in first[:2]]
+
+
+def test_refining_closes_in(folder):
+    axes = {"lr": [0.001, 0.01, 0.1], "hidden_units": [5, 20]}
+    fixed = {"max_epochs": 1, "batch_size": 64}
+    records = run(
+        small(space=axes, fixed=fixed, strategy={"name": "refine", "rounds": 2}), folder, workers=1
+    )
+    assert [r["round"] for r in records].count(0) == 6
+    best = max((r for r in records if r["round"] == 0), key=lambda r: r["val_acc"])
+    finer = space.refine(axes, best["params"])
+    second = [r["params"] for r in records if r["round"] == 1]
+    assert second
+    assert all(params[name] in finer[name] for params in second for name in axes)
+
+
+def test_random_points_of_three_layers(folder):
+    axes = {
+        "hidden_units.1": [5, 6],
+        "hidden_units.2": {"low": 4, "high": 9},
+        "lr": {"low": 0.01, "high": 0.1, "log": True},
+    }
+    strategy = {"name": "random", "n": 5, "seed": 1}
+    wanted = small(
+        model="DeepNetwork",
+        space=axes,
+        strategy=strategy,
+        fixed={"max_epochs": 1, "batch_size": 64},
+    )
+    records = run(wanted, folder, workers=1)
+    assert [{k: r["params"][k] for k in axes} for r in records] == space.random(axes, 5, 1)
+    checkpoint = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    assert len(checkpoint["hyper_parameters"]["hidden_units"]) == 2
+
+
+def test_optunas_samplers_draw_and_its_pruners_give_up(folder):
+    axes = {"lr": {"low": 1e-6, "high": 0.1, "log": True}, "hidden_units": [5, 8]}
+    strategy = {
+        "name": "optuna",
+        "n": 8,
+        "sampler": "RandomSampler",
+        "pruner": "MedianPruner",
+        "pruner_args": {"n_startup_trials": 2},
+    }
+    wanted = small(space=axes, strategy=strategy, fixed={"max_epochs": 3, "batch_size": 64})
+    records = run(wanted, folder, workers=1)
+    assert [r["number"] for r in records] == list(range(8))
+    assert len({r["params"]["lr"] for r in records}) == 8
+    pruned = [r for r in records if r["state"] == "PRUNED"]
+    assert pruned
+    assert all(r["epochs"] < 3 for r in pruned)
+    names = [s.study_name for s in optuna.get_all_study_summaries(open_storage(None, folder))]
+    study = optuna.load_study(
+        study_name=next(n for n in names if "/" not in n), storage=open_storage(None, folder)
+    )
+    assert Counter(t.state.name for t in study.trials) == Counter(r["state"] for r in records)
+    # a lost index is rebuilt, and the search is still finished
+    (folder / "journal.log").unlink()
+    assert run(wanted, folder, workers=1) == records
+
+
+@pytest.mark.parametrize(
+    ("model", "args"),
+    [("Perceptron", {"lr": 0.001}), ("ShallowNetwork", {"lr": 0.01, "optimizer": "adam"})],
+)
+def test_other_models_are_what_the_trainer_makes_of_them(folder, model, args):
+    axes = {name: [value] for name, value in args.items()}
+    fixed = {"max_epochs": 2, "batch_size": 16}
+    (record,) = run(small(model=model, space=axes, fixed=fixed), folder, workers=1)
+    import lightning.pytorch as pl
+
+    pl.seed_everything(0, verbose=False)
+    lone = {"Perceptron": Perceptron, "ShallowNetwork": ShallowNetwork}[model](**args)
+    alone = trainer(max_epochs=2)
+    alone.fit(lone, MNISTDataModule(source="digits", batch_size=16))
+    assert record["val_acc"] == pytest.approx(float(alone.callback_metrics["val/acc"]))
+    assert record["train_loss"] == pytest.approx(
+        float(alone.callback_metrics["train/loss"]), rel=1e-4
+    )
+    found = torch.load(folder / "checkpoints" / f"{record['id']}.ckpt", weights_only=True)
+    for name, value in lone.state_dict().items():
+        torch.testing.assert_close(found["state_dict"][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["ShallowNetwork", "Perceptron"])
+def test_a_diverging_trial_is_a_row_with_its_reason(folder, model, capsys):
+    wanted = small(model=model, space={"lr": [0.001, 1e30]}, fixed={"max_epochs": 3})
+    good, bad = run(wanted, folder, workers=1)
+    assert good["state"] == "COMPLETE"
+    assert bad["state"] == "FAIL"
+    assert "loss" in bad["error"]
+    assert bad["val_acc"] is None is bad["best_val_acc"]
+    assert "1 failed" in capsys.readouterr().out
+    assert load_results(folder)["val_acc"].count() == 1
+
+
+def test_a_search_where_all_fails_says_so(folder, capsys):
+    run(small(space={"lr": [1e30]}, fixed={"max_epochs": 2}), folder, workers=1)
+    assert "no trial succeeded" in capsys.readouterr().out
+    assert not (folder / "checkpoints" / "best.ckpt").exists()
+
+
+def test_the_test_images_are_never_touched(folder, monkeypatch):
+    setup = MNISTDataModule.setup
+
+    class Untouchable:
+        def __init__(self, n):
+            self.n = n
+
+        def __len__(self):
+            return self.n
+
+    def without_test_images(self, stage=None):
+        setup(self, stage)
+        self.test_set = Untouchable(len(self.test_set))
+
+    monkeypatch.setattr(MNISTDataModule, "setup", without_test_images)
+    run(small(), folder / "population", workers=1)
+    run(small(model="Perceptron", space={"lr": [0.001]}, fixed={"max_epochs": 1}), folder / "fit")
+
+
+# The command
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
+def test_shipped_searches_are_what_they_say(config, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # found by their bare names
+    first = config.read_text().splitlines()[0]
+    assert first == f"# python -m mnist_lightning search --config {config.name}"
+    wanted, _ = read(["--config", config.name])
+    wanted.check()
+    assert wanted.name == config.stem
+    assert wanted.data["source"] == "mnist"
+    counts = {
+        "shallow_grid": 384,
+        "shallow_random": 60,
+        "shallow_refine": 27,
+        "deep2_grid": 49,
+        "deep3_grid": 125,
+    }
+    if not wanted.sampled:
+        assert len(search.rounds(wanted, {})[0]) == counts[config.stem]
+
+
+def test_flags_win_over_the_file(folder, capsys):
+    words = "search --config shallow_grid --data.source digits --workers 1 --name mine"
+    words += " --space.batch_size [64] --space.max_epochs [1] --space.lr [1e-1] --seeds [3]"
+    assert main(words.split()) == 0
+    records = of(folder.parent / "lightning_logs" / "search" / "mine")
+    assert [r["params"]["hidden_units"] for r in records] == [10, 25, 50, 100]
+    assert {(r["params"]["lr"], r["seed"]) for r in records} == {(0.1, 3)}
+    assert "digits" in capsys.readouterr().out
+
+
+FIXED = {"max_epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": {}}, "the space is empty"),
+        ({"space": {"lr": []}}, "lr has no values"),
+        ({"space": {"lr": [0.1]}, "fixed": {"lr": 0.1}}, "fixed and an axis"),
+        ({"space": {"learning_rate": [0.1]}}, "no parameter learning_rate; there are: max_epochs"),
+        ({"space": {"hiden_units": [1]}}, "did you mean hidden_units"),
+        ({"space": {"seed": [1]}}, "say seeds"),
+        ({"space": {"lr": [0.1]}, "fixed": {}}, "max_epochs is missing"),
+        ({"space": {"lr": [0.1, -1]}}, "refuses .*lr must be positive, got -1"),
+        ({"space": {"hidden_units": [0]}}, "refuses .*hidden_units"),
+        ({"space": {"batch_size": [0]}}, "batch_size must be a whole number"),
+        ({"space": {"batch_size": ["many"]}}, "batch_size must be a whole number"),
+        ({"space": {"lr": {"low": 0.1, "high": 1}}}, "is a range: this strategy"),
+        ({"model": "ShalowNetwork"}, "did you mean ShallowNetwork"),
+        ({"model": "Classifier"}, "no model 'Classifier'"),
+        ({"model": "DeepNetwork", "space": {"hidden_units.2": [5]}}, "must count 1, 2, 3"),
+        ({"strategy": {"name": "gird"}}, "did you mean grid"),
+        ({"strategy": {"name": "random"}}, "random needs n"),
+        ({"strategy": {"name": "grid", "n": 3}}, "grid has no option n"),
+        ({"strategy": {"name": "random", "n": 0}}, "at least 1, got 0"),
+        ({"strategy": {"name": "optuna", "n": 2, "sampler": "TPE_Sampler"}}, "mean TPESampler"),
+        ({"seeds": (0, 0)}, "seeds must be different"),
+        ({"objective": "test_acc"}, "objective must be one of"),
+        ({"second_round": {"best": 5}}, "second_round is"),
+        ({"data": {"source": "digits", "image_size": 32}}, "must be 28"),
+        ({"data": {"source": "digits", "split": "mine"}}, "split must be one of"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_trained(folder, changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        run(small(**{"space": {"lr": [0.1]}, "fixed": FIXED, **changes}), folder)
+    assert len(str(caught.value).splitlines()) <= 2
+    assert not list(folder.glob("trials/*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--config shallow_gird", "did you mean shallow_grid"),
+        ("--config ./nowhere.yaml", "no such file"),
+        ("--config shallow_grid --wrkers 2", "wrkers"),
+        ("--config shallow_grid --workers 0", "workers must be"),
+        ("--config shallow_grid --workers many", "workers"),
+        ("--config shallow_grid --data.split other", "split"),
+        ("--space.lr [0.1]", "model"),
+    ],
+)
+def test_a_command_that_cannot_be_understood_ends_in_a_line_or_two(folder, words, message, capsys):
+    assert main(["search", *words.split()]) != 0
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) <= 2
+
+
+def test_another_search_or_other_data_may_not_use_the_folder(finished, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    before = of(copy)
+    with pytest.raises(ValueError, match=r"another search: its space.lr is \[0.1, 0.01\], not"):
+        run(small(space={**AXES, "lr": [0.2]}), copy)
+    with pytest.raises(ValueError, match=r"data.split_seed is 0, not 1"):
+        run(small(data={"source": "digits", "split_seed": 1}), copy)
+    about = json.loads((copy / "search.json").read_text())
+    about["data"]["checksum"] = "0" * 64
+    (copy / "search.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"data\.checksum"):
+        run(small(), copy)
+    assert of(copy) == before
+
+
+@pytest.mark.parametrize("content", ["", '{"id": "', "[]", '{"id": "other"}'])
+def test_a_damaged_trial_is_named_and_the_others_stay(finished, tmp_path, content):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    victim = sorted((copy / "trials").iterdir())[0]
+    kept = {file: file.read_bytes() for file in (copy / "trials").iterdir() if file != victim}
+    victim.write_text(content)
+    with pytest.raises(ValueError, match=f"{victim.name} is damaged") as caught:
+        run(small(), copy, workers=1)
+    assert len(str(caught.value).splitlines()) <= 2
+    assert kept == {file: file.read_bytes() for file in kept}
+    victim.unlink()  # the remedy that the message names
+    run(small(), copy, workers=1)
+    assert without_time(of(copy)) == without_time(of(finished))
+
+
+def test_a_damaged_search_json_is_named(finished, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    (copy / "search.json").write_text("{")
+    with pytest.raises(ValueError, match=r"search\.json is damaged"):
+        run(small(), copy)
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_an_unreachable_storage_is_named_without_its_password(folder, tmp_path):
+    url = f"postgresql://me:secret@127.0.0.1:{closed_port()}/x"
+    with pytest.raises(ValueError, match="postgresql://me@127") as caught:
+        run(one_trial(), folder, storage=url)
+    assert "secret" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+    with pytest.raises(ValueError, match="cannot be reached"):
+        run(one_trial(), folder, storage=str(tmp_path / "no" / "such" / "folder" / "journal.log"))
+    with pytest.raises(ValueError, match="cannot be reached"):
+        run(one_trial(), folder, storage="nosuchdatabase://host/x")
+    (tmp_path / "text.log").write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match="cannot be reached"):
+        run(one_trial(), folder, storage=str(tmp_path / "text.log"))
+
+
+def test_load_results_of_no_search_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not the folder of a search"):
+        load_results(tmp_path)
+
+
+# Nothing lost
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "mnist_lightning", "search", "--config", "wanted.yaml"]
+    return subprocess.Popen(
+        [*command, "--folder", str(folder), *words],
+        cwd=folder.parent,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill(process: subprocess.Popen) -> None:
+    """The command and its workers, at once, without a word."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+WANTED = {
+    "model": "ShallowNetwork",
+    "data": {"source": "digits"},
+    "space": {**AXES, "batch_size": [2, 3, 4, 5], "max_epochs": [1, 10, 25, 40]},
+}
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_and_resumed_nothing_is_lost_nor_done_twice(tmp_path):
+    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED))
+    generator = random.Random(0)
+    folder = tmp_path / "killed"
+    written: dict[str, int] = {}
+    for _ in range(20):
+        process = start(folder, "--workers", "2")
+        deadline = time.monotonic() + 60
+        while not list(folder.glob("journal.log")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(generator.uniform(0, 8))
+        kill(process)
+        for file in folder.glob("trials/[!.]*.json"):
+            record = json.loads(file.read_text())  # whole, whatever the moment
+            stamp = file.stat().st_mtime_ns
+            assert written.setdefault(record["id"], stamp) == stamp, "written twice"
+    last = start(folder, "--workers", "2")
+    output, _ = last.communicate(timeout=600)
+    assert last.returncode == 0, output
+    for file in folder.glob("trials/[!.]*.json"):
+        assert written.setdefault(file.stem, file.stat().st_mtime_ns) == file.stat().st_mtime_ns
+    undisturbed = run(Search(name="u", **WANTED), tmp_path / "undisturbed", workers=1)
+    found = of(folder)
+    assert len(found) == len({record["id"] for record in found}) == 64
+    assert without_time(found) == without_time(undisturbed)
+
+
+@pytest.mark.slow
+def test_when_the_command_is_killed_its_workers_leave(tmp_path):
+    wanted = {**WANTED, "space": {**WANTED["space"], "max_epochs": [5000]}}
+    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted))
+    process = start(tmp_path / "found", "--workers", "2")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not list((tmp_path / "found" / "state").glob("*.pt")):
+        assert process.poll() is None
+        time.sleep(0.2)
+    workers = children.read_text().split()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers):
+        assert time.monotonic() < deadline, "workers outlive the command"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_clean_state(tmp_path):
+    wanted = {**WANTED, "space": {**WANTED["space"], "max_epochs": [5000]}}
+    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted))
+    process = start(tmp_path / "found", "--workers", "2")
+    while not list((tmp_path / "found" / "state").glob("*.pt")):
+        assert process.poll() is None
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in output
+    assert "Traceback" not in output
+    assert (tmp_path / "found" / "results.json").is_file()
+
+
+def two_machines(tmp_path: Path, storage: str) -> None:
+    """Two commands, each with a folder of its own, that know of each other through a storage."""
+    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED))
+    both = [
+        start(tmp_path / name, "--workers", "1", "--storage", storage) for name in ("one", "two")
+    ]
+    for process in both:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    one, two = of(tmp_path / "one"), of(tmp_path / "two")
+    assert one == two  # the seconds too: no trial was trained by both
+    undisturbed = run(Search(name="u", **WANTED), tmp_path / "undisturbed", workers=1)
+    assert without_time(one) == without_time(undisturbed)
+    weights = [
+        {f.name for f in (tmp_path / n / "checkpoints").glob("*.ckpt")} for n in ("one", "two")
+    ]
+    ids = {f"{record['id']}.ckpt" for record in one}
+    assert (weights[0] | weights[1]) >= ids
+    assert not weights[0] & weights[1] & ids
+
+
+@pytest.mark.slow
+def test_two_machines_meet_in_a_journal_file(tmp_path):
+    two_machines(tmp_path, str(tmp_path / "journal.log"))
+
+
+@pytest.mark.slow
+def test_two_machines_meet_at_optunas_grpc_proxy(tmp_path):
+    port = closed_port()
+    code = (
+        "import optuna\n"
+        "from optuna.storages.journal import JournalFileBackend\n"
+        "storage = optuna.storages.JournalStorage(JournalFileBackend('shared.log'))\n"
+        f"optuna.storages.run_grpc_proxy_server(storage, host='127.0.0.1', port={port})\n"
+    )
+    server = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    try:
+        two_machines(tmp_path, f"grpc://127.0.0.1:{port}")
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def postgres(tmp_path):
+    """The address of a PostgreSQL server of our own, from the programs on this machine."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    initdb = str(found[-1]) if found else shutil.which("initdb")
+    if not initdb:
+        pytest.skip("needs the programs of a PostgreSQL server, as in Debian's package postgresql")
+    home, port = Path(initdb).parent, closed_port()
+    data = tmp_path / "database"
+    # the server refuses to run as root
+    user = ["su", "postgres", "-s", "/bin/sh", "-c"] if os.geteuid() == 0 else ["sh", "-c"]
+    if os.geteuid() == 0:
+        data.mkdir()
+        shutil.chown(data, "postgres")
+        for parent in [tmp_path, *list(tmp_path.parents)[:-1]]:
+            if parent.stat().st_uid == 0 and not parent.stat().st_mode & 1:
+                parent.chmod(parent.stat().st_mode | 0o011)
+    control = f"{home}/pg_ctl -D {data} -l {data}/log -w"
+    subprocess.run([*user, f"{initdb} -D {data} -A trust -U postgres"], check=True)
+    options = f"-h 127.0.0.1 -p {port} -k {data}"
+    subprocess.run([*user, f'{control} -o "{options}" start'], check=True)
+    yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+    subprocess.run([*user, f"{control} -m immediate stop"], check=True)
+
+
+@pytest.mark.postgres
+def test_two_machines_meet_in_postgresql(tmp_path, postgres):
+    two_machines(tmp_path, postgres)
