@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: fit test test-all lint bench clean
+.PHONY: fit test test-slow lint bench clean
 
 fit: $(VENV)/ready
 	$(BIN)/python -m mnist_lightning fit --config shallow.yaml
@@ -11,9 +11,9 @@ fit: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2
 
-# also what takes minutes, or needs the real MNIST, or PostgreSQL
-test-all: $(VENV)/ready
-	$(BIN)/python -m pytest -m ""
+# what takes minutes, and what needs a PostgreSQL server's programs
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m "slow or postgres"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check
