@@ -59,8 +59,12 @@ def choose_steps(trainer: Trainer, module: LightningModule, data: MNISTDataModul
 
 def can_fuse(trainer: Trainer, module: LightningModule) -> bool:
     """Whether nothing wants to see the gradients, change them, or compute in another precision."""
-    hooks = ("on_before_zero_grad", "on_before_backward", "on_after_backward")
-    hooks += ("on_before_optimizer_step",)
+    hooks = (
+        "on_before_zero_grad",
+        "on_before_backward",
+        "on_after_backward",
+        "on_before_optimizer_step",
+    )
     return (
         obstacle(trainer) is None
         and trainer.strategy.root_device.type == "cpu"

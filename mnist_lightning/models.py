@@ -180,7 +180,7 @@ class Classifier(LightningModule):
         torch.clear_autocast_cache()
         for config in self.trainer.lr_scheduler_configs:
             if config.interval == "step":
-                config.scheduler.step()
+                cast(Any, config.scheduler).step()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._step("val", batch)

@@ -72,7 +72,8 @@ def check(space: Space, ranges: bool = False) -> None:
 def _check_range(name: str, axis: Mapping[str, Any], allowed: bool) -> None:
     if not allowed:
         raise ValueError(f"axis {name} is a range: this strategy needs a list of values")
-    low, high = axis.get("low"), axis.get("high")
+    low: Any = axis.get("low")
+    high: Any = axis.get("high")
     numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high))
     if not numbers or unknown(axis, ("low", "high", "log")) or not low < high:
         raise ValueError(f"axis {name} is {dict(axis)}: a range is {{low: a, high: b}} with a < b")

@@ -144,7 +144,8 @@ class Population:
             parts = [(rows[:-last], labels[:-last], batch_size)] if whole else []
             parts.append((rows[-last:], labels[-last:], last))
             results = [self.train_block(*part, lit) for part in parts]
-            return tuple(torch.cat(column, 1) for column in zip(*results, strict=True))
+            losses, hits = zip(*results, strict=True)
+            return torch.cat(losses, 1), torch.cat(hits, 1)
         x = rows[:, :lit]
         gram = None
         if whole > 1:
@@ -299,7 +300,7 @@ class _Stack:
         one_hot.scatter_(3, labels.view(batches, 1, -1, 1), 1)
         torch.mul(one_hot, -step, out=plan.targets)
         for t in range(batches):
-            if t:
+            if t and gram:
                 plan.z[t].addmm_(gram.before[t], plan.d_before[t], alpha=-1)
             for a, weight, out in plan.forward[t]:
                 torch.bmm(a.relu_(), weight, out=out)
