@@ -70,3 +70,24 @@ def test_fit_imports_no_more_than_lightnings_command_line() -> None:
     heavy = {"pandas", "matplotlib", "sklearn", "optuna", "scipy", "tensorboard"}
     floor = _loaded("import lightning.pytorch.cli")
     assert (_loaded("import mnist_lightning.cli") - floor) & heavy == set()
+
+
+def test_the_readme_has_the_map() -> None:
+    """A line for each file of the package, and none for a file that is gone."""
+    readme = (PACKAGE.parent / "README.md").read_text()
+    block = readme.split("mnist_lightning/\n", 1)[1].split("configs/ ", 1)[0]
+    named = {line.split()[0] for line in block.splitlines() if line.strip()}
+    assert named == {file.name for file in PACKAGE.glob("*.py")} - {"__init__.py"}
+
+
+def test_the_project_names_no_machine() -> None:
+    """No registry's host, no absolute path: it must stand alone wherever it is cloned."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=PACKAGE.parent, capture_output=True, text=True
+    ).stdout.split()
+    if not listed:
+        pytest.skip("not a git checkout")
+    forbidden = ["py" + "pi.org", "python" + "hosted", "/" + "work/", "/root" + "/"]
+    for name in listed:
+        content = (PACKAGE.parent / name).read_bytes()
+        assert not [word for word in forbidden if word.encode() in content], name
