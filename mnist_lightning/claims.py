@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,15 @@ class Claims:
         self.storage, self.search = storage, search
         self._seen: dict[str, tuple[Any, float]] = {}
 
-    def take(self, unit: str) -> "optuna.Study | list[dict[str, Any]] | None":
-        """The unit's claim, now ours; its records, if it is finished; ``None`` if it is taken."""
+    def take(
+        self, unit: str, ids: Sequence[str] = ()
+    ) -> "optuna.Study | list[dict[str, Any]] | None":
+        """The unit's claim, now ours; its records, if it is finished; ``None`` if it is taken.
+
+        Args:
+            unit: its name.
+            ids: of the trials that the records must have.
+        """
         import optuna
 
         attempt = 0
@@ -47,9 +55,10 @@ class Claims:
                 )
             except optuna.exceptions.DuplicatedStudyError:
                 known = optuna.load_study(storage=self.storage, study_name=name).user_attrs
-                if "finished" in known:
+                if set(ids) <= set(known.get("finished", ())) and "finished" in known:
                     return [known[f"trial {id}"] for id in known["finished"]]
-                if "released" not in known and not self._dead(name, known.get("owner")):
+                over = {"finished", "released"} & known.keys()
+                if not over and not self._dead(name, known.get("owner")):
                     return None
                 attempt += 1
             else:
@@ -170,7 +179,15 @@ def _connect(url: str) -> "optuna.storages.BaseStorage":
         proxy.wait_server_ready(timeout=15)
         return proxy
     limit = {"connect_timeout": 15} if url.startswith("postgres") else {}
-    return RDBStorage(url, engine_kwargs={"connect_args": limit})
+    if find_spec("psycopg") is None:  # SQLAlchemy's first choice, but its forerunner will do
+        url = url.replace("postgresql://", "postgresql+psycopg2://", 1)
+    try:
+        return RDBStorage(url, engine_kwargs={"connect_args": limit})
+    except Exception as error:
+        if "already exists" not in str(error):
+            raise
+        # another machine made the tables at the same moment
+        return RDBStorage(url, engine_kwargs={"connect_args": limit})
 
 
 def _without_password(url: str | None) -> str:

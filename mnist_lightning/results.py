@@ -234,7 +234,7 @@ def _flat(record: Record) -> Record:
     return row
 
 
-def replace(path: Path, write: Callable[[Path], None]) -> None:
+def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Has a file written under another name, then puts it in place."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     write(temporary)

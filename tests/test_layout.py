@@ -25,10 +25,12 @@ FLOORS = {
     "checkpoints": 3,
     "inspection": 3,
     "population": 3,
-    "search": 4,
+    "plan": 4,
     "report": 4,
-    "cli": 5,
-    "__main__": 6,
+    "worker": 5,
+    "search": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 
 

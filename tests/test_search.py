@@ -18,13 +18,14 @@ import torch
 import yaml
 from conftest import trainer
 
-from mnist_lightning import MNISTDataModule, claims, search, space
+from mnist_lightning import MNISTDataModule, claims, plan, space, worker
 from mnist_lightning.__main__ import main
 from mnist_lightning.claims import Claims, open_storage
 from mnist_lightning.models import Perceptron, ShallowNetwork
+from mnist_lightning.plan import Search, rounds, units
 from mnist_lightning.population import PopulationTraining
 from mnist_lightning.results import load_results
-from mnist_lightning.search import Search, read, run, units
+from mnist_lightning.search import read, run
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "search").glob("*.yaml"))
 AXES = {
@@ -186,7 +187,7 @@ def test_a_finished_search_does_no_work(finished, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_search_goes_on_where_it_stopped(finished, folder, monkeypatch, capsys):
-    monkeypatch.setattr(search, "SNAPSHOT_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "SNAPSHOT_SECONDS", 0.0)
     epochs = []
     run_epoch = PopulationTraining.run_epoch
 
@@ -207,6 +208,27 @@ def test_an_interrupted_search_goes_on_where_it_stopped(finished, folder, monkey
     assert not list((folder / "state").iterdir())
 
 
+def test_a_deleted_trial_is_trained_again(finished, folder, monkeypatch):
+    monkeypatch.setattr(worker, "SNAPSHOT_SECONDS", 0.0)
+    run_epoch = PopulationTraining.run_epoch
+
+    def interrupted(self):
+        if self.epoch == 2:
+            raise KeyboardInterrupt
+        run_epoch(self)
+
+    monkeypatch.setattr(PopulationTraining, "run_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(small(), folder, workers=1)
+    monkeypatch.undo()
+    monkeypatch.chdir(folder.parent)
+    for _ in range(2):  # in the middle of its unit, and after the end
+        next((folder / "trials").iterdir()).unlink()
+        (folder / "journal.log").unlink()
+        run(small(), folder, workers=1)
+        assert without_time(of(folder)) == without_time(of(finished))
+
+
 def test_two_workers_give_the_same_bits_as_one(finished, folder):
     run(small(), folder, workers=2)
     assert without_time(of(folder)) == without_time(of(finished))
@@ -217,10 +239,10 @@ def test_two_workers_give_the_same_bits_as_one(finished, folder):
 
 
 def test_units_are_cut_at_a_size_and_lose_no_trial(monkeypatch):
-    trials = search.rounds(small(), {})[0]
+    trials = rounds(small(), {})[0]
     whole = units(small(), trials, 1000)
     assert [len(unit.trials) for unit in whole] == [8, 8]
-    monkeypatch.setattr(search, "UNIT_BYTES", 10_000)
+    monkeypatch.setattr(plan, "UNIT_BYTES", 10_000)
     parts = units(small(), trials, 1000)
     assert len(parts) == 8
     ids = [trial.id for unit in parts for trial in unit.trials]
@@ -451,7 +473,7 @@ def test_shipped_searches_are_what_they_say(config, monkeypatch, tmp_path):
         "deep3_grid": 125,
     }
     if not wanted.sampled:
-        assert len(search.rounds(wanted, {})[0]) == counts[config.stem]
+        assert len(rounds(wanted, {})[0]) == counts[config.stem]
 
 
 def test_flags_win_over_the_file(folder, capsys):
@@ -491,6 +513,7 @@ FIXED = {"max_epochs": 1}
         ({"strategy": {"name": "random", "n": 0}}, "at least 1, got 0"),
         ({"strategy": {"name": "optuna", "n": 2, "sampler": "TPE_Sampler"}}, "mean TPESampler"),
         ({"seeds": (0, 0)}, "seeds must be different"),
+        ({"seeds": (0, 1), "strategy": {"name": "optuna", "n": 2}}, "of one seed"),
         ({"objective": "test_acc"}, "objective must be one of"),
         ({"second_round": {"best": 5}}, "second_round is"),
         ({"data": {"source": "digits", "image_size": 32}}, "must be 28"),
@@ -501,7 +524,7 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(folder, changes,
     with pytest.raises(ValueError, match=message) as caught:
         run(small(**{"space": {"lr": [0.1]}, "fixed": FIXED, **changes}), folder)
     assert len(str(caught.value).splitlines()) <= 2
-    assert not list(folder.glob("trials/*"))
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -617,7 +640,7 @@ WANTED = {
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments_and_resumed_nothing_is_lost_nor_done_twice(tmp_path):
-    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED))
+    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED, sort_keys=False))
     generator = random.Random(0)
     folder = tmp_path / "killed"
     written: dict[str, int] = {}
@@ -646,7 +669,7 @@ def test_killed_at_twenty_moments_and_resumed_nothing_is_lost_nor_done_twice(tmp
 @pytest.mark.slow
 def test_when_the_command_is_killed_its_workers_leave(tmp_path):
     wanted = {**WANTED, "space": {**WANTED["space"], "max_epochs": [5000]}}
-    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted))
+    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted, sort_keys=False))
     process = start(tmp_path / "found", "--workers", "2")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not list((tmp_path / "found" / "state").glob("*.pt")):
@@ -664,7 +687,7 @@ def test_when_the_command_is_killed_its_workers_leave(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_clean_state(tmp_path):
     wanted = {**WANTED, "space": {**WANTED["space"], "max_epochs": [5000]}}
-    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted))
+    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted, sort_keys=False))
     process = start(tmp_path / "found", "--workers", "2")
     while not list((tmp_path / "found" / "state").glob("*.pt")):
         assert process.poll() is None
@@ -679,7 +702,7 @@ def test_ctrl_c_leaves_a_clean_state(tmp_path):
 
 def two_machines(tmp_path: Path, storage: str) -> None:
     """Two commands, each with a folder of its own, that know of each other through a storage."""
-    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED))
+    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED, sort_keys=False))
     both = [
         start(tmp_path / name, "--workers", "1", "--storage", storage) for name in ("one", "two")
     ]

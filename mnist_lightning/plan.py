@@ -1,0 +1,364 @@
+"""What is searched, and the units of work that it makes.
+
+A unit is what one worker takes: networks that share their mini-batches and are trained together, or
+one training by itself. Which networks form a unit follows from the search alone, so that results
+are the same bits for any number of workers, interrupted or not.
+"""
+
+import dataclasses
+import inspect
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from importlib import import_module
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from mnist_lightning import models, space
+from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.models import CLASSES, PIXELS, Classifier, DeepNetwork, ShallowNetwork
+from mnist_lightning.population import Member, training_bytes
+from mnist_lightning.results import Record, score
+from mnist_lightning.space import Trial
+
+# Networks trained together take at most this much memory, beside the images. Small enough that the
+# networks of one batch size can be shared out, large enough for the study's 16 of each.
+UNIT_BYTES = 64 * 2**20
+SMALL = (ShallowNetwork, DeepNetwork)  # what population trains, with plain SGD
+
+# name: its options, with their defaults; ... must be given
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "grid": {},
+    "random": {"n": ..., "seed": 0},
+    "refine": {"rounds": 3},
+    "optuna": {
+        "n": ...,
+        "seed": 0,
+        "sampler": "TPESampler",
+        "sampler_args": {},
+        "pruner": "NopPruner",
+        "pruner_args": {},
+    },
+}
+OBJECTIVES = ("val_acc", "best_val_acc")
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched. Two searches with equal fields, on the same data, have equal results.
+
+    Args:
+        name: of the search, and of its folder.
+        model: name of a class in ``mnist_lightning.models``, or dotted path of another Classifier.
+        space: axes, by parameter: see ``mnist_lightning.space``. A parameter is ``max_epochs``,
+            ``batch_size`` or an argument of the model.
+        strategy: ``{name: grid | random | refine | optuna}`` and its options.
+        fixed: parameters that all trials share.
+        seeds: each combination is trained with each of them.
+        second_round: ``{best: k, max_epochs: n}``: the best k are trained again for n epochs.
+        objective: ``val_acc`` is the validation accuracy after the last epoch, ``best_val_acc``
+            that of the best epoch. A trial's checkpoint holds the weights that reached it.
+        data: arguments of ``MNISTDataModule``, all but ``batch_size``.
+        trainer: arguments of the Trainer, for models that it trains.
+    """
+
+    name: str
+    model: str
+    space: Mapping[str, Any]
+    strategy: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "grid"})
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seeds: Sequence[int] = (0,)
+    second_round: Mapping[str, int] | None = None
+    objective: str = "val_acc"
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    trainer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @cached_property
+    def model_class(self) -> type[Classifier]:
+        module, _, name = self.model.rpartition(".")
+        try:
+            found = getattr(import_module(module) if module else models, name)
+        except (ImportError, AttributeError):
+            found = None
+        if not (isinstance(found, type) and issubclass(found, Classifier)) or found is Classifier:
+            known = [
+                name
+                for name, kind in vars(models).items()
+                if isinstance(kind, type)
+                and issubclass(kind, Classifier)
+                and kind is not Classifier
+            ]
+            raise ValueError(f"no model {self.model!r}; {hint(name, known)}")
+        return found
+
+    @property
+    def sampled(self) -> bool:
+        """Whether Optuna draws the parameters, one trial after the other."""
+        return self.strategy["name"] == "optuna"
+
+    def check(self) -> None:
+        """Refuses what cannot work before anything is trained.
+
+        Raises:
+            ValueError: what is wrong, and what would be right.
+        """
+        options = dict(self.strategy)
+        strategy = options.pop("name", None)
+        if strategy not in STRATEGIES:
+            raise ValueError(f"no strategy {strategy!r}; {hint(str(strategy), STRATEGIES)}")
+        known = STRATEGIES[strategy]
+        for option in space.unknown(options, list(known)):
+            raise ValueError(f"strategy {strategy} has no option {option}; {hint(option, known)}")
+        for option, default in known.items():
+            if default is ... and option not in options:
+                raise ValueError(f"strategy {strategy} needs {option}")
+            if option in ("n", "rounds") and option in options:
+                check_count(f"strategy.{option}", options[option])
+        space.check(self.space, ranges=strategy in ("random", "optuna"))
+        both = sorted(self.space.keys() & self.fixed.keys())
+        if both:
+            raise ValueError(f"{both[0]} is fixed and an axis: it can be one of the two")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be different numbers, got {list(self.seeds)}")
+        if self.sampled and len(self.seeds) > 1:
+            raise ValueError(f"optuna draws trials of one seed, got seeds {list(self.seeds)}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
+        if self.second_round is not None:
+            if self.sampled or set(self.second_round) != {"best", "max_epochs"}:
+                raise ValueError("second_round is {best: k, max_epochs: n}; not after optuna")
+            for option, value in self.second_round.items():
+                check_count(f"second_round.{option}", value)
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        of_model = list(inspect.signature(self.model_class.__init__).parameters)[1:]
+        known = ["max_epochs", "batch_size", *of_model]
+        axes = {**self.fixed, **self.space}
+        for name in axes:
+            if name in ("seed", "seeds"):
+                raise ValueError(f"{name} is no axis: say seeds: [0, 1, 2] beside the space")
+            base, _, layer = name.partition(".")
+            if base not in known or (layer and not layer.isdigit()):
+                raise ValueError(f"{self.model} has no parameter {name}; {hint(base, known)}")
+        if "max_epochs" not in axes:
+            raise ValueError("max_epochs is missing: an axis of the space, or fixed")
+        ends = {  # of a range, its two ends stand for all that lies between
+            name: [axis["low"], axis["high"]] if isinstance(axis, Mapping) else axis
+            for name, axis in self.space.items()
+        }
+        for name in ("max_epochs", "batch_size"):
+            for value in ends.get(name, [self.fixed[name]] if name in self.fixed else []):
+                check_count(name, value)
+        if self.model_class in SMALL and self.data.get("image_size", 28) != 28:
+            raise ValueError(f"{self.model} sees 28 x 28 pixels: data.image_size must be 28")
+        tried = set()
+        for combination in space.grid(ends):
+            arguments = self.model_args({**self.fixed, **combination})
+            key = json.dumps(arguments)
+            if key not in tried:
+                tried.add(key)
+                with torch.device("meta"):  # shapes without memory
+                    self._build(arguments)
+
+    def _build(self, arguments: Mapping[str, Any]) -> Classifier:
+        try:
+            return self.model_class(**arguments)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{self.model} refuses {dict(arguments)}: {error}") from error
+
+    def model_args(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's share of a trial's parameters, ``name.1, name.2 ...`` gathered in lists."""
+        found: dict[str, Any] = {}
+        lists: dict[str, dict[int, Any]] = {}
+        for name, value in params.items():
+            base, _, layer = name.partition(".")
+            if layer:
+                lists.setdefault(base, {})[int(layer)] = value
+            elif name not in ("max_epochs", "batch_size", "seed"):
+                found[name] = value
+        for name, entries in lists.items():
+            if sorted(entries) != list(range(1, len(entries) + 1)):
+                raise ValueError(f"axes {name}.N must count 1, 2, 3 ..., got {sorted(entries)}")
+            found[name] = [entries[layer] for layer in sorted(entries)]
+        return found
+
+    def build(self, params: Mapping[str, Any]) -> Classifier:
+        """A new model of a trial, with the weights of its seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(params["seed"])
+            return self._build(self.model_args(params))
+
+    def data_module(self, params: Mapping[str, Any]) -> MNISTDataModule:
+        """The data as a trial sees it."""
+        return MNISTDataModule(**{**self.data, "batch_size": self.batch_size(params)})
+
+    def batch_size(self, params: Mapping[str, Any]) -> int:
+        """A trial's, or the data module's default."""
+        default = inspect.signature(MNISTDataModule.__init__).parameters["batch_size"].default
+        return params.get("batch_size", default)
+
+    def load_data(self) -> MNISTDataModule:
+        """The data, fetched, verified and split."""
+        data = self.data_module(self.fixed)
+        data.prepare_data()
+        data.setup("fit")
+        return data
+
+    def identity(self, data: MNISTDataModule) -> dict[str, Any]:
+        """All that the results depend on, as JSON types."""
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("name", "data")
+        }
+        facts = ("name", "source", "split", "val_fraction", "split_seed", "image_size")
+        about = {fact: getattr(data, fact) for fact in (*facts, "normalization", "checksum")}
+        return json.loads(json.dumps({**fields, "data": about}))
+
+    def hidden_units(self, params: Mapping[str, Any]) -> tuple[int, ...] | None:
+        """Sizes of the hidden layers where ``population`` can train the model, else ``None``."""
+        if self.model_class not in SMALL:
+            return None
+        signature = inspect.signature(self.model_class.__init__)
+        bound = signature.bind_partial(None, **self.model_args(params))
+        bound.apply_defaults()
+        if bound.arguments["optimizer"] != "sgd":
+            return None
+        units = bound.arguments["hidden_units"]
+        return tuple(units) if isinstance(units, list | tuple) else (units,)
+
+    def lr(self, params: Mapping[str, Any]) -> float:
+        """The learning rate, the model's default where the search does not say."""
+        default = inspect.signature(self.model_class.__init__).parameters["lr"].default
+        return float(params.get("lr", default))
+
+
+def hint(given: str, known: Any) -> str:
+    close = get_close_matches(given, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"
+
+
+def check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Trials that one worker trains together.
+
+    Args:
+        name: unique in the search.
+        trials: empty where a sampler will draw the one trial.
+        together: whether they are networks of one population.
+        work: estimated seconds on one core, for the order of units and the time left.
+        number: of the trial that a sampler will draw.
+    """
+
+    name: str
+    trials: tuple[Trial, ...]
+    together: bool
+    work: float
+    number: int = -1
+
+    @property
+    def ids(self) -> list[str]:
+        """Of its trials; known before they are drawn."""
+        return [trial.id for trial in self.trials] or [f"draw{self.number:04d}"]
+
+
+def units(search: Search, trials: Sequence[Trial], images: int) -> list[Unit]:
+    """What workers take, the longest first; the same whatever is finished, whoever works.
+
+    Args:
+        search: the search.
+        trials: of one round.
+        images: in the training set.
+    """
+    groups: dict[tuple[int, int, int], list[Trial]] = {}
+    found = []
+    for trial in trials:
+        if search.hidden_units(trial.params) is None:
+            # seconds that nobody knows; among each other they compare
+            found.append(Unit(trial.id, (trial,), False, float(trial.params["max_epochs"])))
+        else:
+            key = (trial.round, search.batch_size(trial.params), trial.params["seed"])
+            groups.setdefault(key, []).append(trial)
+    for (round, batch_size, seed), group in groups.items():
+        parts = _split(search, group)
+        for number, part in enumerate(parts):
+            name = f"round{round}-batch{batch_size}-seed{seed}" + f"-part{number}" * (
+                len(parts) > 1
+            )
+            found.append(Unit(name, tuple(part), True, _cost(search, part, batch_size, images)))
+    return sorted(found, key=lambda unit: -unit.work)
+
+
+def networks(search: Search, trials: Sequence[Trial]) -> dict[tuple[Any, ...], list[Trial]]:
+    """Trials of the same network, of which the longest training passes through the others."""
+    found: dict[tuple[Any, ...], list[Trial]] = {}
+    for trial in trials:
+        units = search.hidden_units(trial.params)
+        assert units is not None
+        found.setdefault((len(units), units, search.lr(trial.params)), []).append(trial)
+    return dict(sorted(found.items()))
+
+
+def member(network: tuple[Any, ...], trials: Sequence[Trial]) -> Member:
+    _, units, lr = network
+    return Member(units, lr, max(trial.params["max_epochs"] for trial in trials))
+
+
+def _split(search: Search, trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Networks of one batch size and seed in parts of about equal memory, each within the limit."""
+    found = networks(search, trials)
+    sizes = {key: training_bytes(member(key, group)) for key, group in found.items()}
+    count = math.ceil(sum(sizes.values()) / UNIT_BYTES)
+    parts: list[list[Trial]] = []
+    filled, total = 0.0, sum(sizes.values()) / count
+    for key, group in found.items():
+        # neighbours in this order have like shapes, which stack
+        if not parts or filled + sizes[key] / 2 > total:
+            parts.append([])
+            filled = 0.0
+        parts[-1] += group
+        filled += sizes[key]
+    return parts
+
+
+def _cost(search: Search, trials: Sequence[Trial], batch_size: int, images: int) -> float:
+    members = [member(key, group) for key, group in networks(search, trials).items()]
+    epochs = max(m.max_epochs for m in members)
+    products = sum(
+        m.max_epochs * a * b
+        for m in members
+        for a, b in pairwise([PIXELS, *m.hidden_units, CLASSES])
+    )
+    # forward, backward and update at 100 GFLOP/s, and what a step takes before it does anything
+    return images * (6 * products / 1e11 + epochs * 6e-5 / batch_size)
+
+
+def rounds(search: Search, records: Mapping[str, Record]) -> list[list[Trial]]:
+    """The rounds of the search, up to the first that is not finished."""
+    scores = {id: score(record, search.objective) for id, record in records.items()}
+    strategy = {**STRATEGIES[search.strategy["name"]], **search.strategy}
+    return list(
+        space.rounds(
+            search.space, strategy, search.seeds, search.fixed, search.second_round, scores
+        )
+    )
+
+
+def open_units(search: Search, records: Mapping[str, Record], images: int) -> list[Unit]:
+    """Units of the first round that is not finished, without those that are."""
+    if search.sampled:
+        found = [Unit(f"draw{i:04d}", (), False, 1.0, i) for i in range(search.strategy["n"])]
+    else:
+        found = units(search, rounds(search, records)[-1], images)
+    return [unit for unit in found if any(id not in records for id in unit.ids)]
