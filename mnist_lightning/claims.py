@@ -181,13 +181,15 @@ def _connect(url: str) -> "optuna.storages.BaseStorage":
     limit = {"connect_timeout": 15} if url.startswith("postgres") else {}
     if find_spec("psycopg") is None:  # SQLAlchemy's first choice, but its forerunner will do
         url = url.replace("postgresql://", "postgresql+psycopg2://", 1)
-    try:
-        return RDBStorage(url, engine_kwargs={"connect_args": limit})
-    except Exception as error:
-        if "already exists" not in str(error):
-            raise
-        # another machine made the tables at the same moment
-        return RDBStorage(url, engine_kwargs={"connect_args": limit})
+    tries = 5
+    while True:
+        try:
+            return RDBStorage(url, engine_kwargs={"connect_args": limit})
+        except Exception as error:
+            tries -= 1
+            if not tries or "already exists" not in str(error):
+                raise
+            time.sleep(1)  # two machines make the tables at the same moment: one of them cannot
 
 
 def _without_password(url: str | None) -> str:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -744,28 +745,27 @@ def test_two_machines_meet_at_optunas_grpc_proxy(tmp_path):
 
 
 @pytest.fixture
-def postgres(tmp_path):
+def postgres():
     """The address of a PostgreSQL server of our own, from the programs on this machine."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     initdb = str(found[-1]) if found else shutil.which("initdb")
     if not initdb:
         pytest.skip("needs the programs of a PostgreSQL server, as in Debian's package postgresql")
-    home, port = Path(initdb).parent, closed_port()
-    data = tmp_path / "database"
-    # the server refuses to run as root
-    user = ["su", "postgres", "-s", "/bin/sh", "-c"] if os.geteuid() == 0 else ["sh", "-c"]
+    # not below pytest's folder: it is closed to others, and the server refuses to run as root
+    data, port = Path(tempfile.mkdtemp()), closed_port()
+    shell = ["sh", "-c"]
     if os.geteuid() == 0:
-        data.mkdir()
         shutil.chown(data, "postgres")
-        for parent in [tmp_path, *list(tmp_path.parents)[:-1]]:
-            if parent.stat().st_uid == 0 and not parent.stat().st_mode & 1:
-                parent.chmod(parent.stat().st_mode | 0o011)
-    control = f"{home}/pg_ctl -D {data} -l {data}/log -w"
-    subprocess.run([*user, f"{initdb} -D {data} -A trust -U postgres"], check=True)
+        shell = ["su", "postgres", "-s", "/bin/sh", "-c"]
+    control = f"{Path(initdb).parent}/pg_ctl -D {data} -l {data}/log -w"
     options = f"-h 127.0.0.1 -p {port} -k {data}"
-    subprocess.run([*user, f'{control} -o "{options}" start'], check=True)
-    yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
-    subprocess.run([*user, f"{control} -m immediate stop"], check=True)
+    try:
+        subprocess.run([*shell, f"{initdb} -D {data} -A trust -U postgres"], check=True, cwd="/")
+        subprocess.run([*shell, f'{control} -o "{options}" start'], check=True, cwd="/")
+        yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+        subprocess.run([*shell, f"{control} -m immediate stop"], check=True, cwd="/")
+    finally:
+        shutil.rmtree(data)
 
 
 @pytest.mark.postgres
