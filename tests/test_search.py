@@ -98,6 +98,14 @@ def test_short_trainings_are_read_off_the_long_ones(finished):
         assert curves[json.dumps(cell)] == {name: curve[:1] for name, curve in longer.items()}
 
 
+def test_a_search_of_short_trainings_alone_finds_the_same_bits(finished, folder):
+    alone = run(small(space={**AXES, "max_epochs": [1]}), folder, workers=1)
+    nested = {record["id"]: record["curves"] for record in of(finished)}
+    assert len(alone) == 8
+    for record in alone:
+        assert record["curves"] == nested[record["id"]]
+
+
 def test_results_load_as_a_table(finished):
     table = load_results(finished)
     assert len(table) == 16
