@@ -20,6 +20,7 @@ _HOMES = {
     "LayerFreezing": "callbacks",
     "Dashboard": "dashboard",
     "RunLogger": "dashboard",
+    "load_results": "results",
 }
 
 __all__ = [*_HOMES, "__version__"]

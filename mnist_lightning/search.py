@@ -173,7 +173,7 @@ class Progress:
         if done := sum(work * (part - first) for work, first, part in parts):
             whole = sum(self._work.values()) - sum(work * first for work, first, _ in parts)
             left = (time.monotonic() - self._started) * (whole / done - 1)
-            facts.append(f"{int(left // 60)} min {int(left % 60)} s left")
+            facts.append(f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
         return facts
 
     def close(self) -> None:
@@ -259,7 +259,7 @@ def _say_plan(search: Search, left: Sequence[Unit], workers: int) -> None:
     line = f"{sum(len(unit.ids) for unit in left)} trials to go"
     if together := [unit for unit in left if unit.together]:
         count = sum(len(networks(search, unit.trials)) for unit in together)
-        line += f": {count} networks in {len(together)} populations"
+        line += f": {count} networks in {len(together)} population{'s' * (len(together) > 1)}"
         if any("-part" in unit.name for unit in together):
             line += f", split lest one takes more than {UNIT_BYTES >> 20} MiB"
     print(f"{line}; {workers} worker{'s' * (workers > 1)}", flush=True)
