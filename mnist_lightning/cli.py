@@ -15,15 +15,12 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-import yaml
-from jsonargparse import ActionConfigFile
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
@@ -34,6 +31,7 @@ from mnist_lightning.checkpoints import ModelCheckpoint
 from mnist_lightning.dashboard import Dashboard, RunLogger
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.models import Classifier, Perceptron, ResNet18
+from mnist_lightning.names import ConfigByName, hint, shipped_configs
 from mnist_lightning.provenance import write_text
 
 LOGS = "lightning_logs"
@@ -74,49 +72,6 @@ def inspect(words: list[str]) -> None:
         print(inspection.format_table(("Tensor", "Shape", "Meaning"), rows))
 
 
-def config_folder() -> Path:
-    """The shipped configurations: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
-class ConfigByName(ActionConfigFile):
-    """``--config``: a file, or the bare name of a shipped configuration, from any folder."""
-
-    def __call__(self, parser, cfg, values, option_string=None):  # type: ignore[no-untyped-def]
-        super().__call__(parser, cfg, _check_config(_resolve_config(values)), option_string)
-
-
-def _resolve_config(name: str) -> str:
-    if Path(name).is_file() or "\n" in name:
-        return name
-    if os.sep not in name:
-        for file in (config_folder() / name, config_folder() / f"{name}.yaml"):
-            if file.is_file():
-                return str(file)
-    shipped = sorted(path.name for path in config_folder().glob("*.yaml"))
-    raise ValueError(f"--config {name}: no such file; {_meant(name, shipped)}")
-
-
-def _check_config(file: str) -> str:
-    """The same file; what jsonargparse says about one that holds no YAML does not name it."""
-    if "\n" in file:
-        return file
-    try:
-        content = yaml.safe_load(Path(file).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}" if mark else "it is no text"
-        raise ValueError(f"--config {file}: not a YAML file ({where})") from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"--config {file}: no settings in it; --print_config after a command shows how"
-            " they are written"
-        )
-    return file
-
-
 class Parser(LightningArgumentParser):
     """Says what is wrong in a line or two, where argparse would print a page of usage."""
 
@@ -139,18 +94,18 @@ def _shorten(message: str, parser: LightningArgumentParser) -> str:
     core = re.sub(r"<class '(\w+)'>", r"\1", core)
     core = re.sub(r"Expected an? (.+?)\. Got value: ", r"expected \1, got ", core)
     models = {model.__name__: model for model in _subclasses(Classifier)}
-    configs = sorted(path.name for path in config_folder().glob("*.yaml"))
+    configs = [path.name for path in shipped_configs()]
     if re.search(r"required: (\w+\.)?model$", core):
         return f"which model? --config NAME ({', '.join(configs)}), or --model CLASS"
     if match := re.search(r"Expected a dot import path string: (\S+)", core):
-        return f"no model {match[1]!r}; {_meant(match[1], models)}"
+        return f"no model {match[1]!r}; {hint(match[1], models)}"
     if "does not correspond to a subclass of" in core:
-        return f"--model {given}: no Classifier; {_meant(given, models)}"
+        return f"--model {given}: no Classifier; {hint(given, models)}"
     if match := re.search(r"argument (?:\S+/)?(\S+): expected one argument", core):
         return f"{match[1]} needs a value after it"
     if match := re.search(r"(\w+): Option '(\w+)' is not accepted", core):
         known = inspect_module.signature(models[match[1]]).parameters if match[1] in models else []
-        return f"{match[1]} has no option {match[2]!r}; {_meant(match[2], known)}"
+        return f"{match[1]} has no option {match[2]!r}; {hint(match[2], known)}"
     if match := re.search(r"unrecognized arguments: (\S+)|not accept option '(\S+)'", core):
         word = (match[1] or match[2]).partition("=")[0]
         nested = getattr(parser, "_subcommands_action", None)
@@ -158,16 +113,11 @@ def _shorten(message: str, parser: LightningArgumentParser) -> str:
         options = [o for p in parsers for action in p._actions for o in action.option_strings]
         if match[2]:  # in a file, where there are no dashes
             options = [option.lstrip("-") for option in options]
-        return f"no option {word}; {_meant(word, options, 'all of them: --help')}"
+        return f"no option {word}; {hint(word, options, 'all of them: --help')}"
     if given and "Expected a" in core:  # of several types
         start, *types = re.split(r"Expected an? ", core)
         return f"{start}expected {' or '.join(kind.strip() for kind in types)}, got {given}"
     return core
-
-
-def _meant(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    close = get_close_matches(word, list(known), n=1)
-    return f"did you mean {close[0]}?" if close else otherwise or f"there are: {', '.join(known)}"
 
 
 def _subclasses(base: type) -> Iterator[type]:

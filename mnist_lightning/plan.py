@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module
 from itertools import pairwise
@@ -22,6 +21,7 @@ import torch
 from mnist_lightning import models, space
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.models import CLASSES, PIXELS, Classifier, DeepNetwork, ShallowNetwork
+from mnist_lightning.names import hint
 from mnist_lightning.population import Member, training_bytes
 from mnist_lightning.results import Record, score
 from mnist_lightning.space import Trial
@@ -237,11 +237,6 @@ class Search:
         """The learning rate, the model's default where the search does not say."""
         default = inspect.signature(self.model_class.__init__).parameters["lr"].default
         return float(params.get("lr", default))
-
-
-def hint(given: str, known: Any) -> str:
-    close = get_close_matches(given, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"
 
 
 def check_count(name: str, value: Any) -> None:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 from mnist_lightning import space
 from mnist_lightning.claims import open_storage
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.names import SearchByName
 from mnist_lightning.plan import (
     OBJECTIVES,
     SMALL,
@@ -29,7 +30,6 @@ from mnist_lightning.plan import (
     Search,
     Unit,
     check_count,
-    hint,
     networks,
     open_units,
     rounds,
@@ -304,7 +304,7 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
     )
     add = parser.add_argument
-    add("-c", "--config", action=_ConfigByName, help="A YAML file, or the name of a shipped one.")
+    add("-c", "--config", action=SearchByName, help="A YAML file, or the name of a shipped one.")
     add("--name", type=str | None, help="Of the search and its folder (default: the file's name).")
     add("--model", type=str, required=True, help="Name of a class, like ShallowNetwork.")
     add("--strategy", type=str | dict[str, Any], default="grid", help=f"{', '.join(STRATEGIES)}.")
@@ -326,30 +326,6 @@ def _parser() -> ArgumentParser:
     )
     add("--device", type=str, default="cpu", help="Where populations are trained.")
     return parser
-
-
-class _ConfigByName(ActionConfigFile):
-    """``--config``: a file, or the bare name of a shipped search, from any folder."""
-
-    def __call__(self, parser, cfg, values, option_string=None):  # type: ignore[no-untyped-def]
-        super().__call__(parser, cfg, str(_find_config(values)), option_string)
-
-
-def _find_config(name: str) -> Path:
-    package = Path(__file__).parent
-    shipped = next(
-        (f for f in (package / "configs/search", package.parent / "configs/search") if f.is_dir()),
-        package,
-    )
-    if os.sep not in name:
-        candidates = [Path(name), Path(f"{name}.yaml"), shipped / name, shipped / f"{name}.yaml"]
-    else:
-        candidates = [Path(name)]
-    for file in candidates:
-        if file.is_file():
-            return file
-    names = sorted(file.name for file in shipped.glob("*.yaml"))
-    raise ValueError(f"--config {name}: no such file; {hint(name, names)}")
 
 
 def read(argv: Sequence[str]) -> tuple[Search, dict[str, Any]]:

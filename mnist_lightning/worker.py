@@ -21,7 +21,8 @@ from mnist_lightning import space
 from mnist_lightning.claims import Claims
 from mnist_lightning.data import ImageSet
 from mnist_lightning.models import Classifier
-from mnist_lightning.plan import SMALL, STRATEGIES, Search, Unit, hint, member, networks, open_units
+from mnist_lightning.names import hint
+from mnist_lightning.plan import SMALL, STRATEGIES, Search, Unit, member, networks, open_units
 from mnist_lightning.population import PopulationTraining
 from mnist_lightning.results import CURVES, Record, Results, new_record, replace
 from mnist_lightning.space import Trial

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "mnist_lightning"
 FLOORS = {
     "__init__": 0,
     "provenance": 0,
+    "names": 0,
     "data": 0,
     "space": 0,
     "callbacks": 0,
