@@ -24,7 +24,7 @@ def provenance(**facts: Any) -> dict[str, Any]:
     return {
         **facts,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["mnist-lightning", *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
         "code": {"mnist_lightning": __version__, **_git()},
         "versions": {
             "python": platform.python_version(),
@@ -32,6 +32,11 @@ def provenance(**facts: Any) -> dict[str, Any]:
         },
         "machine": {"system": platform.platform(), "cpu": _cpu(), "cores": os.cpu_count()},
     }
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name  # "__main__.py" for python -m mnist_lightning
+    return "mnist-lightning" if name in ("__main__.py", "mnist-lightning") else name
 
 
 def write_json(path: Path, content: Any) -> None:
