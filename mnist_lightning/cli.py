@@ -324,7 +324,7 @@ class CLI(LightningCLI):
             f" early stopping {limit}"
         )
         steps, fused = model.execution(trainer, self.datamodule)
-        _say(f"{steps} steps per execution{', fused' if fused else ''}")
+        _say(f"steps per execution: {steps}{', fused' if fused else ''}")
         try:
             trainer.fit(**kwargs)
         except SystemExit:  # Lightning's answer to Ctrl-C

@@ -8,6 +8,7 @@ the network is a multilayer perceptron under plain SGD, the updates themselves a
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
@@ -34,6 +35,9 @@ def obstacle(trainer: Trainer) -> str | None:
         return "max_steps, which may end between them"
     if trainer.val_check_interval not in (None, 1.0):
         return "val_check_interval, which counts mini-batches"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, (WeightAveraging, LearningRateFinder, BatchSizeFinder)):
+            return f"{type(callback).__name__}, which acts after each mini-batch"
     if any(getattr(c, "_every_n_train_steps", 0) for c in trainer.checkpoint_callbacks):
         return "a ModelCheckpoint every n training steps"
     return None

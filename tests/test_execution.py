@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import same_weights, trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch.optim.lr_scheduler import LambdaLR
 
 from mnist_lightning import DeepNetwork, MNISTDataModule, Perceptron, ShallowNetwork
@@ -133,6 +133,17 @@ def test_whoever_wants_gradients_gets_them() -> None:
     _fit(lambda: ShallowNetwork(20), None, callbacks=[seer], max_epochs=1)
     assert len(seer.norms) == STEPS
     assert min(seer.norms) > 0
+
+
+def test_weights_are_averaged_after_each_step() -> None:
+    """An average over executions would be another one."""
+    averaged, _, _ = _fit(
+        lambda: ShallowNetwork(20), None, callbacks=[EMAWeightAveraging(decay=0.9)]
+    )
+    plain, _, _ = _fit(
+        lambda: ShallowNetwork(20, fused=False), 1, callbacks=[EMAWeightAveraging(decay=0.9)]
+    )
+    assert same_weights(averaged, plain)
 
 
 def test_one_at_a_time_where_mini_batches_are_counted() -> None:
