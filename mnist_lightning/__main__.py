@@ -1,5 +1,6 @@
 """The command line. The first word decides what is imported: help and version need no PyTorch."""
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -73,6 +74,9 @@ def _guarded(words: list[str], debug: bool) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output has gone: `| head`, say
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for what is flushed at the end)
+        return 1
     except Exception as error:
         if debug:
             raise

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -133,6 +133,14 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit" and trainer.loggers:
             super().setup(trainer, pl_module, stage)
+
+
+class SayExecution(Callback):
+    """Says how the training steps, once all that decides about it is settled."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        steps = trainer.datamodule.steps  # type: ignore[attr-defined]
+        _say(f"steps per execution: {steps}{', fused' if pl_module.fuses else ''}")
 
 
 class CLI(LightningCLI):
@@ -266,7 +274,7 @@ class CLI(LightningCLI):
             extra.append(ProgressBar() if terminal else EpochLines())
             kwargs["enable_progress_bar"] = terminal
         kwargs["logger"] = False
-        extra.append(Dashboard())
+        extra += [Dashboard(), SayExecution()]
         if self.subcommand == "fit":
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
@@ -323,8 +331,6 @@ class CLI(LightningCLI):
             f"batch size {self.datamodule.batch_size}, at most {trainer.max_epochs} epochs,"
             f" early stopping {limit}"
         )
-        steps, fused = model.execution(trainer, self.datamodule)
-        _say(f"steps per execution: {steps}{', fused' if fused else ''}")
         try:
             trainer.fit(**kwargs)
         except SystemExit:  # Lightning's answer to Ctrl-C

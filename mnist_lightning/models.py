@@ -110,6 +110,11 @@ class Classifier(LightningModule):
         self.mean_loss.reset()
         self.accuracy.reset()
 
+    @property
+    def fuses(self) -> bool:
+        """Whether the training at hand is fused."""
+        return self._fuse
+
     def execution(self, trainer: Trainer, data: MNISTDataModule) -> tuple[int, bool]:
         """Steps per execution, and whether they are fused, in a training with these.
 
