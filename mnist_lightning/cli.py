@@ -341,9 +341,10 @@ class CLI(LightningCLI):
         except Exception as error:
             if trainer.global_step == 0:
                 self._take_back_run()
-            if isinstance(error, OSError) and self.run is not None:
+            full = isinstance(error, OSError) and not isinstance(error, BrokenPipeError)
+            if full and self.run is not None:
                 # of any of its files; those that were complete before still are
-                reason = (error.strerror or str(error)).lower()
+                reason = (getattr(error, "strerror", None) or str(error)).lower()
                 raise ValueError(
                     f"{_short(self.run)} cannot be written: {reason}. Make room there, or give"
                     " another place: --trainer.default_root_dir DIR"
