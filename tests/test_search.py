@@ -458,8 +458,11 @@ def test_the_test_images_are_never_touched(folder, monkeypatch):
         self.test_set = Untouchable(len(self.test_set))
 
     monkeypatch.setattr(MNISTDataModule, "setup", without_test_images)
-    run(small(), folder / "population", workers=1)
-    run(small(model="Perceptron", space={"lr": [0.001]}, fixed={"max_epochs": 1}), folder / "fit")
+    trained = run(small(), folder / "population", workers=1)
+    perceptron = small(model="Perceptron", space={"lr": [0.001]}, fixed={"max_epochs": 1})
+    trained += run(perceptron, folder / "fit", workers=1)
+    # an error within a training would not come out of run: it makes the trial a FAIL
+    assert {record["state"] for record in trained} == {"COMPLETE"}
 
 
 # The command
