@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: fit test test-slow lint bench clean
+.PHONY: fit test test-slow lint bench bench-quick clean
 
 fit: $(VENV)/ready
 	$(BIN)/python -m mnist_lightning fit --config shallow.yaml
@@ -21,7 +21,11 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 bench: $(VENV)/ready
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/run.py
+
+# a rough look in under five minutes
+bench-quick: $(VENV)/ready
+	$(BIN)/python benchmarks/run.py --quick
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,58 +1,45 @@
-"""One epoch of the shallow network (100 units, batch 8), in several ways, side by side.
+"""Whole trainings of multilayer perceptrons, from the start of ``fit`` to its end, in several ways.
 
-    python benchmarks/fit.py            (needs the real MNIST: MNIST_DATA_DIR or data/)
+Start-up (imports, reading the images) is not counted; validation after each epoch, logging,
+checkpoints and bar are, for the ways that have them. One thread, on the CPU.
 
+- ours: `Trainer.fit` with everything that the command `fit` turns on, see `common.trainer`;
+- one by one: ours through autograd, one mini-batch for each training_step;
+- loop: a hand-written PyTorch loop, images as floating point in memory, autograd, torch.optim.SGD,
+  the same mini-batches and the same validation; no logs, no checkpoints, no bar;
 - documented: Lightning as its documentation teaches it (torchvision's MNIST with ToTensor, a
-  DataLoader, torchmetrics logged in each step, the progress bar, the default logger);
-- ours: the same network through this project, with everything that `fit` turns on;
-- one by one: ours with autograd, one mini-batch for each training_step;
-- loop: a hand-written PyTorch loop, images in memory, autograd, torch.optim.SGD;
-- start: seconds until `fit` takes its first step, next to `import lightning.pytorch.cli`.
+  DataLoader, torchmetrics logged in each step, the progress bar, the default logger).
 
-Runs alternate; the table has medians. Writes benchmarks/results/fit.json.
+The shallow network has 100 units and mini-batches of 8: ours and the loop run 5 epochs, documented
+and one by one a single one, and are compared by the epoch. The network of two layers (2048 and 128
+units, mini-batches of 32) runs one epoch.
+
+Start-up, in fresh processes: `import lightning.pytorch.cli`, and the command `fit` until its first
+training step, with everything on, and without TensorBoard.
 """
 
-import contextlib
-import json
-import logging
-import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 import torchvision
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from common import alternate, mnist, quietly, trainer
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchmetrics.classification import MulticlassAccuracy
 
-from mnist_lightning import Dashboard, EarlyStopping, MNISTDataModule, RunLogger, ShallowNetwork
-from mnist_lightning.callbacks import ProgressBar
+from mnist_lightning import DeepNetwork, MNISTDataModule, ShallowNetwork
 from mnist_lightning.data import epoch_order
-from mnist_lightning.provenance import provenance, write_json
+from mnist_lightning.models import Classifier
 
-REPEATS = 5
-BATCH = 8
-IMAGES = 50_400
-
-
-class Stopwatch(Callback):
-    """Seconds of the training epoch, without the validation that follows."""
-
-    seconds = _began = 0.0
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._began = time.perf_counter()
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.seconds = time.perf_counter() - self._began
+SHALLOW = partial(ShallowNetwork, 100, lr=0.1)
+DEEP = partial(DeepNetwork, [2048, 128], lr=0.01)
 
 
 class Documented(pl.LightningModule):
@@ -64,7 +51,7 @@ class Documented(pl.LightningModule):
         self.train_acc = MulticlassAccuracy(10)
         self.val_acc = MulticlassAccuracy(10)
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         x, y = batch
         scores = self.net(x)
         loss = F.cross_entropy(scores, y)
@@ -73,121 +60,129 @@ class Documented(pl.LightningModule):
         self.log("train_acc", self.train_acc, on_step=False, on_epoch=True)
         return loss
 
-    def validation_step(self, batch, batch_idx):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, y = batch
         scores = self.net(x)
         self.val_acc(scores, y)
         self.log("val_loss", F.cross_entropy(scores, y))
         self.log("val_acc", self.val_acc)
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def documented(data: MNISTDataModule, folder: str) -> float:
-    mnist = torchvision.datasets.MNIST(data.data_dir, transform=torchvision.transforms.ToTensor())
-    train = DataLoader(Subset(mnist, range(IMAGES)), batch_size=BATCH, shuffle=True)
-    val = DataLoader(Subset(mnist, range(IMAGES, 60_000)), batch_size=1000)
-    watch = Stopwatch()
-    pl.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=folder, callbacks=[watch]).fit(
-        Documented(), train, val
+# Each way returns the seconds that it took and its last accuracy on the validation images.
+Outcome = tuple[float, float]
+
+
+def documented(data: MNISTDataModule, batch_size: int) -> Outcome:
+    train, test = (
+        torchvision.datasets.MNIST(
+            data.data_dir, train=part, transform=torchvision.transforms.ToTensor()
+        )
+        for part in (True, False)
     )
-    return watch.seconds
+    n, n_val = len(data.train_set), len(data.val_set)  # as many as the others have
+    rest = ConcatDataset([Subset(train, range(n, len(train))), test])
+    with quietly() as folder:
+        model = Documented()
+        loaders = (
+            DataLoader(Subset(train, range(n)), batch_size=batch_size, shuffle=True),
+            DataLoader(Subset(rest, range(n_val)), batch_size=1000),
+        )
+        lightning = pl.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=folder)
+        began = time.perf_counter()
+        lightning.fit(model, *loaders)
+        seconds = time.perf_counter() - began
+    return seconds, lightning.callback_metrics["val_acc"].item()
 
 
-def ours(data: MNISTDataModule, folder: str, fused: bool = True) -> float:
-    data.steps_per_execution = None if fused else 1
-    watch = Stopwatch()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=RunLogger(Path(folder) / "run"),
-        num_sanity_val_steps=0,
-        callbacks=[
-            watch,
-            ProgressBar(),
-            Dashboard(),
-            EarlyStopping(),
-            ModelCheckpoint(filename="best", monitor="val/acc", mode="max"),
-            ModelCheckpoint(filename="last"),
-        ],
+def ours(
+    data: MNISTDataModule, model: Classifier, batch_size: int, epochs: int, *callbacks: pl.Callback
+) -> Outcome:
+    data.batch_size, data.steps_per_execution = batch_size, None if model.fused else 1
+    with quietly() as folder:
+        lightning = trainer(folder, *callbacks, max_epochs=epochs)
+        began = time.perf_counter()
+        lightning.fit(model, data)
+        seconds = time.perf_counter() - began
+    return seconds, lightning.callback_metrics["val/acc"].item()
+
+
+def loop(data: MNISTDataModule, model: Classifier, batch_size: int, epochs: int) -> Outcome:
+    net = model.net
+    sgd = torch.optim.SGD(net.parameters(), lr=model.lr)
+    (images, labels), (val_images, val_labels) = (
+        (part.images.float().div_(255), part.labels) for part in (data.train_set, data.val_set)
     )
-    trainer.fit(ShallowNetwork(100, lr=0.1, fused=fused), data)
-    return watch.seconds
-
-
-def one_by_one(data: MNISTDataModule, folder: str) -> float:
-    return ours(data, folder, fused=False)
-
-
-def loop(data: MNISTDataModule, folder: str) -> float:
-    net = ShallowNetwork(100).net
-    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-    images = data.train_set.images.float() / 255
-    labels = data.train_set.labels
     began = time.perf_counter()
-    for rows in epoch_order(len(labels), 0, 0).split(BATCH):
-        sgd.zero_grad()
-        F.cross_entropy(net(images[rows]), labels[rows]).backward()
-        sgd.step()
+    for epoch in range(epochs):
+        for rows in epoch_order(len(labels), 0, epoch).split(batch_size):
+            sgd.zero_grad()
+            F.cross_entropy(net(images[rows]), labels[rows]).backward()
+            sgd.step()
+        loss = correct = 0.0
+        with torch.no_grad():
+            for x, y in zip(val_images.split(1000), val_labels.split(1000), strict=True):
+                scores = net(x)
+                loss += F.cross_entropy(scores, y, reduction="sum").item()
+                correct += (scores.argmax(1) == y).sum().item()
+    return time.perf_counter() - began, correct / len(val_labels)
+
+
+def start(logged: bool) -> float:
+    """Seconds of a fresh process until ``fit`` takes its first step."""
+    code = (
+        "from mnist_lightning.__main__ import main; import lightning.pytorch as pl, os, sys;"
+        "pl.Callback.on_train_batch_start = lambda *_: os._exit(0);"
+        "main(sys.argv[1:]); sys.exit('no training step was taken')"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["fit", "--config", "shallow", "--data.source", "mnist"]
+        words += ["--trainer.default_root_dir", folder]
+        words += [] if logged else ["--trainer.logger", "false"]
+        return fresh("-c", code, *words)
+
+
+def fresh(*words: str) -> float:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
-def start() -> dict[str, float]:
-    """Median seconds of a fresh process: Lightning's import, and `fit` up to its first step."""
-    one_step = (
-        "from mnist_lightning.__main__ import main; import lightning.pytorch as pl, os;"
-        "pl.Callback.on_train_batch_start = lambda *_: os._exit(0);"
-        "main('fit --config shallow --data.source mnist --trainer.logger false'.split())"
-    )
-    codes = {"import lightning.pytorch.cli": "import lightning.pytorch.cli", "fit": one_step}
-    seconds: dict[str, list[float]] = {name: [] for name in codes}
-    for _ in range(REPEATS):
-        for name, code in codes.items():
-            began = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+def measure(quick: bool) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    rounds, epochs = (3, 2) if quick else (5, 5)
+    data = mnist(images=12_600 if quick else None)
 
+    def ways(data: MNISTDataModule, epochs: int) -> dict[str, Any]:
+        return {
+            "documented": lambda: documented(data, 8),
+            "ours": lambda: ours(data, SHALLOW(), 8, epochs),
+            "one by one": lambda: ours(data, SHALLOW(fused=False), 8, 1),
+            "loop": lambda: loop(data, SHALLOW(), 8, epochs),
+            "deep, ours": lambda: ours(data, DEEP(), 32, 1),
+            "deep, loop": lambda: loop(data, DEEP(), 32, 1),
+        }
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    data = MNISTDataModule(source="mnist", batch_size=BATCH)
-    data.prepare_data()
-    data.setup()
-    ways = {"documented": documented, "ours": ours, "one by one": one_by_one, "loop": loop}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(REPEATS):
-        for name, run in ways.items():
-            pl.seed_everything(0, verbose=False)
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                open(os.devnull, "w") as nowhere,
-                contextlib.redirect_stdout(nowhere),
-                contextlib.redirect_stderr(nowhere),
-            ):
-                seconds[name].append(run(data, folder))
-    steps = -(-IMAGES // BATCH)
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    result = {
-        "what": "seconds of one training epoch, shallow network, 100 units, batch 8, SGD, CPU",
-        "repeats": REPEATS,
-        "seconds": seconds,
-        "median_seconds": median,
-        "median_ms_per_step": {name: 1000 * value / steps for name, value in median.items()},
-        "times_as_fast_as_documented": {
-            name: median["documented"] / value for name, value in median.items()
-        },
-        "times_as_fast_as_loop": {name: median["loop"] / value for name, value in median.items()},
-        "start_seconds": start(),
-        "provenance": provenance(threads=torch.get_num_threads()),
+    pl.seed_everything(0, verbose=False)
+    alternate(ways(mnist(images=640), 1), 1)  # imports on first use are start-up too
+    outcomes = alternate(ways(data, epochs), rounds)
+    starts = {
+        "start, import": lambda: fresh("-c", "import lightning.pytorch.cli"),
+        "start, fit": lambda: start(logged=True),
+        "start, fit without TensorBoard": lambda: start(logged=False),
     }
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    write_json(folder / "fit.json", result)
-    print(json.dumps({k: v for k, v in result.items() if k != "provenance"}, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+    seconds = {name: [taken for taken, _ in runs] for name, runs in outcomes.items()}
+    ran = {name: epochs if name in ("ours", "loop") else 1 for name in seconds}
+    return {
+        "threads": torch.get_num_threads(),
+        "train_images": len(data.train_set),
+        "val_images": len(data.val_set),
+        "epochs": ran,
+        "seconds": {**seconds, **alternate(starts, rounds)},
+        "seconds_per_epoch": {
+            name: [taken / ran[name] for taken in runs] for name, runs in seconds.items()
+        },
+        "val_acc": {name: [accuracy for _, accuracy in runs] for name, runs in outcomes.items()},
+    }

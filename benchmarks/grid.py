@@ -1,7 +1,5 @@
 """The study's 384 shallow networks: the search, next to training them one by one.
 
-    python benchmarks/grid.py [--quick]       (needs the real MNIST: MNIST_DATA_DIR or data/)
-
 - search: `python -m mnist_lightning search --config shallow_grid.yaml`, as a user runs it, from the
   first import to the last file, with validation after every epoch, in two processes;
 - loop: a hand-written PyTorch loop (images in memory, autograd, torch.optim.SGD, the same
@@ -12,13 +10,10 @@
 The last two would take hours. Each batch size and width is sampled for a few seconds, both
 processes at work, and multiplied by its exact number of steps and epochs; learning rates cost the
 same. What is compared is processor time, which other programs on the machine hardly change; the
-search's wall time, which they do, is written too, next to the load. With --quick the search trains
-for 5 epochs, and its time is multiplied by 20.
-
-Writes benchmarks/results/grid.json (with --quick: grid-quick.json).
+search's wall time, which they do, is written too. With --quick the search trains for 5 epochs, and
+its time is multiplied by 20.
 """
 
-import argparse
 import contextlib
 import logging
 import multiprocessing
@@ -29,7 +24,6 @@ import tempfile
 import time
 import warnings
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -41,7 +35,6 @@ from torch.utils.data import DataLoader, Subset
 
 from mnist_lightning.data import MNISTDataModule, epoch_order
 from mnist_lightning.models import mlp
-from mnist_lightning.provenance import provenance, write_json
 from mnist_lightning.results import load_results
 
 BATCH_SIZES, WIDTHS = (4, 8, 16, 32, 64, 128), (10, 25, 50, 100)
@@ -213,38 +206,18 @@ def search(quick: bool) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
-    load_before = os.getloadavg()
+def measure(quick: bool) -> dict[str, Any]:
     by_hand, documented = one_by_one(loop), one_by_one(lightning)
     found = search(quick)
     for other in (by_hand, documented):
         ratio = other["processor_seconds"] / found["processor_seconds"]
         other["times_the_search"] = round(ratio, 1)
-    print(f"\n{'384 networks, two processes':<34}{'time':>10}{'times the search':>20}")
-    print(f"{'search, measured':<34}{found['wall_seconds'] / 60:>6.1f} min")
-    print(f"{'search, its processor time':<34}{found['processor_seconds'] / 120:>6.1f} min{1:>20}")
-    for name, other in (("hand-written loop", by_hand), ("Lightning as documented", documented)):
-        print(f"{name + ', sampled':<34}{other['hours']:>8.1f} h{other['times_the_search']:>20}")
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    result = {
-        **provenance(
-            data="MNIST, split study (seed 0)",
-            n=1,
-            processes=WORKERS,
-            threads_a_process=1,
-            # of others, on the same cores
-            load_average={"before": load_before, "after": os.getloadavg()},
-        ),
+    return {
+        "data": "MNIST, split study (seed 0)",
+        "n": 1,
+        "processes": WORKERS,
+        "threads": 1,  # of each process
         "search": found,
         "loop": by_hand,
         "lightning": documented,
     }
-    write_json(folder / ("grid-quick.json" if quick else "grid.json"), result)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,43 +1,40 @@
-"""Training steps of ResNet-18 at 224 pixels, mini-batches of 64: the naive way, bare, and ours.
-
-    python benchmarks/resnet.py
+"""Training steps of ResNet-18, mini-batches of 64, at 28 and at 224 pixels.
 
 - naive: a plain loop on images that lie ready, fp32, contiguous, torch.optim.Adam as it comes;
-- bare: the same loop with what resnet18_scratch.yaml turns on: bf16, channels_last, fused Adam;
-- ours: Trainer.fit as that configuration has it: images taken from the set, enlarged from 28
-  pixels, the training step, metrics, callbacks;
-- ours, frozen: likewise, but only layer4 and fc train, the others' statistics frozen;
+- bare: the same loop with what the configurations turn on: channels_last, fused Adam and, at 224
+  pixels, bf16;
+- bare, bf16 (at 28 pixels): why the configurations turn that on at 224 pixels only;
+- ours: `Trainer.fit` with everything that the command `fit` turns on: images taken from the set,
+  enlarged from 28 pixels, the training step, metrics, callbacks, log, bar;
+- ours, frozen (at 224 pixels): likewise, but only layer4 and fc train, and the others' statistics
+  are frozen;
 - ours, compiled: on a GPU alone; on a CPU, compiling made it slower where it was tried.
 
-Runs alternate; a figure is the median over all steps but each run's first two. Uses the GPU where
-there is one, and MNIST or the digits: the pixels do not change the time. Writes
-benchmarks/results/resnet.json, or resnet_cuda.json.
+Each run is a process of its own. All but the naive one have PyTorch ask for huge pages
+(THP_MEM_ALLOC_ENABLE=1), which it reads at its first large allocation. A figure is the median over
+all steps but each run's first two. Uses the GPU where there is one, and all cores.
 """
 
-import contextlib
-import io
-import logging
-import statistics
+import json
+import os
+import subprocess
+import sys
 import time
-import warnings
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback
+from common import alternate, mnist, quietly, trainer
+from lightning.pytorch import Callback
 
-from mnist_lightning import EarlyStopping, LayerFreezing, MNISTDataModule, ResNet18
-from mnist_lightning.inspection import format_table
-from mnist_lightning.provenance import provenance, write_json
+from mnist_lightning import LayerFreezing, ResNet18
 
-ROUNDS = 5
 BATCH = 64
-PIXELS = 224
+PRECISION = {28: "32-true", 224: "bf16-mixed"}
+FROZEN = ["net.layer4.*", "net.fc.*"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-STEPS = 200 if DEVICE.type == "cuda" else 5
 
 
 def now() -> float:
@@ -56,92 +53,97 @@ class Clock(Callback):
         self.ends.append(now())
 
 
-def loop(optimized: bool) -> list[float]:
-    """Seconds of each step but the first two."""
+def loop(pixels: int, steps: int, optimized: bool, bf16: bool) -> list[float]:
+    """The moments at which steps of a hand-written loop end."""
     net = ResNet18().net.to(DEVICE)
     if not optimized:
         net = net.to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.001, fused=True if optimized else None)
-    images = torch.randn(BATCH, 1, PIXELS, PIXELS, device=DEVICE)
+    images = torch.randn(BATCH, 1, pixels, pixels, device=DEVICE)
     labels = torch.randint(10, (BATCH,), device=DEVICE)
     ends = []
-    for _ in range(STEPS):
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=optimized):
+    for _ in range(steps):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
             loss = F.cross_entropy(net(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         ends.append(now())
-    return [after - before for before, after in pairwise(ends[1:])]
+    return ends
 
 
-def ours(data: MNISTDataModule, compile: bool = False, **freezing: Any) -> list[float]:
+def ours(pixels: int, steps: int, compile: bool = False, train: Any = None) -> list[float]:
+    data = mnist(
+        images=steps * BATCH,
+        batch_size=BATCH,
+        eval_batch_size=BATCH,
+        image_size=pixels,
+        normalization="imagenet",
+    )
     clock = Clock()
-    trainer = pl.Trainer(
-        accelerator=DEVICE.type,
-        devices=1,
-        precision="bf16-mixed",
-        max_epochs=1,
-        limit_train_batches=STEPS,
-        limit_val_batches=1,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[clock, EarlyStopping(), LayerFreezing(**freezing)],
-    )
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer.fit(ResNet18(lr=0.001, compile=compile), data)
-    return [after - before for before, after in pairwise(clock.ends[1:])]
+    with quietly() as folder:
+        trainer(
+            folder,
+            clock,
+            freezing=LayerFreezing(train=train),
+            accelerator=DEVICE.type,
+            devices=1,
+            precision=PRECISION[pixels],
+            max_epochs=1,
+            limit_val_batches=1,
+        ).fit(ResNet18(lr=0.001, compile=compile), data)
+    return clock.ends
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    data = MNISTDataModule(
-        batch_size=BATCH, eval_batch_size=BATCH, image_size=PIXELS, normalization="imagenet"
-    )
-    data.prepare_data()
-    data.setup()
-    ways = {
-        "naive": lambda: loop(optimized=False),
-        "bare": lambda: loop(optimized=True),
-        "ours": lambda: ours(data),
-        "ours, frozen": lambda: ours(data, train=["net.layer4.*", "net.fc.*"]),
+def ways(pixels: int) -> dict[str, Any]:
+    bf16 = PRECISION[pixels] == "bf16-mixed"
+    found = {
+        "naive": partial(loop, optimized=False, bf16=False),
+        "bare": partial(loop, optimized=True, bf16=bf16),
+        "ours": ours,
     }
+    if not bf16:
+        found["bare, bf16"] = partial(loop, optimized=True, bf16=True)
+    if pixels == 224:
+        found["ours, frozen"] = partial(ours, train=FROZEN)
     if DEVICE.type == "cuda":
-        ways["ours, compiled"] = lambda: ours(data, compile=True)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):
-        for name, run in ways.items():
-            seconds[name] += run()
-    rate = {name: BATCH / statistics.median(times) for name, times in seconds.items()}
-    result = {
-        "what": f"training images per second, ResNet-18, {PIXELS} pixels, mini-batches of {BATCH}",
-        "images_per_second": rate,
-        "bare_over_naive": rate["bare"] / rate["naive"],
-        "ours_over_naive": rate["ours"] / rate["naive"],
-        "ours_over_bare": rate["ours"] / rate["bare"],
-        "seconds": seconds,
-        "provenance": provenance(
-            data=data.describe(),
-            device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
-            threads=torch.get_num_threads(),
-        ),
+        found["ours, compiled"] = partial(ours, compile=True)
+    return found
+
+
+def huge_pages(way: str) -> dict[str, str]:
+    return {"THP_MEM_ALLOC_ENABLE": "0" if way == "naive" else "1"}
+
+
+def fresh(way: str, pixels: int, steps: int) -> list[float]:
+    """Seconds of each step but the first two, in a process of its own."""
+    words = [sys.executable, __file__, way, str(pixels), str(steps)]
+    environment = {**os.environ, **huge_pages(way)}
+    run = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    on_gpu = DEVICE.type == "cuda"
+    steps = {28: 12 if quick else 30, 224: 4 if quick else 5}
+    runs = {
+        f"{pixels}, {way}": partial(fresh, way, pixels, 200 if on_gpu else steps[pixels])
+        for pixels in PRECISION
+        for way in ways(pixels)
+        if not (quick and way in ("ours, frozen", "bare, bf16"))
     }
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    name = "resnet.json" if DEVICE.type == "cpu" else f"resnet_{DEVICE.type}.json"
-    write_json(folder / name, result)
-    rows = [
-        (name, f"{rate[name]:,.1f}", f"{1000 * statistics.median(times):,.0f}", f"{len(times)}")
-        for name, times in seconds.items()
-    ]
-    header = ("way", "images/s", "ms a step", "steps")
-    print(format_table(header, rows, right=(1, 2, 3)))
-    print(f"ours: {result['ours_over_naive']:.2f} x naive, {result['ours_over_bare']:.2f} x bare")
+    found = alternate(runs, 1 if quick else 5)
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "threads": torch.get_num_threads(),
+        "batch_size": BATCH,
+        "precision": PRECISION,
+        "environment": {name: huge_pages(name.partition(", ")[2]) for name in runs},
+        "seconds": {name: [step for run in found[name] for step in run] for name in runs},
+    }
 
 
 if __name__ == "__main__":
-    main()
+    way, pixels, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    ends = ways(pixels)[way](pixels, steps)
+    print(json.dumps([after - before for before, after in pairwise(ends[1:])]))

@@ -1,34 +1,32 @@
 """What freezing a freshly drawn stem costs: `sum` against `reset`, on a trunk pretrained here.
 
-    python benchmarks/stem.py            (needs the real MNIST: MNIST_DATA_DIR or data/)
-
 The study's third regime froze ImageNet's layers behind a first convolution that it had drawn anew.
 Here the trunk is pretrained on the digits 0 to 4, each image in two colours of its own, so that the
 stem's filters have three channels to learn; then the regime `freeze` learns the digits 5 to 9 from
 it, in gray: with the stem summed or drawn anew, with frozen BatchNorm statistics or adapting ones.
 
-Accuracies are of validation images, at 32 pixels. Writes benchmarks/results/stem.json.
+Accuracies are of validation images, at 32 pixels. With --quick the trunk is the same, and fewer
+images and one seed follow.
 """
 
 import contextlib
 import io
 import logging
-import statistics
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from common import mnist
 from torch import Tensor
 from torchvision.models import resnet18
 
 from mnist_lightning import LayerFreezing, MNISTDataModule, ResNet18
 from mnist_lightning.data import ImageSet
-from mnist_lightning.inspection import format_table
 from mnist_lightning.models import one_cycle
-from mnist_lightning.provenance import provenance, write_json
 
 SEEDS = (0, 1, 2)
 PRETRAINING = {"images": 12_800, "epochs": 3, "batch_size": 128, "lr": 0.002}
@@ -87,57 +85,36 @@ def freeze(data: MNISTDataModule, file: Path, stem: str, batch_norm: str, seed: 
     return trainer.callback_metrics["val/acc"].item()
 
 
-def main() -> None:
+def measure(quick: bool) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    data = MNISTDataModule(
-        source="mnist",
+    data = mnist(
         batch_size=FREEZING["batch_size"],
         eval_batch_size=500,
         image_size=32,
         normalization="imagenet",
     )
-    data.prepare_data()
-    data.setup()
+    seeds = SEEDS[:1] if quick else SEEDS
+    images = FREEZING["images"] // (4 if quick else 1)
     cells: dict[tuple[str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trunk.pth"
         pretrained = pretrain(data, file)
-        data.train_set = only(data.train_set, range(5, 10), FREEZING["images"])
+        data.train_set = only(data.train_set, range(5, 10), images)
         data.val_set = only(data.val_set, range(5, 10), FREEZING["val_images"])
-        for seed in SEEDS:
+        for seed in seeds:
             for stem in ("sum", "reset"):
                 for batch_norm in ("frozen", "adapt"):
                     accuracy = freeze(data, file, stem, batch_norm, seed)
                     cells.setdefault((stem, batch_norm), []).append(accuracy)
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    write_json(
-        results / "stem.json",
-        {
-            "what": "validation accuracy on the digits 5 to 9, regime freeze, trunk of 0 to 4",
-            "pretraining": {**PRETRAINING, "train_accuracy": pretrained},
-            "freezing": FREEZING,
-            "cells": [
-                {
-                    "stem": stem,
-                    "batch_norm": batch_norm,
-                    "val_acc": values,
-                    "mean": statistics.mean(values),
-                    "sd": statistics.stdev(values),
-                }
-                for (stem, batch_norm), values in cells.items()
-            ],
-            "provenance": provenance(data="MNIST, split study (seed 0)", seeds=SEEDS),
-        },
-    )
-    rows = [
-        (stem, norm, f"{statistics.mean(values):.4f}", f"{statistics.stdev(values):.4f}")
-        for (stem, norm), values in cells.items()
-    ]
-    print(f"pretraining: {pretrained:.4f} of its own images")
-    print(format_table(("stem", "BatchNorm", f"val/acc (n={len(SEEDS)})", "sd"), rows, (2, 3)))
-
-
-if __name__ == "__main__":
-    main()
+    return {
+        "what": "validation accuracy on the digits 5 to 9, regime freeze, trunk of 0 to 4",
+        "threads": torch.get_num_threads(),
+        "seeds": seeds,
+        "pretraining": {**PRETRAINING, "train_accuracy": pretrained},
+        "freezing": {**FREEZING, "images": images},
+        "cells": [
+            {"stem": stem, "batch_norm": batch_norm, "val_acc": values}
+            for (stem, batch_norm), values in cells.items()
+        ],
+    }

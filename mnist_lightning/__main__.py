@@ -16,6 +16,7 @@ COMMANDS = {
     "test": ("cli", "test", "score a checkpoint on the test images, and count the look"),
     "predict": ("cli", "predict", "label images with a checkpoint"),
     "search": ("search", "main", "train many models and compare them"),
+    "report": ("report", "main", "tables, figures and one page of what searches found"),
     "inspect": ("cli", "inspect", "print the layers of a model, and the perceptron's tensors"),
 }
 

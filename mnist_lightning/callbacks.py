@@ -1,13 +1,16 @@
 """Callbacks for any LightningModule: early stopping, layer freezing, what the console shows."""
 
+import base64
 import time
+import zlib
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -221,6 +224,65 @@ def _count(names: Collection[str]) -> str:
 @rank_zero_only
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+class Mistakes(Callback):
+    """Notes what a test got wrong: a confusion matrix, and the images of the surest errors.
+
+    In a single process only: of several, each sees but a part of the images.
+
+    Args:
+        most: how many images to keep.
+    """
+
+    def __init__(self, most: int = 60) -> None:
+        self.most = most
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen = []
+
+    def on_test_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        if isinstance(outputs, Tensor) and trainer.world_size == 1:
+            probability, predicted = outputs.float().max(1)
+            self._seen.append((probability.cpu(), predicted.cpu(), batch[1].cpu()))
+
+    def facts(self, images: Tensor) -> dict[str, Any]:
+        """What was noted, as plain JSON types.
+
+        Args:
+            images: the test images, uint8, ``(n, 28, 28)``.
+
+        Returns:
+            ``confusion[label][predicted]``, numbers of images; ``mistakes``, the surest first, each
+            with its ``image``'s row and its ``pixels`` (28 x 28 bytes, zlib, base64).
+        """
+        if not self._seen:
+            return {}
+        probability, predicted, labels = (
+            torch.cat(parts) for parts in zip(*self._seen, strict=True)
+        )
+        confusion = torch.zeros(10, 10, dtype=torch.int64)
+        confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+        wrong = (predicted != labels).nonzero().flatten()
+        surest = wrong[probability[wrong].argsort(descending=True, stable=True)][: self.most]
+        return {
+            "confusion": confusion.tolist(),
+            "mistakes": [
+                {
+                    "image": row,
+                    "label": int(labels[row]),
+                    "predicted": int(predicted[row]),
+                    "probability": round(float(probability[row]), 4),
+                    "pixels": base64.b64encode(
+                        zlib.compress(images[row].numpy().tobytes(), 9)
+                    ).decode(),
+                }
+                for row in surest.tolist()
+            ],
+        }
 
 
 class ProgressBar(callbacks.TQDMProgressBar):

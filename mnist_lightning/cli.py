@@ -26,7 +26,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 
 from mnist_lightning import checkpoints, inspection
-from mnist_lightning.callbacks import EarlyStopping, EpochLines, LayerFreezing, ProgressBar
+from mnist_lightning.callbacks import (
+    EarlyStopping,
+    EpochLines,
+    LayerFreezing,
+    Mistakes,
+    ProgressBar,
+)
 from mnist_lightning.checkpoints import ModelCheckpoint
 from mnist_lightning.dashboard import Dashboard, RunLogger
 from mnist_lightning.data import MNISTDataModule
@@ -384,12 +390,18 @@ class CLI(LightningCLI):
             raise ValueError(
                 f"{run} is read-only: the look at the test set could not be noted there"
             )
+        mistakes = Mistakes()
+        self.trainer.callbacks.append(mistakes)  # type: ignore[attr-defined]
         (metrics,) = self.trainer.test(**{**kwargs, "verbose": False})
         _say(f"{self.datamodule.describe()}\n{_figures(metrics)}")
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         look = checkpoints.record_test(
-            run, self.checkpoint_path, dict(metrics), data=self.datamodule.describe()
+            run,
+            self.checkpoint_path,
+            dict(metrics),
+            **mistakes.facts(self.datamodule.test_set.images),
+            data=self.datamodule.describe(),
         )
         _say(f"look {look} of this run at the test images, noted in {_short(run / 'test.json')}")
         if look > 1:

@@ -83,7 +83,9 @@ class Classifier(LightningModule):
 
     def _step(self, stage: str, batch: Batch) -> Tensor:
         images, labels = batch
-        scores = self(images)
+        return self._score(stage, self(images), labels)
+
+    def _score(self, stage: str, scores: Tensor, labels: Tensor) -> Tensor:
         loss = self.loss(scores, labels)
         self._note(stage, loss, scores, labels)
         return loss
@@ -190,8 +192,11 @@ class Classifier(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._step("val", batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._step("test", batch)
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Class probabilities, ``(b, 10)``, for callbacks that look at single images."""
+        scores = self(batch[0])
+        self._score("test", scores, batch[1])
+        return scores.softmax(1)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class probabilities, ``(b, 10)``."""

@@ -4,16 +4,20 @@ search.json                 what was searched, on which data: another search is 
 trials/<id>.json            one finished trial: the truth, written once, whole or not at all
 checkpoints/<id>.ckpt       its weights, an ordinary checkpoint; best.ckpt is the winner's
 state/<unit>.pt             where unfinished trainings stand, to go on to the bit
-results.json, results.csv   all trials
+results.json, results.csv   all trials, without their curves
+curves.json.gz              the curves, by trial: with search.json and results.json all that is kept
+                            of a search whose other files are gone
 tensorboard/                a few numbers a trial, and its hyper-parameters
 """
 
 import contextlib
 import csv
+import gzip
 import json
 import math
 import os
 import socket
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,9 +100,16 @@ class Results:
         write_once(self.trials / f"{record['id']}.json", record)
 
     def write_tables(self) -> list[Record]:
-        """Writes ``results.json`` and ``results.csv``; returns what the former holds."""
+        """Writes ``results.json``, ``results.csv`` and ``curves.json.gz``; returns the trials."""
         found = self.in_order()
-        write_json(self.path / "results.json", found)
+        curves = {record["id"]: record["curves"] for record in found}
+        # without the time, so that equal results are equal files
+        packed = gzip.compress(json.dumps(curves).encode(), mtime=0)
+        replace(self.path / "curves.json.gz", lambda temporary: temporary.write_bytes(packed))
+        write_json(
+            self.path / "results.json",
+            [{k: v for k, v in record.items() if k != "curves"} for record in found],
+        )
         rows = [_flat(record) for record in found]
 
         def write(temporary: Path) -> None:
@@ -214,13 +225,26 @@ def load_results(path: str | os.PathLike[str]) -> "pandas.DataFrame":
     except ImportError as error:
         raise ValueError("a table needs pandas: pip install 'mnist-lightning[search]'") from error
     path = Path(path)
-    if path.is_file():
-        records = _read_json(path, "run the search again, which writes it anew", list)
-    elif (path / "search.json").is_file():
-        records = Results(path).in_order()
-    else:
+    folder = path.parent if path.is_file() else path
+    if not (folder / "search.json").is_file():
         raise ValueError(f"{path} is not the folder of a search: it has no search.json")
+    if path.is_dir() and (folder / "trials").is_dir():
+        records = Results(folder).in_order()
+    else:
+        records = _read_tables(folder)
     return pandas.DataFrame([{**_flat(r), "curves": r["curves"]} for r in records])
+
+
+def _read_tables(folder: Path) -> list[Record]:
+    """The trials as ``write_tables`` left them, of a folder that may hold nothing else."""
+    remedy = "run the search again, which writes it anew"
+    records = _read_json(folder / "results.json", remedy, list)
+    file = folder / "curves.json.gz"
+    try:
+        curves = json.loads(gzip.decompress(file.read_bytes()))
+        return [{**record, "curves": curves[record["id"]]} for record in records]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+        raise ValueError(f"{file} is damaged, or of another search ({error}): {remedy}") from error
 
 
 def _flat(record: Record) -> Record:
@@ -253,7 +277,7 @@ def write_once(path: Path, content: Any) -> None:
 def _read_json(file: Path, remedy: str, kind: type = dict) -> Any:
     try:
         content = json.loads(file.read_text())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file} is damaged ({error}): {remedy}") from error
     if not isinstance(content, kind):
         raise ValueError(f"{file} is damaged (no JSON {kind.__name__}): {remedy}")

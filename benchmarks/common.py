@@ -1,0 +1,85 @@
+"""What the benchmarks share: the data, a Trainer with everything on, runs that alternate."""
+
+import contextlib
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from mnist_lightning import Dashboard, EarlyStopping, LayerFreezing, MNISTDataModule, RunLogger
+from mnist_lightning.callbacks import ProgressBar
+from mnist_lightning.checkpoints import ModelCheckpoint
+from mnist_lightning.data import ImageSet
+
+
+def mnist(images: int | None = None, **settings: Any) -> MNISTDataModule:
+    """The real MNIST, split and in memory; of the training images the first ``images``."""
+    data = MNISTDataModule(source="mnist", **settings)
+    data.prepare_data()
+    data.setup()
+    train = data.train_set
+    data.train_set = ImageSet(train.images[:images], train.labels[:images])
+    return data
+
+
+def trainer(
+    folder: str,
+    *callbacks: pl.Callback,
+    freezing: LayerFreezing | None = None,
+    **settings: Any,
+) -> pl.Trainer:
+    """As the command ``fit`` makes it: TensorBoard, metrics.csv, checkpoints, bar, early stopping.
+
+    Args:
+        folder: that the run goes to.
+        callbacks: in front of the usual ones.
+        freezing: by default, of nothing.
+        settings: of the Trainer, where they differ.
+    """
+    how = {"enable_version_counter": False, "save_on_train_epoch_end": True}
+    return pl.Trainer(
+        **{
+            "accelerator": "cpu",
+            "logger": RunLogger(Path(folder) / "run"),
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+            "callbacks": [
+                *callbacks,
+                EarlyStopping(),
+                freezing or LayerFreezing(),
+                ProgressBar(),
+                Dashboard(),
+                ModelCheckpoint(filename="best", monitor="val/acc", mode="max", **how),
+                ModelCheckpoint(filename="last", **how),
+            ],
+            **settings,
+        }
+    )
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[str]:
+    """A folder to write to, gone afterwards; what is printed within is lost, not unprinted."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield folder
+
+
+def alternate(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
+    """What each way returns, in each of the rounds, all of which run every way."""
+    found: dict[str, list[Any]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, run in ways.items():
+            found[name].append(run())
+    return found

@@ -1,0 +1,815 @@
+"""``python -m mnist_lightning report FOLDER...``: what searches found, as one page.
+
+Reads what they left, computes (``analysis``), draws (``figures``), writes:
+
+index.html     everything, in one file that needs no other
+README.md      the findings and the main tables
+tables/        each table as CSV (all digits) and Markdown (as the page has it)
+figures/       each figure as PNG and SVG
+"""
+
+import argparse
+import itertools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mnist_lightning.provenance import provenance, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from mnist_lightning.analysis import Found
+
+# The digits that a reader can use; columns that are not named here are shown as they are.
+DIGITS = {
+    **dict.fromkeys(("acc", "sd", "published", "repeated", "mean", "median", "best", "test"), 4),
+    **dict.fromkeys(("difference", "noise", "val_loss", "train_loss", "gap", "cost"), 4),
+    **dict.fromkeys(("published_test", "low", "high", "short_of_best"), 4),
+    **dict.fromkeys(("seconds", "epochs", "trials", "networks"), 0),
+    "share_of_cost": 3,
+}
+HEADINGS = {
+    "acc": "validation accuracy",
+    "sd": "± sd",
+    "val_loss": "validation loss",
+    "train_loss": "training loss",
+    "published_test": "published, test",
+    "low": "95 % from",
+    "high": "to",
+    "within": "within noise",
+    "short_of_best": "short of the best by",
+    "share_of_cost": "share of the cost",
+}
+
+
+@dataclass
+class Table:
+    """A table of the page, and of a file of its own.
+
+    Args:
+        name: of the file.
+        title: above it.
+        frame: its rows.
+        note: below it.
+        large: whether the page can sort and filter it.
+    """
+
+    name: str
+    title: str
+    frame: "pd.DataFrame"
+    note: str = ""
+    large: bool = False
+
+    @property
+    def headings(self) -> list[str]:
+        return [HEADINGS.get(name, name.replace("_", " ")) for name in self.frame.columns]
+
+    @property
+    def rows(self) -> list[list[tuple[str, Any]]]:
+        """For each cell its text and what it is sorted by."""
+        columns = list(self.frame.columns)
+        return [
+            [(_text(name, value), value) for name, value in zip(columns, row, strict=True)]
+            for row in self.frame.astype(object).itertuples(index=False, name=None)
+        ]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers."""
+        columns = (self.frame[name].dropna() for name in self.frame.columns)
+        return [
+            all(isinstance(v, int | float) and not isinstance(v, bool) for v in column.tolist())
+            for column in columns
+        ]
+
+    def markdown(self) -> str:
+        lines = [self.headings, ["---"] * len(self.headings)]
+        lines += [[text for text, _ in row] for row in self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _text(column: str, value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if column in DIGITS and isinstance(value, int | float):
+        sign = "+" if column in ("difference", "cost") else ""
+        return f"{value:{sign},.{DIGITS[column]}f}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@dataclass
+class Drawing:
+    """A figure of the page, and of files of its own."""
+
+    name: str
+    caption: str
+    figure: "Figure"
+    wide: bool = False
+
+    @property
+    def svg(self) -> str:
+        from mnist_lightning import figures
+
+        return figures.svg(self.figure, self.caption)
+
+
+@dataclass
+class Block:
+    """A heading with what stands below it."""
+
+    title: str
+    text: str = ""
+    tables: list[Table] = field(default_factory=list)
+    drawings: list[Drawing] = field(default_factory=list)
+
+
+@dataclass
+class Section:
+    """A search on the page."""
+
+    found: "Found"
+    facts: list[tuple[str, str]]
+    blocks: list[Block]
+
+    @property
+    def name(self) -> str:
+        return self.found.name
+
+
+def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print) -> None:
+    """Writes the report on the searches in some folders.
+
+    Args:
+        folders: each that of a search, or one that holds several.
+        out: the folder to write to, made if it is not there.
+        say: is told what is being done.
+
+    Raises:
+        ValueError: no search, a damaged file, or nothing to write to.
+    """
+    try:
+        import jinja2
+        import matplotlib  # noqa: F401 (to find out now)
+
+        from mnist_lightning import analysis
+    except ImportError as error:
+        raise ValueError(
+            f"a report needs {error.name}: pip install 'mnist-lightning[search]'"
+        ) from error
+    searches = [found for folder in folders for found in analysis.read(folder)]
+    for found in searches:
+        say(f"{found.name}: {counts_text(found)}")
+    overall = _overall(searches)
+    sections = []
+    for found in searches:
+        sections.append(Section(found, _facts(found), _blocks(found)))
+        say(f"{found.name}: {sum(len(b.drawings) for b in sections[-1].blocks)} figures")
+    said = findings(searches)
+    tables, pictures = out / "tables", out / "figures"
+    try:
+        for folder in (tables, pictures):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {(error.strerror or '').lower()}") from error
+    blocks = [*overall, *(block for section in sections for block in section.blocks)]
+    for table in (table for block in blocks for table in block.tables):
+        write_text(tables / f"{table.name}.csv", table.frame.to_csv(index=False))
+        write_text(tables / f"{table.name}.md", table.markdown() + "\n")
+    write_text(tables / "results.md", results_table(searches))
+    from mnist_lightning import figures
+
+    for drawing in (drawing for block in blocks for drawing in block.drawings):
+        write_text(pictures / f"{drawing.name}.svg", drawing.svg)
+        (pictures / f"{drawing.name}.png").write_bytes(figures.png(drawing.figure))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mnist_lightning", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["bold"] = _bold
+    page = environment.get_template("report.html").render(
+        overall=overall,
+        sections=sections,
+        findings=said,
+        unfinished=[found.name for found in searches if not found.finished],
+        counts=counts_text,
+        provenance=provenance(),
+        origins=[(found.name, found.about["provenance"]) for found in searches],
+    )
+    write_text(out / "index.html", page)
+    write_text(out / "README.md", _readme(searches, overall, sections, said))
+    say(f"\nreport       {out / 'index.html'}\nin words     {out / 'README.md'}")
+
+
+def _bold(text: str) -> Any:
+    """Markdown's **bold** as HTML, the rest escaped."""
+    from markupsafe import Markup, escape
+
+    parts = text.split("**")
+    return Markup("").join(
+        Markup("<strong>{}</strong>").format(part) if i % 2 else escape(part)
+        for i, part in enumerate(parts)
+    )
+
+
+def counts_text(found: "Found") -> str:
+    """How far a search is, in words."""
+    counts = found.counts()
+    words = [f"{count:,} {what}" for what, count in counts.items() if count or what == "finished"]
+    return f"{', '.join(words)}" + ("" if found.finished else " – not finished yet")
+
+
+def _facts(found: "Found") -> list[tuple[str, str]]:
+    from mnist_lightning.analysis import setting_text, value_text
+
+    about, data, origin = found.about, found.about["data"], found.about["provenance"]
+    strategy = dict(about["strategy"])
+    name = strategy.pop("name")
+    options = ", ".join(f"{k} {v}" for k, v in strategy.items())
+    axes = "; ".join(
+        f"{axis}: "
+        + (
+            f"{values['low']} to {values['high']}"
+            if isinstance(values, dict)
+            else ", ".join(map(value_text, values))
+        )
+        for axis, values in about["space"].items()
+    )
+    seconds = float(found.networks["seconds"].sum()) if len(found.complete) else 0.0
+    code = origin["code"]
+    facts = [
+        ("trials", counts_text(found)),
+        ("model", found.model),
+        ("searched", axes),
+        ("fixed", setting_text(about["fixed"])),
+        ("strategy", f"{name}{f' ({options})' if options else ''}"),
+        ("second round", setting_text(about["second_round"] or {})),
+        ("seeds", ", ".join(map(str, about["seeds"]))),
+        (
+            "data",
+            f"{data['name']} ({data['source']}), split {data['split']} (seed"
+            f" {data['split_seed']}), {data['image_size']} pixels,"
+            f" normalization {data['normalization']}",
+        ),
+        ("ranked by", "val_acc after the last epoch" if found.objective == "val_acc" else "best"),
+        ("trained for", _duration(seconds) + " of one core"),
+        ("started", origin["time"]),
+        ("code", f"mnist_lightning {code['mnist_lightning']}, {code.get('commit', '')[:12]}"),
+    ]
+    return [(name, text) for name, text in facts if text]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _overall(searches: Sequence["Found"]) -> list[Block]:
+    """What is said of all searches together."""
+    from mnist_lightning import analysis
+
+    held = analysis.against_the_study(searches)
+    compared = analysis.efficiency(searches)
+    blocks = []
+    if held["repeated"].notna().any():
+        rows = held[held["model"].isin({found.model for found in searches})]
+        text = (
+            f"{_count(rows['repeated'].notna())} of {len(rows)} published figures of these models"
+            f" were repeated; {_count(rows['within'] == True)} lie within what chance explains."  # noqa: E712
+            " Noise is half the width of the 95 % interval of the difference: other seeds, and"
+            " another shuffle of the images. What was not measured is named."
+        )
+        table = rows.drop(columns=["model"])
+        blocks.append(
+            Block("Published against repeated", text, [Table("published", "Row by row", table)])
+        )
+    best = analysis.best_found(searches)
+    if len(best):
+        text = (
+            "The study's best on validation and on test, beside the best of all searches above."
+            " Chosen on validation; the test images were looked at once, afterwards."
+        )
+        blocks.append(Block("The best found", text, [Table("best_found", "By model", best)]))
+    if len(compared) > 1:
+        text = (
+            "Costs of one seed. A search that trains fewer networks is cheaper; short of the best"
+            " says what that costs. The best of many trials owes something to luck."
+        )
+        table = Table("searches", "Searches of the same model beside each other", compared)
+        blocks.append(Block("The searches", text, [table]))
+    return blocks
+
+
+def _count(flags: "pd.Series") -> int:
+    return int(flags.sum())
+
+
+def _blocks(found: "Found") -> list[Block]:
+    """What is said of one search."""
+    if found.complete.empty:
+        failed = found.trials[found.trials["state"] == "FAIL"] if len(found.trials) else []
+        return [Block("No trial has finished yet")] + (
+            [Block("Failed", tables=[_failed(found)])] if len(failed) else []
+        )
+    return [
+        *_ranking(found),
+        *_panels(found),
+        *_dependence(found),
+        *_training(found),
+        *_test(found),
+    ]
+
+
+def _shown(cells: "pd.DataFrame", found: "Found") -> "pd.DataFrame":
+    """Cells without the columns that say nothing here."""
+    dropped = ["round"] if cells["round"].nunique() == 1 else []
+    if found.trials["seed"].nunique() == 1:
+        dropped += ["sd", "n"]
+    return cells.drop(columns=dropped)
+
+
+def _failed(found: "Found") -> Table:
+    failed = found.trials[found.trials["state"] == "FAIL"]
+    return Table(f"{found.name}_failed", "Failed trials", failed[["id", "error"]])
+
+
+def _ranking(found: "Found") -> list[Block]:
+    name, cells = found.name, found.cells
+    tables = []
+    several = len(found.about["seeds"]) > 1
+    text = "A row is the mean over the seeds." if several else "One seed."
+    rounds = sorted(cells["round"].unique())
+    for number in rounds:
+        of = cells[cells["round"] == number]
+        which = f", round {number + 1}" if len(rounds) > 1 else ""
+        end = f"_round{number + 1}" if len(rounds) > 1 else ""
+        tables.append(Table(f"{name}_best{end}", f"Best five{which}", _shown(of.head(5), found)))
+        if len(of) > 10:
+            worst = _shown(of.tail(5), found)
+            tables.append(Table(f"{name}_worst{end}", f"Worst five{which}", worst))
+    everything = Table(f"{name}_all", f"All {len(cells)}", _shown(cells, found), large=True)
+    if len(cells) > 5:
+        tables.append(everything)
+    if (found.trials["state"] == "FAIL").any():
+        tables.append(_failed(found))
+    return [Block("The best and the worst", text, tables)]
+
+
+def _panels(found: "Found") -> list[Block]:
+    from mnist_lightning import figures
+
+    across = [axis for axis in found.axes if axis != "max_epochs"]
+    drawings = []
+    for x in across:
+        others = [axis for axis in found.axes if axis != x]
+        for colour in others:
+            drawings.append(
+                Drawing(
+                    f"{found.name}_{x}_by_{colour}",
+                    f"Validation accuracy against {figures.label(x)}, coloured by"
+                    f" {figures.label(colour)}; lines join the means.",
+                    figures.panel(found.first_round, x, colour),
+                )
+            )
+    return [Block("Accuracy against each parameter", "", [], drawings)] if drawings else []
+
+
+def _dependence(found: "Found") -> list[Block]:
+    from mnist_lightning import analysis, figures
+
+    name, axes, cells = found.name, found.axes, found.first_round
+    if not axes or len(cells) < 4:
+        return []
+    tables, drawings = [], []
+    numeric = analysis.numeric_axes(found)
+    if numeric:
+        table = analysis.correlations(found)
+        table.insert(0, "parameter", table.index)
+        tables.append(
+            Table(
+                f"{name}_correlations",
+                "Correlation with the validation accuracy",
+                table.reset_index(drop=True),
+            )
+        )
+        drawings.append(
+            Drawing(
+                f"{name}_correlations",
+                "Pearson's correlations among the parameters and with the validation accuracy.",
+                figures.heat(analysis.correlation_matrix(found), "correlation", 2, diverging=True),
+            )
+        )
+    importance, shares = analysis.importance(found), analysis.variance_shares(found)
+    if len(importance):
+        drawings.append(
+            Drawing(
+                f"{name}_importance",
+                "Importance of each parameter (fANOVA, by Optuna): its share of the variance.",
+                figures.bars(importance, "importance (fANOVA)", "share"),
+            )
+        )
+    if len(shares):
+        frame = shares.rename("share").rename_axis("parameter").reset_index()
+        tables.append(
+            Table(
+                f"{name}_variance",
+                "Shares of the variance of the accuracy",
+                frame,
+                f"The rest, {max(0.0, 1 - shares.sum()):.3f}, is due to three parameters and more"
+                " together. Exact, since the grid is complete.",
+            )
+        )
+        drawings.append(
+            Drawing(
+                f"{name}_variance",
+                "Shares of the variance of the accuracy: each parameter alone, and pairs beyond"
+                " what the two do alone.",
+                figures.bars(shares.head(8), "variance of the accuracy", "share"),
+            )
+        )
+    marginals = analysis.marginals(found)
+    tables.append(
+        Table(
+            f"{name}_marginals",
+            "Each value of each parameter",
+            marginals,
+            "The best is what a value allows, the mean is how much it forgives.",
+        )
+    )
+    for axis in axes:
+        rows = marginals[marginals["axis"] == axis]
+        drawings.append(
+            Drawing(
+                f"{name}_marginal_{axis}",
+                f"Best, median and mean accuracy for each value of {figures.label(axis)}.",
+                figures.marginal(rows, axis),
+            )
+        )
+    for row, column in itertools.combinations(axes, 2):
+        drawings.append(
+            Drawing(
+                f"{name}_{row}_and_{column}",
+                f"Mean accuracy by {figures.label(row)} and {figures.label(column)} together.",
+                figures.heat(analysis.interaction(found, row, column), "mean accuracy"),
+            )
+        )
+    if {"lr", "batch_size", "max_epochs"} <= set(found.params) and "lr" in axes:
+        drawings.append(
+            Drawing(
+                f"{name}_travelled",
+                "Accuracy against learning rate times epochs over mini-batch size: how far a"
+                " training can go.",
+                figures.scatter(
+                    analysis.travelled(cells),
+                    cells["acc"],
+                    analysis.groups(cells["lr"]),
+                    ("", "lr · epochs / mini-batch size", figures.label("acc"), "learning rate"),
+                ),
+            )
+        )
+    text = (
+        "A correlation sees straight lines and one parameter at a time. Beside it: what each value"
+        " allows, which pairs act together, and which parameters decide."
+    )
+    return [Block("What the accuracy depends on", text, tables, drawings)]
+
+
+def _training(found: "Found") -> list[Block]:
+    from mnist_lightning import analysis, figures
+
+    name, stopped = found.name, analysis.stopped(found)
+    rows, drawings = [], []
+    for end in ("best", "median", "worst"):
+        if end != "best" and len(found.complete) < 9:
+            continue
+        for rank, (index, trial) in enumerate(found.best_trials(end).iterrows(), 1):
+            stop = stopped.loc[index]
+            setting = analysis.setting_text(dict(trial[found.params]))
+            rows.append({"which": f"{end} {rank}", "setting": setting, **stop.drop("id")})
+            drawings.append(
+                Drawing(
+                    f"{name}_curves_{end}{rank}",
+                    f"Losses of {setting}; validation accuracy {trial[found.objective]:.4f}.",
+                    figures.curves(trial, stop, f"{end} {rank}"),
+                )
+            )
+    import pandas as pd
+
+    early = (stopped["saved"] > 0).mean()
+    text = (
+        f"Early stopping with a patience of {analysis.PATIENCE} epochs would have ended"
+        f" {100 * early:.0f} % of the trials, saved"
+        f" {100 * stopped['saved'].sum() / stopped['epochs'].sum():.0f} % of all epochs, and kept"
+        f" weights whose accuracy is {abs(stopped['cost'].mean()):.4f}"
+        f" {'below' if stopped['cost'].mean() >= 0 else 'above'} that of the last epoch, in the"
+        f" mean; {abs(stopped['cost']).max():.4f} at the most."
+    )
+    note = (
+        "lowest: epoch of the lowest validation loss; stop: where it would have stopped; saved:"
+        " epochs; kept: the epoch with the lowest loss until then; cost: accuracy after the last"
+        " epoch minus that of the kept one."
+    )
+    table = Table(f"{name}_stopping", "Early stopping, in hindsight", pd.DataFrame(rows), note)
+    blocks = [Block("Learning curves", text, [table], drawings)]
+    return [*blocks, *_overfitting(found)]
+
+
+def _overfitting(found: "Found") -> list[Block]:
+    from mnist_lightning import analysis, figures
+
+    cells, drawings = found.cells, []
+    gap = "validation loss − training loss"
+    colour = analysis.groups(cells["lr"]) if "lr" in found.axes else None
+    size = analysis.capacity(found)
+    if size is not None and size.nunique() > 1:
+        titles = ("", "weights and biases", gap, "learning rate")
+        figure = figures.scatter(size, cells["gap"], colour, titles)
+        caption = "The gap between validation and training loss against the size of the network."
+        drawings.append(Drawing(f"{found.name}_gap_by_size", caption, figure))
+    if cells["max_epochs"].nunique() > 1:
+        titles = ("", "epochs", gap, "learning rate")
+        figure = figures.scatter(cells["max_epochs"], cells["gap"], colour, titles)
+        caption = "The gap between validation and training loss against the number of epochs."
+        drawings.append(Drawing(f"{found.name}_gap_by_epochs", caption, figure))
+    if not drawings:
+        return []
+    text = (
+        f"The gap is largest, {cells['gap'].max():.3f}, for"
+        f" {analysis.setting_text(dict(cells.loc[cells['gap'].idxmax(), found.params]))}."
+        " The training loss is the mean over the mini-batches as they came, before each update."
+    )
+    return [Block("Overfitting", text, [], drawings)]
+
+
+def _test(found: "Found") -> list[Block]:
+    from mnist_lightning import analysis, figures
+
+    test = analysis.tested(found)
+    if test is None:
+        text = (
+            "The winner has not been tested yet: "
+            f"python -m mnist_lightning test --ckpt_path {found.path}"
+        )
+        return [Block("Test", text)]
+    winner = analysis.setting_text(dict(found.cells.iloc[0][found.params]))
+    looks = len(found.tests)
+    text = (
+        f"Chosen on validation: {winner}. On the {test['images']:,} test images: {test['acc']:.4f}"
+        f" (95 % interval {test['low']:.4f} to {test['high']:.4f}, Wilson). "
+        + ("Looked at once." if looks == 1 else f"This is the first of {looks} looks.")
+    )
+    drawings = []
+    look = test["look"]
+    if "confusion" in look:
+        drawings.append(
+            Drawing(
+                f"{found.name}_confusion",
+                "Mistakes by label and prediction, numbers of test images; right answers left out.",
+                figures.confusion(look["confusion"], "mistakes"),
+            )
+        )
+        if look["mistakes"]:
+            drawings.append(
+                Drawing(
+                    f"{found.name}_mistakes",
+                    "The surest mistakes: label → prediction, and its probability.",
+                    figures.mistakes(look["mistakes"]),
+                    wide=True,
+                )
+            )
+    return [Block("Test", text, [], drawings)]
+
+
+# In words
+
+
+def findings(searches: Sequence["Found"]) -> list[str]:
+    """What the numbers say, in plain words: where the study holds, and where it does not."""
+    from mnist_lightning import analysis
+
+    said = []
+    held = analysis.against_the_study(searches)
+    known = held[held["repeated"].notna()]
+    best = {row.model: row for row in analysis.best_found(searches).itertuples()}
+    if len(known):
+        judged = known[known["within"].notna()]
+        text = (
+            f"**The study can be repeated.** Of {len(held)} published figures {len(known)} were"
+            f" measured again; of the {len(judged)} whose noise is known,"
+            f" {_count(judged['within'] == True)} agree within it."  # noqa: E712
+        )
+        for metric, what in (("val_acc", "validation accuracies"), ("correlation", "correlations")):
+            rows = known[known["metric"] == metric]
+            if len(rows):
+                text += f" The {what} differ by {rows['difference'].abs().max():.3f} at the most"
+                worst = rows.loc[rows["difference"].abs().idxmax()]
+                text += f" ({worst['setting']})."
+        said.append(text)
+    for found in searches:
+        said += _lessons(found)
+    said += _depth(searches)
+    compared = analysis.efficiency(searches)
+    for row in compared.itertuples() if len(compared) else ():
+        if row.share_of_cost < 1:
+            gain = "more" if row.short_of_best < 0 else "less"
+            said.append(
+                f"**{row.search}** reaches {row.best:.4f} on validation with"
+                f" {100 * row.share_of_cost:.0f} % of the epochs of the costliest search of"
+                f" {row.model}: {abs(row.short_of_best):.4f} {gain} than that."
+            )
+    for model, row in best.items():
+        if row.acc > row.published:
+            said.append(
+                f"**{model}: beaten.** {row.acc:.4f} on validation (n={row.n}; {row.setting}),"
+                f" where the study's best has {row.published:.4f}"
+                + (
+                    f"; {row.test:.4f} on test, where it has {row.published_test:.4f}."
+                    if row.test is not None and row.test == row.test
+                    else "."
+                )
+            )
+    missing = held[held["repeated"].isna() & held["model"].isin({f.model for f in searches})]
+    if len(missing):
+        named = "; ".join(f"{row.where} ({row.setting})" for row in missing.itertuples())
+        said.append(f"**Not measured:** {named}.")
+    return said
+
+
+def _lessons(found: "Found") -> list[str]:
+    """Of a grid over learning rates and batch sizes: why small batches seem to win."""
+    from mnist_lightning import analysis
+
+    said: list[str] = []
+    cells = found.first_round
+    pairs = analysis.batch_and_rate(found)
+    if pairs and "max_epochs" in found.axes:
+        alone = analysis.rank_correlation(cells["lr"], cells["acc"])
+        batch = analysis.rank_correlation(cells["batch_size"], cells["acc"])
+        far = analysis.rank_correlation(analysis.travelled(cells), cells["acc"])
+        said.append(
+            "**Small mini-batches win mostly because the learning rate stays the same.** In"
+            f" {found.name}, eight times the mini-batch changes the accuracy by"
+            f" {pairs['alone']:+.4f} in the mean of {pairs['pairs']} pairs; with ten times the"
+            f" learning rate beside it, by {pairs['together']:+.4f}. The rank correlation of the"
+            f" accuracy is {alone:.2f} with the learning rate, {batch:.2f} with the mini-batch, and"
+            f" {far:.2f} with learning rate times epochs over mini-batch: one quantity, how far the"
+            " training goes, says more than the parameters one by one."
+        )
+        marginals = analysis.marginals(found)
+        rows = marginals[marginals["axis"] == "batch_size"]
+        if len(rows) > 1:
+            mean, best = (rows[name].iloc[0] - rows[name].iloc[-1] for name in ("mean", "best"))
+            said.append(
+                f"**What a value allows is not what it forgives.** From mini-batches of"
+                f" {rows['value'].iloc[0]} to {rows['value'].iloc[-1]} the mean accuracy falls by"
+                f" {mean:.4f}, the best one by {best:.4f}."
+            )
+    if found.about["strategy"]["name"] == "grid" and len(found.complete) > 20:
+        stopped = analysis.stopped(found)
+        past = (stopped["lowest"] < stopped["epochs"]).mean()
+        share = stopped["saved"].sum() / stopped["epochs"].sum()
+        cost = stopped["cost"].mean()
+        said.append(
+            f"**Overfitting and early stopping ({found.name}).** In {100 * past:.0f} % of the"
+            " trials the validation loss was lowest before the last epoch. Stopping"
+            f" {analysis.PATIENCE} epochs after it would have saved {100 * share:.0f} % of all"
+            f" epochs; the weights kept are {abs(cost):.4f}"
+            f" {'less' if cost >= 0 else 'more'} accurate in the mean: the loss rises, the"
+            " accuracy hardly falls."
+        )
+    return said
+
+
+def _depth(searches: Sequence["Found"]) -> list[str]:
+    """Whether further layers helped."""
+    by_layers: dict[int, Any] = {}
+    for found in searches:
+        if found.model not in ("ShallowNetwork", "DeepNetwork") or found.complete.empty:
+            continue
+        layers = max(1, sum(name.startswith("hidden_units.") for name in found.params))
+        cell = found.cells.iloc[0]
+        if layers not in by_layers or cell["acc"] > by_layers[layers][0]["acc"]:
+            by_layers[layers] = (cell, found)
+    if len(by_layers) < 2:
+        return []
+    from mnist_lightning.analysis import setting_text
+
+    words = "; ".join(
+        f"{layers} hidden layer{'s' * (layers > 1)}: {cell['acc']:.4f}"
+        f" ({setting_text(dict(cell[found.params]))})"
+        for layers, (cell, found) in sorted(by_layers.items())
+    )
+    one = by_layers.get(1)
+    deeper = max(cell["acc"] for layers, (cell, _) in by_layers.items() if layers > 1)
+    verdict = "**Depth.** "
+    if one:
+        difference = deeper - one[0]["acc"]
+        verdict = "**Depth brings no improvement here.** " if difference < 0.002 else "**Depth.** "
+    return [f"{verdict}The best on validation: {words}. Learning rates differ: compare with care."]
+
+
+def results_table(searches: Sequence["Found"]) -> str:
+    """The table of the project's README: of each published table its first row, and the rest."""
+    from mnist_lightning import analysis
+
+    held = analysis.against_the_study(searches)
+    first = held[(held["metric"] != "val_acc") | ~held.duplicated(["where", "metric"])]
+    lines = [
+        "| the study | what | published | ours | n | difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    kinds = {"val_acc": "validation", "test_acc": "test", "correlation": "correlation with"}
+    for row in first.itertuples():
+        name = f"{row.model}, " if row.metric != "correlation" else ""
+        setting = row.setting.removeprefix("axis ")
+        ours, n, difference = "not measured", "", ""
+        digits = 2 if row.metric == "correlation" else 4
+        if row.repeated is not None and not math.isnan(row.repeated):
+            spread = row.sd is not None and not math.isnan(row.sd)
+            ours = f"{row.repeated:.{digits}f}" + (f" ± {row.sd:.{digits}f}" if spread else "")
+            n, difference = f"{row.n:.0f}", f"{row.difference:+.{digits}f}"
+        what = f"{name}{kinds[row.metric]} {setting}"
+        if row.metric != "correlation":
+            what = f"{row.model} ({setting}), {kinds[row.metric]}"
+        lines.append(
+            f"| {row.where} | {what} | {row.published:.{digits}f} | {ours} | {n} | {difference} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _readme(
+    searches: Sequence["Found"],
+    overall: Sequence[Block],
+    sections: Sequence[Section],
+    said: Sequence[str],
+) -> str:
+    from mnist_lightning.published import COUNTERPARTS
+
+    lines = [
+        "# What the searches found",
+        "",
+        "Written by `python -m mnist_lightning report`; all tables and figures are in"
+        " [index.html](index.html).",
+        "",
+    ]
+    for found in searches:
+        lines.append(f"- `{found.name}`: {found.model}, {counts_text(found)}")
+    lines += ["", "## In words", ""]
+    lines += [f"- {text}" for text in said]
+    for block in overall:
+        lines += ["", f"## {block.title}", "", block.text]
+        for table in block.tables:
+            lines += ["", table.markdown()]
+    for section in sections:
+        lines += ["", f"## {section.name}", ""]
+        lines += [f"- {name}: {text}" for name, text in section.facts]
+        for block in section.blocks:
+            small = [table for table in block.tables if "_best" in table.name]
+            if block.title == "Test":
+                lines += ["", block.text]
+            for table in small:
+                lines += ["", f"{table.title}:", "", table.markdown()]
+    lines += ["", "## The study's tables and figures, and their counterparts", ""]
+    lines += ["| the study | here |", "|---|---|"]
+    lines += [f"| {theirs} | {ours} |" for theirs, ours in COUNTERPARTS]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str]) -> int:
+    """``python -m mnist_lightning report FOLDER... [--out FOLDER]``.
+
+    Raises:
+        ValueError: no search to report on, or nothing to write to.
+    """
+    parser = argparse.ArgumentParser(
+        prog="mnist_lightning report",
+        description="What searches found, as one page with tables and figures.",
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="of a search, finished or not, or one that holds several",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("report"), help="where to write (default: report)"
+    )
+    try:
+        given, unknown = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    if unknown:
+        raise ValueError(f"report: no option {unknown[0]}; it has --out FOLDER")
+    write(given.folders, given.out, lambda text: print(text, file=sys.stdout, flush=True))
+    return 0
