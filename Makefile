@@ -11,9 +11,9 @@ fit: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2
 
-# what takes minutes, and what needs a PostgreSQL server's programs
+# what takes minutes, and what needs a PostgreSQL server's programs or Chromium
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -m "slow or postgres"
+	$(BIN)/python -m pytest -m "slow or postgres or browser"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check

@@ -1,8 +1,8 @@
 """Training steps of ResNet-18, mini-batches of 64, at 28 and at 224 pixels.
 
 - naive: a plain loop on images that lie ready, fp32, contiguous, torch.optim.Adam as it comes;
-- bare: the same loop with what the configurations turn on: channels_last, fused Adam and, at 224
-  pixels, bf16;
+- bare: the same loop with what the configurations turn on: channels_last, fused Adam, memory that
+  the process keeps and, at 224 pixels, bf16;
 - bare, bf16 (at 28 pixels): why the configurations turn that on at 224 pixels only;
 - ours: `Trainer.fit` with everything that the command `fit` turns on: images taken from the set,
   enlarged from 28 pixels, the training step, metrics, callbacks, log, bar;
@@ -10,13 +10,11 @@
   are frozen;
 - ours, compiled: on a GPU alone; on a CPU, compiling made it slower where it was tried.
 
-Each run is a process of its own. All but the naive one have PyTorch ask for huge pages
-(THP_MEM_ALLOC_ENABLE=1), which it reads at its first large allocation. A figure is the median over
-all steps but each run's first two. Uses the GPU where there is one, and all cores.
+Each run is a process of its own. A figure is the median over all steps but each run's first two.
+Uses the GPU where there is one, and all cores.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -30,6 +28,7 @@ from common import alternate, mnist, quietly, trainer
 from lightning.pytorch import Callback
 
 from mnist_lightning import LayerFreezing, ResNet18
+from mnist_lightning.data import keep_memory
 
 BATCH = 64
 PRECISION = {28: "32-true", 224: "bf16-mixed"}
@@ -56,7 +55,9 @@ class Clock(Callback):
 def loop(pixels: int, steps: int, optimized: bool, bf16: bool) -> list[float]:
     """The moments at which steps of a hand-written loop end."""
     net = ResNet18().net.to(DEVICE)
-    if not optimized:
+    if optimized:
+        keep_memory()
+    else:
         net = net.to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.001, fused=True if optimized else None)
     images = torch.randn(BATCH, 1, pixels, pixels, device=DEVICE)
@@ -111,15 +112,10 @@ def ways(pixels: int) -> dict[str, Any]:
     return found
 
 
-def huge_pages(way: str) -> dict[str, str]:
-    return {"THP_MEM_ALLOC_ENABLE": "0" if way == "naive" else "1"}
-
-
 def fresh(way: str, pixels: int, steps: int) -> list[float]:
     """Seconds of each step but the first two, in a process of its own."""
     words = [sys.executable, __file__, way, str(pixels), str(steps)]
-    environment = {**os.environ, **huge_pages(way)}
-    run = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    run = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(run.stdout.splitlines()[-1])
 
 
@@ -138,7 +134,6 @@ def measure(quick: bool) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "batch_size": BATCH,
         "precision": PRECISION,
-        "environment": {name: huge_pages(name.partition(", ")[2]) for name in runs},
         "seconds": {name: [step for run in found[name] for step in run] for name in runs},
     }
 

@@ -434,7 +434,7 @@ def capacity(found: Found) -> pd.Series | None:
 # One search against another, and against the study
 
 
-def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """95 % confidence interval of a share, after Wilson 1927: holds near 1 too."""
     p = correct / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)

@@ -5,11 +5,13 @@ normalisation and the resize to 224 pixels happen per batch, on the device that 
 """
 
 import contextlib
+import ctypes
 import gzip
 import hashlib
 import http.client
 import math
 import os
+import platform
 import queue
 import socket
 import tempfile
@@ -78,6 +80,18 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(int(state >> 1)))
 
 
+def keep_memory() -> None:
+    """Has this process keep the memory that it frees, where the C library is glibc.
+
+    By default larger buffers go back to the system when they are freed, and each step of a training
+    waits for fresh pages: up to a third of its time on a CPU.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer gets a mapping of its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+
+
 class ImageSet(Dataset):
     """Images and labels in memory; a whole mini-batch is one indexing operation.
 
@@ -98,7 +112,8 @@ class ImageSet(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         # DataLoader's fetcher calls this with the indices of the whole mini-batch
         rows = torch.tensor(indices)
-        return self.images[rows], self.labels[rows]
+        # index_select copies whole images, where plain indexing goes pixel by pixel
+        return self.images.index_select(0, rows), self.labels.index_select(0, rows)
 
 
 class EpochSampler(DistributedSampler):
@@ -220,6 +235,7 @@ class MNISTDataModule(LightningDataModule):
         """Reads, verifies and splits the set; every process gets the same split."""
         if self._loaded:
             return
+        keep_memory()
         if self.source == "auto":
             gone = len(_missing(self.name, self.data_dir)) == len(_FILES)
             self.source = "digits" if gone else "mnist"

@@ -334,6 +334,7 @@ def _shown(cells: "pd.DataFrame", found: "Found") -> "pd.DataFrame":
     dropped = ["round"] if cells["round"].nunique() == 1 else []
     if found.trials["seed"].nunique() == 1:
         dropped += ["sd", "n"]
+    dropped += [name for name in found.about["fixed"] if found.cells[name].nunique() == 1]
     return cells.drop(columns=dropped)
 
 
@@ -797,7 +798,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "folders",
-        nargs="+",
+        nargs="*",
         type=Path,
         metavar="FOLDER",
         help="of a search, finished or not, or one that holds several",
@@ -811,5 +812,9 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(str(error)) from error
     if unknown:
         raise ValueError(f"report: no option {unknown[0]}; it has --out FOLDER")
+    if not given.folders:
+        raise ValueError(
+            "report: of which search? Give its folder, like lightning_logs/search/NAME"
+        )
     write(given.folders, given.out, lambda text: print(text, file=sys.stdout, flush=True))
     return 0

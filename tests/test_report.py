@@ -1,0 +1,596 @@
+"""The report: its numbers against other people's code, its page in a real browser."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+import torch
+
+from mnist_lightning import EarlyStopping, MNISTDataModule, analysis, plan
+from mnist_lightning.__main__ import main
+from mnist_lightning.analysis import Found, read
+from mnist_lightning.callbacks import Mistakes
+from mnist_lightning.models import DeepNetwork, ShallowNetwork
+from mnist_lightning.plan import Search
+from mnist_lightning.published import PUBLISHED
+from mnist_lightning.report import Table, findings, results_table
+from mnist_lightning.search import run
+
+SPACE = {"batch_size": [16, 32], "max_epochs": [1, 2], "lr": [0.1, 0.01, 0.001]}
+STUDY = Path(__file__).parent.parent / "lightning_logs" / "study"
+
+
+@pytest.fixture(scope="session")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished and tested search on the digits; to be read only."""
+    folder = tmp_path_factory.mktemp("report") / "small"
+    search = Search(
+        name="small",
+        model="ShallowNetwork",
+        space=SPACE,
+        fixed={"hidden_units": 10},
+        seeds=[0, 1],
+        data={"source": "digits"},
+    )
+    run(search, folder, workers=1)
+    assert main(["test", "--ckpt_path", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def report(searched, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of its report."""
+    out = tmp_path_factory.mktemp("page") / "report"
+    assert main(["report", str(searched), "--out", str(out)]) == 0
+    return out
+
+
+def made_up(space: dict, accuracy, seeds=(0,), model="ShallowNetwork", **about) -> Found:
+    """A search whose accuracies are a formula."""
+    from mnist_lightning.space import grid
+
+    rows = []
+    for number, params in enumerate(grid(space)):
+        for seed in seeds:
+            acc = accuracy(seed=seed, **{k.replace(".", "_"): v for k, v in params.items()})
+            curves = {"train_loss": [0.5], "val_loss": [1 - acc], "val_acc": [acc]}
+            rows.append(
+                {
+                    **{"id": f"{number}-{seed}", "number": number, "round": 0, "seed": seed},
+                    **{"state": "COMPLETE", "epochs": params.get("max_epochs", 1), "seconds": 1.0},
+                    **{"val_acc": acc, "val_loss": 1 - acc, "train_loss": 0.5, "curves": curves},
+                    **params,
+                }
+            )
+    identity = {
+        "model": model,
+        "space": space,
+        "fixed": {},
+        "seeds": list(seeds),
+        "strategy": {"name": "grid"},
+        "second_round": None,
+        "objective": "val_acc",
+        "data": {
+            **{"source": "mnist", "split": "study", "val_fraction": 0.2, "image_size": 28},
+            **{"name": "MNIST", "split_seed": 0, "normalization": "unit"},
+        },
+    }
+    return Found(Path("made_up"), {**identity, **about}, pd.DataFrame(rows), [])
+
+
+# The numbers
+
+
+def test_correlations_are_numpys(searched):
+    (found,) = read(searched)
+    table = analysis.correlations(found)
+    assert list(table.index) == list(SPACE)
+    for axis in SPACE:
+        each = [
+            np.corrcoef(trials[axis], trials["val_acc"])[0, 1]
+            for _, trials in found.trials.groupby("seed")
+        ]
+        assert table.loc[axis, "mean"] == pytest.approx(np.mean(each))
+        assert table.loc[axis, "sd"] == pytest.approx(np.std(each, ddof=1))
+    matrix = analysis.correlation_matrix(found)
+    means = found.trials.groupby(list(SPACE))["val_acc"].mean().reset_index()
+    assert matrix.loc["lr", "acc"] == pytest.approx(
+        np.corrcoef(means["lr"], means["val_acc"])[0, 1]
+    )
+    # a full grid: the axes know nothing of each other
+    assert abs(matrix.loc["lr", "batch_size"]) < 1e-12
+
+
+def test_a_cell_is_the_mean_of_its_seeds(searched):
+    (found,) = read(searched)
+    assert len(found.cells) == 12
+    for cell in found.cells.itertuples():
+        alike = found.trials
+        for axis in SPACE:
+            alike = alike[alike[axis] == getattr(cell, axis)]
+        assert cell.n == len(alike) == 2
+        assert cell.acc == pytest.approx(alike["val_acc"].mean())
+        assert cell.sd == pytest.approx(alike["val_acc"].std())
+    assert found.cells["acc"].is_monotonic_decreasing
+
+
+def test_shares_of_the_variance_of_a_known_function():
+    # centred, the grid is -1, 1 by -1, 0, 1: x explains 4, y explains 9 * 2/3, both 1 * 2/3
+    space = {"lr": [1.0, 3.0], "batch_size": [1, 2, 3]}
+
+    def accuracy(lr, batch_size, seed):
+        x, y = lr - 2, batch_size - 2
+        return 0.5 + (2 * x + 3 * y + x * y) / 100
+
+    shares = analysis.variance_shares(made_up(space, accuracy))
+    whole = 4 + 6 + 2 / 3
+    assert shares["lr"] == pytest.approx(4 / whole)
+    assert shares["batch_size"] == pytest.approx(6 / whole)
+    assert shares["lr × batch_size"] == pytest.approx(2 / 3 / whole)
+    assert shares.sum() == pytest.approx(1)
+    # what is not a full grid has no such shares
+    assert analysis.variance_shares(made_up(space, accuracy, strategy={"name": "random"})).empty
+
+
+def test_importance_finds_the_one_that_matters():
+    space = {"lr": [0.1, 0.01, 0.001, 0.0001], "batch_size": [4, 8, 16, 32]}
+    found = made_up(space, lambda lr, batch_size, seed: 0.9 + lr / 10 + batch_size / 1e5)
+    importance = analysis.importance(found)
+    assert importance.index[0] == "lr"
+    assert importance["lr"] > 0.9
+    assert importance.sum() == pytest.approx(1)
+
+
+def test_marginals_and_interactions(searched):
+    (found,) = read(searched)
+    rows = analysis.marginals(found).set_index(["axis", "value"])
+    cells = found.cells
+    assert rows.loc[("lr", "0.01"), "mean"] == pytest.approx(cells[cells.lr == 0.01]["acc"].mean())
+    assert rows.loc[("lr", "0.01"), "best"] == cells[cells.lr == 0.01]["acc"].max()
+    table = analysis.interaction(found, "lr", "batch_size")
+    assert list(table.index) == ["0.001", "0.01", "0.1"]
+    chosen = cells[(cells.lr == 0.1) & (cells.batch_size == 32)]
+    assert table.loc["0.1", "32"] == pytest.approx(chosen["acc"].mean())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_hindsight_stops_where_lightning_stops(seed):
+    """The callback itself, fed with the same losses."""
+    patience = 3
+    generator = np.random.default_rng(seed)
+    losses = (1 / np.arange(1, 31) + generator.normal(0, 0.05, 30)).tolist()
+    callback = EarlyStopping(patience=patience)
+    stop = len(losses)
+    for epoch, loss in enumerate(losses, 1):
+        if callback._evaluate_stopping_criteria(torch.tensor(loss, dtype=torch.float64))[0]:
+            stop = epoch
+            break
+    found = analysis.stopping({"val_loss": losses, "val_acc": losses}, patience)
+    assert found["stop"] == stop
+    assert found["saved"] == 30 - stop
+    assert found["kept"] == 1 + int(np.argmin(losses[:stop]))
+    assert found["lowest"] == 1 + int(np.argmin(losses))
+    assert found["cost"] == losses[-1] - losses[found["kept"] - 1]
+    assert EarlyStopping().patience == analysis.PATIENCE
+
+
+def test_intervals_and_ranks_are_scipys():
+    for correct, n in ((6865, 7000), (7000, 7000), (0, 10), (5, 10)):
+        theirs = scipy.stats.binomtest(correct, n).proportion_ci(method="wilson")
+        assert analysis.wilson(correct, n) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+    a, b = pd.Series([1.0, 5, 5, 2, 9, 4]), pd.Series([2.0, 1, 8, 8, 7, 3])
+    assert analysis.rank_correlation(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
+
+
+def test_capacity_counts_the_parameters_of_the_networks():
+    space = {"hidden_units": [10, 25]}
+    found = made_up(space, lambda hidden_units, seed: hidden_units / 100)
+    sizes = analysis.capacity(found)
+    for size, units in zip(sizes, found.cells["hidden_units"], strict=True):
+        assert size == sum(p.numel() for p in ShallowNetwork(units).parameters())
+    space = {"hidden_units.1": [10, 20], "hidden_units.2": [5, 7]}
+    found = made_up(space, lambda seed, **_: 0.5, model="DeepNetwork")
+    for size, (_, cell) in zip(analysis.capacity(found), found.cells.iterrows(), strict=True):
+        net = DeepNetwork([int(cell["hidden_units.1"]), int(cell["hidden_units.2"])])
+        assert size == sum(p.numel() for p in net.parameters())
+
+
+def test_sizes_are_those_of_the_data(searched):
+    (found,) = read(searched)
+    data = MNISTDataModule(source="digits")
+    data.prepare_data()
+    data.setup()
+    sizes = analysis._sizes(found)
+    assert sizes == {"val": len(data.val_set), "test": len(data.test_set)}
+    assert analysis._sizes(made_up({"lr": [1.0, 2.0]}, lambda lr, seed: lr / 3)) == {
+        "val": 12_600,
+        "test": 7_000,
+    }
+
+
+def test_what_is_planned_is_what_the_search_plans(searched, tmp_path):
+    (found,) = read(searched)
+    assert found.finished
+    assert found.planned == len(found.trials) == 24
+    half = tmp_path / "half"
+    shutil.copytree(searched, half)
+    for file in sorted((half / "trials").iterdir())[:7]:
+        file.unlink()
+    (found,) = read(half)
+    assert not found.finished
+    assert found.counts() == {"finished": 17, "failed": 0, "pruned": 0, "to go": 7}
+    again = Search(
+        name="x",
+        model="ShallowNetwork",
+        space=SPACE,
+        strategy={"name": "refine", "rounds": 2},
+        fixed={"hidden_units": 10},
+        second_round={"best": 2, "max_epochs": 3},
+        seeds=[0, 1],
+    )
+    records = {row["id"]: row for row in read(searched)[0].trials.to_dict("records")}
+    about = {
+        **found.about,
+        "strategy": {"name": "refine", "rounds": 2},
+        "second_round": {"best": 2, "max_epochs": 3},
+    }
+    refining = Found(searched, about, read(searched)[0].trials, [])
+    assert refining.planned == sum(len(r) for r in plan.rounds(again, records)) > 24
+
+
+# Against the study
+
+
+def like_the_study(lr, batch_size, max_epochs, hidden_units, seed):
+    """0.001 above each published value, and plausible elsewhere."""
+    cell = dict(lr=lr, batch_size=batch_size, max_epochs=max_epochs, hidden_units=hidden_units)
+    for row in PUBLISHED:
+        if row.model == "ShallowNetwork" and row.metric == "val_acc" and row.params == cell:
+            return row.value + 0.001 + (seed - 1) * 0.0005
+    return 0.9 + lr / 5 - batch_size / 2000 + (seed - 1) * 0.0005
+
+
+@pytest.fixture(scope="module")
+def repeated() -> Found:
+    space = {
+        "batch_size": [4, 8, 16, 32, 64, 128],
+        "max_epochs": [10, 20, 50, 100],
+        "lr": [0.1, 0.01, 0.001, 0.0001],
+        "hidden_units": [10, 25, 50, 100],
+    }
+    return made_up(space, like_the_study, seeds=(0, 1, 2))
+
+
+def test_each_published_figure_has_its_row(repeated):
+    table = analysis.against_the_study([repeated])
+    assert len(table) == len(PUBLISHED) == 35
+    rows = table[(table["model"] == "ShallowNetwork") & (table["metric"] == "val_acc")]
+    assert len(rows) == 10
+    assert np.allclose(rows["difference"], 0.001)
+    assert (rows["n"] == 3).all()
+    assert np.allclose(rows["sd"].astype(float), 0.0005)
+    assert rows["within"].all()
+    others = table[table["model"] != "ShallowNetwork"]
+    assert (others["note"] == "not measured").all()
+    assert others["repeated"].isna().all()
+    lr = table[(table["metric"] == "correlation") & (table["setting"] == "axis lr")].iloc[0]
+    assert lr["repeated"] == pytest.approx(analysis.correlations(repeated).loc["lr", "mean"])
+
+
+def test_the_noise_of_a_difference(repeated):
+    """Images drawn twice and seeds, against the formula worked out by simulation."""
+    table = analysis.against_the_study([repeated])
+    row = table.iloc[0]
+    generator = np.random.default_rng(0)
+    p, n, sd = row["published"], 12_600, analysis.spread(repeated, row["repeated"])
+    theirs = generator.binomial(n, p, 100_000) / n + generator.normal(0, sd, 100_000)
+    ours = generator.binomial(n, p, 100_000) / n + generator.normal(0, sd, (3, 100_000)).mean(0)
+    assert row["noise"] == pytest.approx(1.96 * (ours - theirs).std(), rel=0.02)
+
+
+def test_a_large_difference_is_not_called_noise(repeated):
+    trials = repeated.trials.copy()
+    trials["val_acc"] -= 0.02
+    worse = Found(repeated.path, repeated.about, trials, [])
+    rows = analysis.against_the_study([worse]).iloc[:5]
+    assert not rows["within"].any()
+
+
+def test_half_a_grid_has_no_correlation_to_compare(repeated):
+    half = Found(repeated.path, repeated.about, repeated.trials.iloc[:500], [])
+    rows = analysis.against_the_study([half])
+    assert rows[rows["metric"] == "correlation"]["repeated"].isna().all()
+
+
+def test_two_layers_are_not_compared_with_three():
+    space = {"batch_size": [32], "max_epochs": [10], "lr": [0.01]}
+    three = {"hidden_units.1": [1024], "hidden_units.2": [10, 20], "hidden_units.3": [1024]}
+    found = made_up({**space, **three}, lambda seed, **_: 0.97, model="DeepNetwork")
+    table = analysis.against_the_study([found])
+    measured = table[table["repeated"].notna()]
+    assert list(measured["setting"].str.extract(r"hidden_units (.*)")[0]) == [
+        "1024-10-1024",
+        "1024-20-1024",
+    ]
+
+
+def test_costs_do_not_count_what_a_longer_training_passes_through(repeated):
+    row = analysis.efficiency([repeated]).iloc[0]
+    assert row["trials"] == 384
+    assert row["networks"] == 96
+    assert row["epochs"] == 96 * 100
+    assert row["share_of_cost"] == 1
+
+
+def test_eight_times_the_batch_alone_and_with_its_learning_rate():
+    space = {"batch_size": [4, 32], "lr": [0.1, 0.01], "max_epochs": [10, 20]}
+
+    def accuracy(batch_size, lr, max_epochs, seed):
+        return 0.9 + math.log(lr * max_epochs / batch_size) / 100
+
+    pairs = analysis.batch_and_rate(made_up(space, accuracy))
+    assert pairs["pairs"] == 2
+    assert pairs["alone"] == pytest.approx(-math.log(8) / 100)
+    assert pairs["together"] == pytest.approx(math.log(10 / 8) / 100)
+
+
+def test_the_words_follow_the_numbers(repeated):
+    words = " ".join(findings([repeated]))
+    assert "10 pairs" not in words
+    assert "differ by 0.001 at the most" in words
+    assert "**ShallowNetwork: beaten.** 0.9821" in words
+    worse = Found(
+        repeated.path,
+        repeated.about,
+        repeated.trials.assign(val_acc=repeated.trials["val_acc"] - 0.02),
+        [],
+    )
+    assert "beaten" not in " ".join(findings([worse]))
+    assert "| 0.9811 | 0.9821 ± 0.0005 | 3 | +0.0010 |" in results_table([repeated])
+
+
+# The mistakes of a test
+
+
+def test_the_confusion_matrix_counts_each_test_image(searched):
+    (look,) = json.loads((searched / "test.json").read_text())
+    confusion = np.array(look["confusion"])
+    assert confusion.sum() == 180
+    assert confusion.trace() / 180 == pytest.approx(look["test/acc"], abs=1e-6)
+    assert len(look["mistakes"]) == min(60, 180 - confusion.trace())
+    sure = [mistake["probability"] for mistake in look["mistakes"]]
+    assert sure == sorted(sure, reverse=True)
+
+
+def test_a_mistake_is_of_the_image_that_it_shows(searched):
+    import base64
+    import zlib
+
+    from mnist_lightning import checkpoints
+
+    (look,) = json.loads((searched / "test.json").read_text())
+    checkpoint = checkpoints.read(searched / "checkpoints" / "best.ckpt")
+    model = ShallowNetwork(**checkpoint["hyper_parameters"])
+    model.load_state_dict(checkpoint["state_dict"])
+    for mistake in look["mistakes"]:
+        pixels = np.frombuffer(zlib.decompress(base64.b64decode(mistake["pixels"])), np.uint8)
+        image = torch.tensor(pixels.reshape(1, 1, 28, 28) / 255, dtype=torch.float32)
+        probabilities = model(image).softmax(1)[0]
+        assert probabilities.argmax() == mistake["predicted"] != mistake["label"]
+        assert probabilities.max().item() == pytest.approx(mistake["probability"], abs=1e-4)
+
+
+def test_of_several_processes_nothing_is_noted():
+    assert Mistakes().facts(torch.zeros(1, 28, 28)) == {}
+
+
+# The page and the files
+
+
+def test_the_page_needs_no_other_file(report):
+    page = (report / "index.html").read_text()
+    outside = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"', page)
+    assert not outside
+    assert "@import" not in page
+    assert page.count("<svg") == len(list((report / "figures").glob("*.svg")))
+    assert page.count('role="img" aria-label="') == page.count("<svg")
+    ids = re.findall(r'<(?:h2|h3|section|table|input)[^>]* id="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_each_figure_and_table_is_a_file(report, searched):
+    (found,) = read(searched)
+    names = {file.stem for file in (report / "figures").glob("*.png")}
+    assert names == {file.stem for file in (report / "figures").glob("*.svg")}
+    panels = {f"small_{x}_by_{c}" for x in ("batch_size", "lr") for c in SPACE if c != x}
+    assert panels <= names
+    for wanted in ("correlations", "importance", "variance", "confusion", "mistakes"):
+        assert f"small_{wanted}" in names
+    table = pd.read_csv(report / "tables" / "small_all.csv")
+    assert np.allclose(table["acc"], found.cells["acc"])
+    lines = (report / "tables" / "small_all.md").read_text().splitlines()
+    assert len(lines) == 2 + 12
+    assert lines[2].split(" | ")[4] == f"{found.cells['acc'][0]:.4f}"
+
+
+def test_the_tables_alone_make_the_same_report(report, searched, tmp_path):
+    """What is kept of a search in a repository: without trials, checkpoints, state."""
+    kept = tmp_path / "small"
+    kept.mkdir()
+    for name in ("search.json", "results.json", "curves.json.gz", "test.json"):
+        shutil.copy(searched / name, kept)
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    for file in (report / "tables").iterdir():
+        assert (tmp_path / "out" / "tables" / file.name).read_bytes() == file.read_bytes()
+    for file in (report / "figures").glob("*.svg"):
+        assert (tmp_path / "out" / "figures" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_half_finished_search_says_so(searched, tmp_path, capsys):
+    half = tmp_path / "half"
+    shutil.copytree(searched, half)
+    (half / "test.json").unlink()
+    for file in sorted((half / "trials").iterdir())[:20]:
+        file.unlink()
+    assert main(["report", str(half), "--out", str(tmp_path / "out")]) == 0
+    assert "4 finished, 20 to go – not finished yet" in capsys.readouterr().out
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Not finished yet: half" in page
+    assert "has not been tested yet" in page
+    for file in (half / "trials").iterdir():
+        file.unlink()
+    assert main(["report", str(half), "--out", str(tmp_path / "out")]) == 0
+    assert "No trial has finished yet" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_report_needs_no_torch(searched, tmp_path):
+    code = (
+        "from mnist_lightning.__main__ import main; import sys;"
+        f"assert main(['report', {str(searched)!r}, '--out', {str(tmp_path)!r}]) == 0;"
+        "print(sorted({'torch', 'lightning', 'torchvision'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_word_in_a_result_cannot_become_part_of_the_page(searched, tmp_path):
+    evil = tmp_path / "evil"
+    shutil.copytree(searched, evil)
+    for file in (evil / "trials").iterdir():
+        record = json.loads(file.read_text())
+        record |= {"state": "FAIL", "error": "<script>alert(1)</script>"}
+        file.write_text(json.dumps(record))
+        break
+    assert main(["report", str(evil), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "nowhere is not the folder of a search"),
+        ([], "of which search?"),
+        (["{found}", "--colour"], "no option --colour"),
+        (["{found}", "--out", "{found}/search.json"], "cannot be written"),
+    ],
+)
+def test_mistakes_get_one_line(searched, words, said, capsys):
+    words = [word.format(found=searched) for word in words]
+    assert main(["report", *words]) == 1
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_damaged_curves_are_named(searched, tmp_path, capsys):
+    kept = tmp_path / "small"
+    kept.mkdir()
+    for name in ("search.json", "results.json"):
+        shutil.copy(searched / name, kept)
+    content = (searched / "curves.json.gz").read_bytes()
+    (kept / "curves.json.gz").write_bytes(content[: len(content) // 2])
+    assert main(["report", str(kept), "--out", str(tmp_path / "out")]) == 1
+    assert "curves.json.gz is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_shows_numbers_as_a_reader_wants_them():
+    frame = pd.DataFrame(
+        {"acc": [0.98111, None], "difference": [0.001, -0.2], "within": [True, None], "n": [3, 3]}
+    )
+    table = Table("t", "T", frame)
+    assert table.markdown().splitlines()[2:] == [
+        "| 0.9811 | +0.0010 | yes | 3 |",
+        "| – | -0.2000 | – | 3 |",
+    ]
+    assert table.numeric == [True, True, False, True]
+
+
+# What is committed
+
+
+@pytest.mark.skipif(not STUDY.is_dir(), reason="no results are committed")
+def test_the_readme_has_the_table_that_the_program_writes():
+    table = results_table(read(STUDY))
+    assert table == (STUDY / "tables" / "results.md").read_text()
+    assert table in (STUDY.parent.parent / "README.md").read_text()
+
+
+# In a browser
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser(report, width, scheme):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not program:
+        pytest.skip("needs Chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        said: list[str] = []
+        asked: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((report / "index.html").as_uri())
+        # nothing is wider than the window: no sideways scrolling
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        # all figures are there, and large enough to be read
+        figures = page.locator("figure svg")
+        assert figures.count() == len(list((report / "figures").glob("*.svg")))
+        for box in (figures.nth(i).bounding_box() for i in range(figures.count())):
+            assert box["width"] >= min(300, width - 40)
+        # text and its ground differ enough (WCAG: 4.5)
+        assert page.evaluate(_CONTRAST) >= 4.5
+        # sort by keyboard: descending, then ascending
+        page.locator("details summary").first.click()
+        head = page.locator("#small_all th", has_text="validation accuracy")
+        cells = page.locator("#small_all tbody tr")
+        column = page.locator("#small_all th").all_inner_texts().index("validation accuracy")
+
+        def values() -> list[float]:
+            rows = (row for row in cells.all() if row.is_visible())
+            return [float(row.locator("td").nth(column).inner_text()) for row in rows]
+
+        head.locator("button").focus()
+        page.keyboard.press("Enter")
+        assert head.get_attribute("aria-sort") == "descending"
+        assert values() == sorted(values(), reverse=True)
+        page.keyboard.press("Enter")
+        assert head.get_attribute("aria-sort") == "ascending"
+        assert values() == sorted(values())
+        # filter
+        page.get_by_label("Show rows").fill("0.01 32")
+        assert len(values()) == 2
+        assert page.locator("output").inner_text() == "2 of 12 rows"
+        browser.close()
+    assert said == []
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
+_CONTRAST = """() => {
+  const light = css => {
+    const [r, g, b] = css.match(/[\\d.]+/g).map(Number).map(v => v / 255)
+      .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = light(getComputedStyle(document.body).backgroundColor);
+  const ratios = [...document.querySelectorAll("p, td, figcaption, a, summary, figure svg")]
+    .map(element => light(getComputedStyle(element).color))
+    .map(ink => (Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05));
+  return Math.min(...ratios);
+}"""
