@@ -201,7 +201,9 @@ def groups(column: pd.Series) -> pd.Series:
 
 def value_text(value: Any) -> str:
     """A parameter's value as a reader would write it."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
 
 
 def correlations(found: Found) -> pd.DataFrame:

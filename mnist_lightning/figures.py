@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from mnist_lightning.analysis import MANY, groups, value_text
 
@@ -61,6 +61,8 @@ LABELS = {
     "hidden_units.2": "units, layer 2",
     "hidden_units.3": "units, layer 3",
     "acc": "validation accuracy",
+    "gap": "validation loss − training loss",
+    "size": "weights and biases",
 }
 
 
@@ -112,21 +114,21 @@ def _legend(axes: Axes, title: str | None = None, **where: Any) -> None:
         axes.legend(title=title, **where)
 
 
-def panel(cells: pd.DataFrame, x: str, colour: str) -> Figure:
-    """Accuracy against one parameter, coloured by another; the lines join the means."""
-    figure, axes = _axes("", label(x), label("acc"))
-    by = groups(cells[colour])
+def panel(cells: pd.DataFrame, x: str, colour: str | None, y: str = "acc") -> Figure:
+    """A column against a parameter, coloured by another; the lines join the means."""
+    figure, axes = _axes("", label(x), label(y))
+    by = groups(cells[colour]) if colour else groups(pd.Series("", cells.index))
     many = cells[x].nunique() > MANY
     places = cells[x] if many else groups(cells[x]).cat.codes
     shades = list(by.cat.categories)
     for i, shade in enumerate(shades):
         chosen = by == shade
-        at, acc = places[chosen], cells["acc"][chosen]
+        at, values = places[chosen], cells[y][chosen]
         # side by side, or the last colour would hide the others
         shift = 0 if many else 0.6 * ((i + 0.5) / len(shades) - 0.5)
         axes.plot(
             at + shift,
-            acc,
+            values,
             MARKERS[i % len(MARKERS)],
             color=COLOURS[i % len(COLOURS)],
             alpha=0.55,
@@ -134,7 +136,7 @@ def panel(cells: pd.DataFrame, x: str, colour: str) -> Figure:
             rasterized=True,
         )
         if not many:
-            means = acc.groupby(at).mean()
+            means = values.groupby(at).mean()
             axes.plot(means.index + shift, means, color=COLOURS[i % len(COLOURS)], linewidth=1)
         axes.plot(
             [], [], MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], label=str(shade)
@@ -142,18 +144,28 @@ def panel(cells: pd.DataFrame, x: str, colour: str) -> Figure:
     if many:
         _log_if_wide(axes, cells[x])
     else:
-        values = groups(cells[x]).cat.categories
-        axes.set_xticks(range(len(values)), values)
+        names = groups(cells[x]).cat.categories
+        axes.set_xticks(range(len(names)), names)
+    if y == "gap":  # a few networks are far off
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: value_text(float(v))))
+    if colour:
+        _legend_above(axes, label(colour), shades)
+    return figure
+
+
+def _legend_above(axes: Axes, title: str, names: Sequence[Any]) -> None:
+    """In as many columns as have room side by side."""
+    longest = max(len(str(name)) for name in names)
     _legend(
         axes,
-        label(colour),
+        title,
         loc="lower center",
         bbox_to_anchor=(0.5, 1.0),
-        ncols=4 if len(shades) > 3 else 3,
+        ncols=max(1, min(len(names), 44 // (longest + 4))),
         columnspacing=1.0,
         handletextpad=0.2,
     )
-    return figure
 
 
 def _log_if_wide(axes: Axes, values: pd.Series) -> None:
@@ -190,7 +202,7 @@ def heat(table: pd.DataFrame, title: str, digits: int = 3, diverging: bool = Fal
             continue
         red, green, blue, _ = shades((value - low) / ((high - low) or 1.0))
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
-        text = f"{value:.{digits}f}" if digits else f"{value:.0f}"
+        text = f"{round(value, digits) + 0:.{digits}f}"  # + 0: no minus before a zero
         axes.text(
             column,
             row,
@@ -224,7 +236,7 @@ def bars(shares: pd.Series, title: str, x: str) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, max(shares) * 1.18)
     for place, share in zip(range(len(shares))[::-1], shares, strict=True):
-        axes.text(share, place, f" {share:.2f}", va="center", fontsize=7.5)
+        axes.text(share, place, f" {share:.2f}", va="center", fontsize=7.5, color=INK)
     return figure
 
 
@@ -248,6 +260,7 @@ def curves(trial: Mapping[str, Any], stop: Mapping[str, Any], title: str) -> Fig
     if stop["saved"]:
         axes.axvline(stop["stop"], color=INK, linestyle=":", label=f"would stop: {stop['stop']}")
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(axes)
     return figure
 
@@ -274,15 +287,7 @@ def scatter(x: pd.Series, y: pd.Series, colour: pd.Series | None, titles: Sequen
             axes.plot([], [], MARKERS[i % len(MARKERS)], label=str(shade), **shape)
     _log_if_wide(axes, x)
     if colour is not None:
-        _legend(
-            axes,
-            colour_title,
-            loc="lower center",
-            bbox_to_anchor=(0.5, 1.0),
-            ncols=4,
-            columnspacing=1.0,
-            handletextpad=0.2,
-        )
+        _legend_above(axes, colour_title, shades)
     return figure
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ def provenance(**facts: Any) -> dict[str, Any]:
     return {
         **facts,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([_program(), *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
         "code": {"mnist_lightning": __version__, **_git()},
         "versions": {
             "python": platform.python_version(),

@@ -528,17 +528,14 @@ def _overfitting(found: "Found") -> list[Block]:
     from mnist_lightning import analysis, figures
 
     cells, drawings = found.cells, []
-    gap = "validation loss − training loss"
-    colour = analysis.groups(cells["lr"]) if "lr" in found.axes else None
+    colour = "lr" if "lr" in found.axes else None
     size = analysis.capacity(found)
     if size is not None and size.nunique() > 1:
-        titles = ("", "weights and biases", gap, "learning rate")
-        figure = figures.scatter(size, cells["gap"], colour, titles)
+        figure = figures.panel(cells.assign(size=size), "size", colour, "gap")
         caption = "The gap between validation and training loss against the size of the network."
         drawings.append(Drawing(f"{found.name}_gap_by_size", caption, figure))
     if cells["max_epochs"].nunique() > 1:
-        titles = ("", "epochs", gap, "learning rate")
-        figure = figures.scatter(cells["max_epochs"], cells["gap"], colour, titles)
+        figure = figures.panel(cells, "max_epochs", colour, "gap")
         caption = "The gap between validation and training loss against the number of epochs."
         drawings.append(Drawing(f"{found.name}_gap_by_epochs", caption, figure))
     if not drawings:
