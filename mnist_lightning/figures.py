@@ -148,6 +148,7 @@ def panel(cells: pd.DataFrame, x: str, colour: str | None, y: str = "acc") -> Fi
         axes.set_xticks(range(len(names)), names)
     if y == "gap":  # a few networks are far off
         axes.set_yscale("symlog", linthresh=0.1)
+        axes.margins(y=0.08)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: value_text(float(v))))
     if colour:
         _legend_above(axes, label(colour), shades)
