@@ -574,6 +574,19 @@ def _cell(params: Mapping[str, Any], found: Found) -> pd.Series | None:
     return cells[rows].iloc[0] if rows.any() else None
 
 
+def by_rank(found: Found, count: int = 5) -> tuple[float, float]:
+    """Mean accuracy of the best and of the worst few trials of each seed, mean over the seeds.
+
+    Which setting comes out worst of hundreds is luck of the seed: trained again, it is hardly ever
+    as bad. Ranks can be compared all the same.
+    """
+    ordered = [
+        trials.sort_values() for _, trials in found.complete.groupby("seed")[found.objective]
+    ]
+    best = float(np.mean([trials.tail(count).mean() for trials in ordered]))
+    return best, float(np.mean([trials.head(count).mean() for trials in ordered]))
+
+
 def setting_text(params: Mapping[str, Any]) -> str:
     """Parameters in a few words: widths as 1024-10-1024."""
     widths = [value for name, value in params.items() if name.startswith("hidden_units.")]

@@ -346,6 +346,9 @@ def test_the_words_follow_the_numbers(repeated):
     words = " ".join(findings([repeated]))
     assert "10 pairs" not in words
     assert "differ by 0.001 at the most" in words
+    worst = repeated.trials.sort_values("val_acc").groupby("seed").head(5)["val_acc"].mean()
+    assert analysis.by_rank(repeated)[1] == pytest.approx(worst)
+    assert f"the five worst {worst:.4f} (the study 0.2341)" in words
     assert "**ShallowNetwork: beaten.** 0.9821" in words
     worse = Found(
         repeated.path,
