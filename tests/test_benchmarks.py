@@ -61,6 +61,7 @@ def test_whatever_was_asked_has_a_row(bench: Any) -> None:
         ("fit/seconds/deep, ours", "fit/seconds/deep, loop"): "1.0 x",
         ("resnet/seconds/28, ours", "resnet/seconds/28, bare"): "within 5 %",
         ("resnet/seconds/224, ours", "resnet/seconds/224, bare"): "within 5 %",
+        ("resnet/seconds/224, ours", "resnet/seconds/224, naive"): "4 x",
         ("batches/seconds/ours", "batches/seconds/torchvision"): "50 x",
         ("batches/seconds/ours", "batches/seconds/torchvision, 2 workers"): "50 x",
         ("fit/seconds/start, fit", "fit/seconds/start, import"): "its 1.1 x plus 0.5 s",

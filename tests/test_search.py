@@ -486,6 +486,7 @@ def test_shipped_searches_are_what_they_say(config, monkeypatch, tmp_path):
         "shallow_refine": 27,
         "deep2_grid": 49,
         "deep3_grid": 125,
+        "resnet18_regimes": 3,
     }
     if not wanted.sampled:
         assert len(rounds(wanted, {})[0]) == counts[config.stem]
