@@ -617,7 +617,7 @@ def best_found(searches: Sequence[Found]) -> pd.DataFrame:
                 "model": model,
                 "published": max(p.value for p in known if p.metric == "val_acc"),
                 "published_test": max(p.value for p in known if p.metric == "test_acc"),
-                **{name: cell[name] for name in ("acc", "sd", "n")},
+                **{"acc": cell["acc"], "sd": cell["sd"], "n": int(cell["n"])},
                 "test": test.get("acc"),
                 "low": test.get("low"),
                 "high": test.get("high"),

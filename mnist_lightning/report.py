@@ -628,16 +628,17 @@ def findings(searches: Sequence["Found"]) -> list[str]:
                 f" {row.model}: {abs(row.short_of_best):.4f} {gain} than that."
             )
     for model, row in best.items():
-        if row.acc > row.published:
-            said.append(
-                f"**{model}: beaten.** {row.acc:.4f} on validation (n={row.n}; {row.setting}),"
-                f" where the study's best has {row.published:.4f}"
-                + (
-                    f"; {row.test:.4f} on test, where it has {row.published_test:.4f}."
-                    if row.test is not None and row.test == row.test
-                    else "."
-                )
-            )
+        # two validation sets of this size differ by so much for the same model
+        noise = 1.96 * math.sqrt(2 * row.published * (1 - row.published) / 12_600)
+        verdict = "beaten" if row.acc > row.published + noise else "matched"
+        verdict = verdict if row.acc > row.published - noise else "not reached"
+        text = (
+            f"**{model}: {verdict}.** Ours at best {row.acc:.4f} on validation (n={row.n};"
+            f" {row.setting}), the study's {row.published:.4f}"
+        )
+        if row.test is not None and not math.isnan(row.test):
+            text += f"; on test {row.test:.4f}, the study's {row.published_test:.4f}"
+        said.append(f"{text}.")
     missing = held[held["repeated"].isna() & held["model"].isin({f.model for f in searches})]
     if len(missing):
         named = "; ".join(f"{row.where} ({row.setting})" for row in missing.itertuples())
