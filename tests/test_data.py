@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import os
+import platform
 import random
 import socket
 import struct
@@ -862,3 +863,27 @@ def test_a_folder_of_pictures_is_read_in_the_order_of_names(three: Tensor, tmp_p
     for empty in (tmp_path / "none", tmp_path / "notes.txt"):
         with pytest.raises(ValueError, match=f"no image .* in predict_dir: {empty}"):
             MNISTDataModule(predict_dir=str(empty)).predict_files()
+
+
+def test_freed_memory_is_kept():
+    """Page faults of a buffer that is made again and again, in a process of its own."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("needs glibc")
+    code = """
+import resource, torch
+from mnist_lightning.data import keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(64 * 2**18)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back = faults()
+keep_memory()
+faults()  # the first one grows the heap
+print(given_back, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert given_back > 10 * kept
