@@ -158,7 +158,7 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
         import jinja2
         import matplotlib  # noqa: F401 (to find out now)
 
-        from mnist_lightning import analysis
+        from mnist_lightning import analysis, findings
     except ImportError as error:
         raise ValueError(
             f"a report needs {error.name}: pip install 'mnist-lightning[search]'"
@@ -171,7 +171,7 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
     for found in searches:
         sections.append(Section(found, _facts(found), _blocks(found)))
         say(f"{found.name}: {sum(len(b.drawings) for b in sections[-1].blocks)} figures")
-    said = findings(searches)
+    said = findings.in_words(searches)
     tables, pictures = out / "tables", out / "figures"
     try:
         for folder in (tables, pictures):
@@ -182,7 +182,7 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
     for table in (table for block in blocks for table in block.tables):
         write_text(tables / f"{table.name}.csv", table.frame.to_csv(index=False))
         write_text(tables / f"{table.name}.md", table.markdown() + "\n")
-    write_text(tables / "results.md", results_table(searches))
+    write_text(tables / "results.md", findings.results_table(searches))
     from mnist_lightning import figures
 
     for drawing in (drawing for block in blocks for drawing in block.drawings):
@@ -283,8 +283,8 @@ def _overall(searches: Sequence["Found"]) -> list[Block]:
     if held["repeated"].notna().any():
         rows = held[held["model"].isin({found.model for found in searches})]
         text = (
-            f"{_count(rows['repeated'].notna())} of {len(rows)} published figures of these models"
-            f" were repeated; {_count(rows['within'] == True)} lie within what chance explains."  # noqa: E712
+            f"{rows['repeated'].notna().sum()} of {len(rows)} published figures of these models"
+            f" were repeated; {(rows['within'] == True).sum()} lie within what chance explains."  # noqa: E712
             " Noise is half the width of the 95 % interval of the difference: other seeds, and"
             " another shuffle of the images. What was not measured is named."
         )
@@ -307,10 +307,6 @@ def _overall(searches: Sequence["Found"]) -> list[Block]:
         table = Table("searches", "Searches of the same model beside each other", compared)
         blocks.append(Block("The searches", text, [table]))
     return blocks
-
-
-def _count(flags: "pd.Series") -> int:
-    return int(flags.sum())
 
 
 def _blocks(found: "Found") -> list[Block]:
@@ -585,186 +581,6 @@ def _test(found: "Found") -> list[Block]:
                 )
             )
     return [Block("Test", text, [], drawings)]
-
-
-# In words
-
-
-def findings(searches: Sequence["Found"]) -> list[str]:
-    """What the numbers say, in plain words: where the study holds, and where it does not."""
-    from mnist_lightning import analysis
-
-    said = []
-    held = analysis.against_the_study(searches)
-    known = held[held["repeated"].notna()]
-    best = {row.model: row for row in analysis.best_found(searches).itertuples()}
-    if len(known):
-        judged = known[known["within"].notna()]
-        text = (
-            f"**The study can be repeated.** Of {len(held)} published figures {len(known)} were"
-            f" measured again; of the {len(judged)} whose noise is known,"
-            f" {_count(judged['within'] == True)} agree within it."  # noqa: E712
-        )
-        good = known[(known["metric"] == "val_acc") & (known["published"] > 0.9)]
-        for rows, what in (
-            (good, "validation accuracies above 0.9"),
-            (known[known["metric"] == "correlation"], "correlations"),
-        ):
-            if len(rows):
-                text += f" The {what} differ by {rows['difference'].abs().max():.3f} at the most"
-                worst = rows.loc[rows["difference"].abs().idxmax()]
-                text += f" ({worst['setting']})."
-        said.append(text)
-    for found in searches:
-        said += _lessons(found)
-    said += _depth(searches)
-    compared = analysis.efficiency(searches)
-    for row in compared.itertuples() if len(compared) else ():
-        if row.share_of_cost < 1:
-            gain = "more" if row.short_of_best < 0 else "less"
-            said.append(
-                f"**{row.search}** reaches {row.best:.4f} on validation with"
-                f" {100 * row.share_of_cost:.0f} % of the epochs of the costliest search of"
-                f" {row.model}: {abs(row.short_of_best):.4f} {gain} than that."
-            )
-    for model, row in best.items():
-        # two validation sets of this size differ by so much for the same model
-        noise = 1.96 * math.sqrt(2 * row.published * (1 - row.published) / 12_600)
-        verdict = "beaten" if row.acc > row.published + noise else "matched"
-        verdict = verdict if row.acc > row.published - noise else "not reached"
-        text = (
-            f"**{model}: {verdict}.** Ours at best {row.acc:.4f} on validation (n={row.n};"
-            f" {row.setting}), the study's {row.published:.4f}"
-        )
-        if row.test is not None and not math.isnan(row.test):
-            text += f"; on test {row.test:.4f}, the study's {row.published_test:.4f}"
-        said.append(f"{text}.")
-    missing = held[held["repeated"].isna() & held["model"].isin({f.model for f in searches})]
-    if len(missing):
-        named = "; ".join(f"{row.where} ({row.setting})" for row in missing.itertuples())
-        said.append(f"**Not measured:** {named}.")
-    return said
-
-
-def _lessons(found: "Found") -> list[str]:
-    """Of a grid over learning rates and batch sizes: why small batches seem to win."""
-    from mnist_lightning import analysis
-    from mnist_lightning.published import PUBLISHED
-
-    said: list[str] = []
-    cells = found.first_round
-    five = {
-        end: [p.value for p in PUBLISHED if p.where == f"table 2.1, {end} five"]
-        for end in ("best", "worst")
-    }
-    whole = found.model == "ShallowNetwork" and len(cells) == 384
-    if whole and found.finished:
-        best, worst = analysis.by_rank(found)
-        said.append(
-            "**Which model is the worst is luck.** By rank, the five best of a seed have"
-            f" {best:.4f} in the mean (the study {_mean(five['best']):.4f}), the five worst"
-            f" {worst:.4f} (the study {_mean(five['worst']):.4f}). But the settings that the study"
-            " found worst do better when they are trained again: they were the worst of 384 for the"
-            " weights that they happened to start from."
-        )
-    pairs = analysis.batch_and_rate(found)
-    if pairs and "max_epochs" in found.axes:
-        alone = analysis.rank_correlation(cells["lr"], cells["acc"])
-        batch = analysis.rank_correlation(cells["batch_size"], cells["acc"])
-        far = analysis.rank_correlation(analysis.travelled(cells), cells["acc"])
-        said.append(
-            "**Small mini-batches win mostly because the learning rate stays the same.** In"
-            f" {found.name}, eight times the mini-batch changes the accuracy by"
-            f" {pairs['alone']:+.4f} in the mean of {pairs['pairs']} pairs; with ten times the"
-            f" learning rate beside it, by {pairs['together']:+.4f}. The rank correlation of the"
-            f" accuracy is {alone:.2f} with the learning rate, {batch:.2f} with the mini-batch, and"
-            f" {far:.2f} with learning rate times epochs over mini-batch: one quantity, how far the"
-            " training goes, says more than the parameters one by one."
-        )
-        marginals = analysis.marginals(found)
-        rows = marginals[marginals["axis"] == "batch_size"]
-        if len(rows) > 1:
-            mean, best = (rows[name].iloc[0] - rows[name].iloc[-1] for name in ("mean", "best"))
-            said.append(
-                f"**What a value allows is not what it forgives.** From mini-batches of"
-                f" {rows['value'].iloc[0]} to {rows['value'].iloc[-1]} the mean accuracy falls by"
-                f" {mean:.4f}, the best one by {best:.4f}."
-            )
-    if found.about["strategy"]["name"] == "grid" and len(found.complete) > 20:
-        stopped = analysis.stopped(found)
-        past = (stopped["lowest"] < stopped["epochs"]).mean()
-        share = stopped["saved"].sum() / stopped["epochs"].sum()
-        cost = stopped["cost"].mean()
-        said.append(
-            f"**Overfitting and early stopping ({found.name}).** In {100 * past:.0f} % of the"
-            " trials the validation loss was lowest before the last epoch. Stopping"
-            f" {analysis.PATIENCE} epochs after it would have saved {100 * share:.0f} % of all"
-            f" epochs; the weights kept are {abs(cost):.4f}"
-            f" {'less' if cost >= 0 else 'more'} accurate in the mean: the loss rises, the"
-            " accuracy hardly falls."
-        )
-    return said
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _depth(searches: Sequence["Found"]) -> list[str]:
-    """Whether further layers helped."""
-    by_layers: dict[int, Any] = {}
-    for found in searches:
-        if found.model not in ("ShallowNetwork", "DeepNetwork") or found.complete.empty:
-            continue
-        layers = max(1, sum(name.startswith("hidden_units.") for name in found.params))
-        cell = found.cells.iloc[0]
-        if layers not in by_layers or cell["acc"] > by_layers[layers][0]["acc"]:
-            by_layers[layers] = (cell, found)
-    if len(by_layers) < 2:
-        return []
-    from mnist_lightning.analysis import setting_text
-
-    words = "; ".join(
-        f"{layers} hidden layer{'s' * (layers > 1)}: {cell['acc']:.4f}"
-        f" ({setting_text(dict(cell[found.params]))})"
-        for layers, (cell, found) in sorted(by_layers.items())
-    )
-    one = by_layers.get(1)
-    deeper = max(cell["acc"] for layers, (cell, _) in by_layers.items() if layers > 1)
-    verdict = "**Depth.** "
-    if one:
-        difference = deeper - one[0]["acc"]
-        verdict = "**Depth brings no improvement here.** " if difference < 0.002 else "**Depth.** "
-    return [f"{verdict}The best on validation: {words}. Learning rates differ: compare with care."]
-
-
-def results_table(searches: Sequence["Found"]) -> str:
-    """The table of the project's README: of each published table its first row, and the rest."""
-    from mnist_lightning import analysis
-
-    held = analysis.against_the_study(searches)
-    first = held[(held["metric"] != "val_acc") | ~held.duplicated(["where", "metric"])]
-    lines = [
-        "| the study | what | published | ours | n | difference |",
-        "|---|---|---|---|---|---|",
-    ]
-    kinds = {"val_acc": "validation", "test_acc": "test", "correlation": "correlation with"}
-    for row in first.itertuples():
-        name = f"{row.model}, " if row.metric != "correlation" else ""
-        setting = row.setting.removeprefix("axis ")
-        ours, n, difference = "not measured", "", ""
-        digits = 2 if row.metric == "correlation" else 4
-        if row.repeated is not None and not math.isnan(row.repeated):
-            spread = row.sd is not None and not math.isnan(row.sd)
-            ours = f"{row.repeated:.{digits}f}" + (f" ± {row.sd:.{digits}f}" if spread else "")
-            n, difference = f"{row.n:.0f}", f"{row.difference:+.{digits}f}"
-        what = f"{name}{kinds[row.metric]} {setting}"
-        if row.metric != "correlation":
-            what = f"{row.model} ({setting}), {kinds[row.metric]}"
-        lines.append(
-            f"| {row.where} | {what} | {row.published:.{digits}f} | {ours} | {n} | {difference} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def _readme(

@@ -30,6 +30,7 @@ FLOORS = {
     "published": 0,
     "analysis": 2,
     "figures": 3,
+    "findings": 3,
     "report": 4,
     "worker": 5,
     "search": 6,

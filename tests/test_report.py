@@ -18,10 +18,11 @@ from mnist_lightning import EarlyStopping, MNISTDataModule, analysis, plan
 from mnist_lightning.__main__ import main
 from mnist_lightning.analysis import Found, read
 from mnist_lightning.callbacks import Mistakes
+from mnist_lightning.findings import in_words, results_table
 from mnist_lightning.models import DeepNetwork, ShallowNetwork
 from mnist_lightning.plan import Search
 from mnist_lightning.published import PUBLISHED
-from mnist_lightning.report import Table, findings, results_table
+from mnist_lightning.report import Table
 from mnist_lightning.search import run
 
 SPACE = {"batch_size": [16, 32], "max_epochs": [1, 2], "lr": [0.1, 0.01, 0.001]}
@@ -343,7 +344,7 @@ def test_eight_times_the_batch_alone_and_with_its_learning_rate():
 
 
 def test_the_words_follow_the_numbers(repeated):
-    words = " ".join(findings([repeated]))
+    words = " ".join(in_words([repeated]))
     assert "10 pairs" not in words
     assert "differ by 0.001 at the most" in words
     worst = repeated.trials.sort_values("val_acc").groupby("seed").head(5)["val_acc"].mean()
@@ -353,7 +354,7 @@ def test_the_words_follow_the_numbers(repeated):
     for shift, verdict in ((0.005, "beaten"), (-0.02, "not reached")):
         trials = repeated.trials.assign(val_acc=repeated.trials["val_acc"] + shift)
         other = Found(repeated.path, repeated.about, trials, [])
-        assert f"**ShallowNetwork: {verdict}.**" in " ".join(findings([other]))
+        assert f"**ShallowNetwork: {verdict}.**" in " ".join(in_words([other]))
     assert "| 0.9811 | 0.9821 ± 0.0005 | 3 | +0.0010 |" in results_table([repeated])
 
 
