@@ -629,7 +629,7 @@ def best_found(searches: Sequence[Found]) -> pd.DataFrame:
 
 
 def efficiency(searches: Sequence[Found]) -> pd.DataFrame:
-    """Searches of the same model beside each other: what was found, and what it cost.
+    """Searches of the same model, as many layers, side by side: what was found, at what cost.
 
     Costs are for one seed.
 
@@ -644,9 +644,10 @@ def efficiency(searches: Sequence[Found]) -> pd.DataFrame:
             continue
         trials, networks = found.complete, found.networks
         seeds = trials["seed"].nunique()
+        layers = sum(name.startswith("hidden_units.") for name in found.params)
         rows.append(
             {
-                "model": found.model,
+                "model": f"{found.model}, {layers} layers" if layers else found.model,
                 "search": found.name,
                 "trials": len(trials) / seeds,
                 "networks": len(networks) / seeds,

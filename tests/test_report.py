@@ -329,6 +329,14 @@ def test_costs_do_not_count_what_a_longer_training_passes_through(repeated):
     assert row["networks"] == 96
     assert row["epochs"] == 96 * 100
     assert row["share_of_cost"] == 1
+    half = repeated.trials[repeated.trials["max_epochs"] <= 50]
+    cheaper = Found(Path("cheaper"), repeated.about, half, [])
+    row = analysis.efficiency([repeated, cheaper]).iloc[1]
+    assert row["share_of_cost"] == 0.5
+    assert row["short_of_best"] == pytest.approx(
+        repeated.trials.groupby("seed")["val_acc"].max().mean()
+        - half.groupby("seed")["val_acc"].max().mean()
+    )
 
 
 def test_eight_times_the_batch_alone_and_with_its_learning_rate():
