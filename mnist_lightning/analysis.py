@@ -481,7 +481,7 @@ def spread(found: Found, acc: float) -> float | None:
 
 
 def against_the_study(searches: Sequence[Found]) -> pd.DataFrame:
-    """Each published figure beside ours.
+    """Each published figure beside ours; of searches of one model, that model's figures.
 
     ``noise`` is the half width of the 95 % interval of the difference that chance alone makes: the
     seeds (of both; pooled where a setting has only one), and the images, which the study shuffled
@@ -492,7 +492,9 @@ def against_the_study(searches: Sequence[Found]) -> pd.DataFrame:
         ``n``, ``difference``, ``noise``, ``within`` (none where a figure is missing), ``search``,
         ``note``.
     """
-    return pd.DataFrame([_repeat(published, searches) for published in PUBLISHED])
+    table = pd.DataFrame([_repeat(published, searches) for published in PUBLISHED])
+    models = {found.model for found in searches}
+    return table[table["model"].isin(models)] if len(models) == 1 else table
 
 
 def _repeat(published: Published, searches: Sequence[Found]) -> dict[str, Any]:

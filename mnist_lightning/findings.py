@@ -56,9 +56,9 @@ def in_words(searches: Sequence[Found]) -> list[str]:
         if row.test is not None and not math.isnan(row.test):
             text += f"; on test {row.test:.4f}, the study's {row.published_test:.4f}"
         said.append(f"{text}.")
-    missing = held[held["repeated"].isna() & held["model"].isin({f.model for f in searches})]
+    missing = held[held["repeated"].isna()]
     if len(missing):
-        named = "; ".join(f"{row.where} ({row.setting})" for row in missing.itertuples())
+        named = "; ".join(f"{m.model}, {m.where} ({m.setting})" for m in missing.itertuples())
         said.append(f"**Not measured:** {named}.")
     return said
 

@@ -281,14 +281,13 @@ def _overall(searches: Sequence["Found"]) -> list[Block]:
     compared = analysis.efficiency(searches)
     blocks = []
     if held["repeated"].notna().any():
-        rows = held[held["model"].isin({found.model for found in searches})]
         text = (
-            f"{rows['repeated'].notna().sum()} of {len(rows)} published figures of these models"
-            f" were repeated; {(rows['within'] == True).sum()} lie within what chance explains."  # noqa: E712
+            f"{held['repeated'].notna().sum()} of {len(held)} published figures of these models"
+            f" were repeated; {(held['within'] == True).sum()} lie within what chance explains."  # noqa: E712
             " Noise is half the width of the 95 % interval of the difference: other seeds, and"
             " another shuffle of the images. What was not measured is named."
         )
-        table = rows.drop(columns=["model"])
+        table = held.drop(columns=["model"])
         blocks.append(
             Block("Published against repeated", text, [Table("published", "Row by row", table)])
         )

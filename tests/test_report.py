@@ -271,7 +271,8 @@ def repeated() -> Found:
 
 
 def test_each_published_figure_has_its_row(repeated):
-    table = analysis.against_the_study([repeated])
+    deep = made_up({"lr": [1.0, 2.0]}, lambda lr, seed: 0.5, model="DeepNetwork")
+    table = analysis.against_the_study([repeated, deep])
     assert len(table) == len(PUBLISHED) == 35
     rows = table[(table["model"] == "ShallowNetwork") & (table["metric"] == "val_acc")]
     assert len(rows) == 10
@@ -280,8 +281,10 @@ def test_each_published_figure_has_its_row(repeated):
     assert np.allclose(rows["sd"].astype(float), 0.0005)
     assert rows["within"].all()
     others = table[table["model"] != "ShallowNetwork"]
+    assert len(others) == 20
     assert (others["note"] == "not measured").all()
     assert others["repeated"].isna().all()
+    assert set(analysis.against_the_study([repeated])["model"]) == {"ShallowNetwork"}
     lr = table[(table["metric"] == "correlation") & (table["setting"] == "axis lr")].iloc[0]
     assert lr["repeated"] == pytest.approx(analysis.correlations(repeated).loc["lr", "mean"])
 
