@@ -306,9 +306,12 @@ class _Stack:
                 torch.bmm(a.relu_(), weight, out=out)
             torch.softmax(plan.class_major[t], 0, out=plan.softmax)
             torch.addcmul(plan.targets[t], plan.probability, step, out=plan.delta[t])
-            for delta, delta_t, layer, a, da, da_units, a_units, below in plan.backward[t]:
+            for delta, delta_t, layer, a, update, da, da_units, a_units, below in plan.backward[t]:
                 torch.bmm(delta, layer, out=da)
-                layer.baddbmm_(delta_t, a, alpha=-1)
+                # not baddbmm_: for small layers it adds image by image onto the weights, rounding
+                # each time, where autograd rounds once an update
+                torch.bmm(delta_t, a, out=update)
+                layer.sub_(update)
                 torch.ops.aten.threshold_backward.grad_input(da_units, a_units, 0, grad_input=below)
         for compact, padded in plan.runs_of_d:
             compact.copy_(padded)
@@ -340,6 +343,7 @@ class _Plan:
         outputs = [new(m, size, layer.shape[1]) for layer in stack.layers[:-1]]
         deltas = [new(m, size, layer.shape[1]) for layer in stack.layers]
         gradients = [new(m, size, layer.shape[2]) for layer in stack.layers]
+        updates = [new(layer.shape) for layer in stack.layers]
         if stack.depth:
             self.logits = new(batches, m, size, stack.layers[-1].shape[1])
             self.delta = [deltas[-1]] * batches
@@ -364,6 +368,7 @@ class _Plan:
                         deltas[i].mT,
                         stack.layers[i],
                         a[i],
+                        updates[i],
                         gradients[i],
                         gradients[i][..., 1:],
                         a[i][..., 1:],
