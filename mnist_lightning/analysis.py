@@ -65,7 +65,7 @@ class Found:
     def axes(self) -> list[str]:
         """The parameters that vary in the first round, in the order of the search's space."""
         varies = self.about["space"]
-        return [name for name in varies if name in self.complete and _count(self.complete[name])]
+        return [name for name in varies if name in self.complete and _varies(self.complete[name])]
 
     @property
     def params(self) -> list[str]:
@@ -179,7 +179,7 @@ def _json(file: Path) -> Any:
         raise ValueError(f"{file} is damaged ({error}): restore it, or move it away") from error
 
 
-def _count(column: pd.Series) -> bool:
+def _varies(column: pd.Series) -> bool:
     return column.nunique() > 1
 
 
@@ -445,7 +445,7 @@ def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, f
 
 
 def tested(found: Found) -> dict[str, Any] | None:
-    """The first look at the test images: ``acc``, ``low``, ``high``, ``images``, ``look``."""
+    """The first look on record: ``acc``, ``low``, ``high``, ``images``, ``look``."""
     if not found.tests:
         return None
     look = found.tests[0]
@@ -579,8 +579,8 @@ def _cell(params: Mapping[str, Any], found: Found) -> pd.Series | None:
 def by_rank(found: Found, count: int = 5) -> tuple[float, float]:
     """Mean accuracy of the best and of the worst few trials of each seed, mean over the seeds.
 
-    Which setting comes out worst of hundreds is luck of the seed: trained again, it is hardly ever
-    as bad. Ranks can be compared all the same.
+    What was picked for being the worst of hundreds tends to do better when it is trained again.
+    Ranks can be compared all the same.
     """
     ordered = [
         trials.sort_values() for _, trials in found.complete.groupby("seed")[found.objective]

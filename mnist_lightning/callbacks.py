@@ -245,7 +245,8 @@ class Mistakes(Callback):
     def on_test_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        if isinstance(outputs, Tensor) and trainer.world_size == 1:
+        # a model with a test_step of its own may return its loss, or nothing
+        if isinstance(outputs, Tensor) and outputs.ndim == 2 and trainer.world_size == 1:
             probability, predicted = outputs.float().max(1)
             self._seen.append((probability.cpu(), predicted.cpu(), batch[1].cpu()))
 

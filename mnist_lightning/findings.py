@@ -17,10 +17,10 @@ def in_words(searches: Sequence[Found]) -> list[str]:
     best = {row.model: row for row in analysis.best_found(searches).itertuples()}
     if len(known):
         judged = known[known["within"].notna()]
+        agree = int((judged["within"] == True).sum())  # noqa: E712
         text = (
-            f"**The study can be repeated.** Of {len(held)} published figures {len(known)} were"
-            f" measured again; of the {len(judged)} whose noise is known,"
-            f" {(judged['within'] == True).sum()} agree within it."  # noqa: E712
+            f"**{agree} of {len(judged)} figures agree within noise.** {len(held)} are published,"
+            f" {len(known)} were measured again."
         )
         good = known[(known["metric"] == "val_acc") & (known["published"] > 0.9)]
         for rows, what in (
@@ -74,35 +74,42 @@ def _lessons(found: Found) -> list[str]:
     whole = found.model == "ShallowNetwork" and len(cells) == 384
     if whole and found.finished:
         best, worst = analysis.by_rank(found)
+        held = analysis.against_the_study([found])
+        again = held[held["where"] == "table 2.1, worst five"]
         said.append(
-            "**Which model is the worst is luck.** By rank, the five best of a seed have"
+            "**The best and the worst, by rank and by setting.** The five best of a seed have"
             f" {best:.4f} in the mean (the study {_mean(five['best']):.4f}), the five worst"
-            f" {worst:.4f} (the study {_mean(five['worst']):.4f}). But the settings that the study"
-            " found worst do better when they are trained again: they were the worst of 384 for the"
-            " weights that they happened to start from."
+            f" {worst:.4f} (the study {_mean(five['worst']):.4f}). The very settings that the study"
+            f" found worst have {again['repeated'].mean():.4f} here,"
+            f" {int((again['difference'] > 0).sum())} of {len(again)} of them more than there: who"
+            " is picked for being the worst of 384 owes some of it to luck."
         )
     pairs = analysis.batch_and_rate(found)
     if pairs and "max_epochs" in found.axes:
         alone = analysis.rank_correlation(cells["lr"], cells["acc"])
         batch = analysis.rank_correlation(cells["batch_size"], cells["acc"])
         far = analysis.rank_correlation(analysis.travelled(cells), cells["acc"])
+        because = pairs["alone"] < 0 and abs(pairs["together"]) < abs(pairs["alone"]) / 2
+        headline = (
+            "Small mini-batches win mostly because the learning rate stays the same"
+            if because
+            else "Mini-batch and learning rate"
+        )
         said.append(
-            "**Small mini-batches win mostly because the learning rate stays the same.** In"
-            f" {found.name}, eight times the mini-batch changes the accuracy by"
+            f"**{headline}.** In {found.name}, eight times the mini-batch changes the accuracy by"
             f" {pairs['alone']:+.4f} in the mean of {pairs['pairs']} pairs; with ten times the"
             f" learning rate beside it, by {pairs['together']:+.4f}. The rank correlation of the"
             f" accuracy is {alone:.2f} with the learning rate, {batch:.2f} with the mini-batch, and"
-            f" {far:.2f} with learning rate times epochs over mini-batch: one quantity, how far the"
-            " training goes, says more than the parameters one by one."
+            f" {far:.2f} with learning rate times epochs over mini-batch, how far a training goes."
         )
         marginals = analysis.marginals(found)
         rows = marginals[marginals["axis"] == "batch_size"]
         if len(rows) > 1:
             mean, best = (rows[name].iloc[0] - rows[name].iloc[-1] for name in ("mean", "best"))
             said.append(
-                f"**What a value allows is not what it forgives.** From mini-batches of"
-                f" {rows['value'].iloc[0]} to {rows['value'].iloc[-1]} the mean accuracy falls by"
-                f" {mean:.4f}, the best one by {best:.4f}."
+                f"**What a value allows, and what it forgives.** From mini-batches of"
+                f" {rows['value'].iloc[0]} to {rows['value'].iloc[-1]} the mean accuracy changes by"
+                f" {-mean:+.4f}, the best one by {-best:+.4f}."
             )
     if found.about["strategy"]["name"] == "grid" and len(found.complete) > 20:
         stopped = analysis.stopped(found)
@@ -114,8 +121,7 @@ def _lessons(found: Found) -> list[str]:
             " trials the validation loss was lowest before the last epoch. Stopping"
             f" {analysis.PATIENCE} epochs after it would have saved {100 * share:.0f} % of all"
             f" epochs; the weights kept are {abs(cost):.4f}"
-            f" {'less' if cost >= 0 else 'more'} accurate in the mean: the loss rises, the"
-            " accuracy hardly falls."
+            f" {'less' if cost >= 0 else 'more'} accurate in the mean than those of the last epoch."
         )
     return said
 
@@ -141,13 +147,15 @@ def _depth(searches: Sequence[Found]) -> list[str]:
         f" ({analysis.setting_text(dict(cell[found.params]))})"
         for layers, (cell, found) in sorted(by_layers.items())
     )
-    one = by_layers.get(1)
-    deeper = max(cell["acc"] for layers, (cell, _) in by_layers.items() if layers > 1)
-    verdict = "**Depth.** "
-    if one:
-        difference = deeper - one[0]["acc"]
-        verdict = "**Depth brings no improvement here.** " if difference < 0.002 else "**Depth.** "
-    return [f"{verdict}The best on validation: {words}. Learning rates differ: compare with care."]
+    headline = "Depth"
+    if 1 in by_layers:
+        deeper = max(cell["acc"] for layers, (cell, _) in by_layers.items() if layers > 1)
+        if deeper - by_layers[1][0]["acc"] < 0.002:
+            headline = "Depth brings no improvement here"
+    return [
+        f"**{headline}.** The best on validation: {words}. They differ in learning rate, mini-batch"
+        " and epochs too, as the study's do."
+    ]
 
 
 def results_table(searches: Sequence[Found]) -> str:
@@ -160,7 +168,6 @@ def results_table(searches: Sequence[Found]) -> str:
     ]
     kinds = {"val_acc": "validation", "test_acc": "test", "correlation": "correlation with"}
     for row in first.itertuples():
-        name = f"{row.model}, " if row.metric != "correlation" else ""
         setting = row.setting.removeprefix("axis ")
         ours, n, difference = "not measured", "", ""
         digits = 2 if row.metric == "correlation" else 4
@@ -168,9 +175,11 @@ def results_table(searches: Sequence[Found]) -> str:
             spread = row.sd is not None and not math.isnan(row.sd)
             ours = f"{row.repeated:.{digits}f}" + (f" ± {row.sd:.{digits}f}" if spread else "")
             n, difference = f"{row.n:.0f}", f"{row.difference:+.{digits}f}"
-        what = f"{name}{kinds[row.metric]} {setting}"
+        what = f"{kinds[row.metric]} {setting}"
         if row.metric != "correlation":
             what = f"{row.model} ({setting}), {kinds[row.metric]}"
+        if row.metric == "test_acc" and row.note.startswith("our winner: "):
+            what += f"; {row.note.partition(';')[0]}"  # a test is of the model that won here
         lines.append(
             f"| {row.where} | {what} | {row.published:.{digits}f} | {ours} | {n} | {difference} |"
         )

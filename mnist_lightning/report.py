@@ -164,6 +164,9 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
             f"a report needs {error.name}: pip install 'mnist-lightning[search]'"
         ) from error
     searches = [found for folder in folders for found in analysis.read(folder)]
+    names = [found.name for found in searches]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two searches are called {twice[0]}: rename the folder of one of them")
     for found in searches:
         say(f"{found.name}: {counts_text(found)}")
     overall = _overall(searches)
@@ -295,7 +298,8 @@ def _overall(searches: Sequence["Found"]) -> list[Block]:
     if len(best):
         text = (
             "The study's best on validation and on test, beside the best of all searches above."
-            " Chosen on validation; the test images were looked at once, afterwards."
+            " Chosen on validation; the test images were looked at afterwards, by the winner of"
+            " each search."
         )
         blocks.append(Block("The best found", text, [Table("best_found", "By model", best)]))
     if len(compared) > 1:
@@ -554,14 +558,15 @@ def _test(found: "Found") -> list[Block]:
         )
         return [Block("Test", text)]
     winner = analysis.setting_text(dict(found.cells.iloc[0][found.params]))
-    looks = len(found.tests)
+    look = test["look"]
+    looks = found.tests[-1]["look"]
     text = (
         f"Chosen on validation: {winner}. On the {test['images']:,} test images: {test['acc']:.4f}"
         f" (95 % interval {test['low']:.4f} to {test['high']:.4f}, Wilson). "
-        + ("Looked at once." if looks == 1 else f"This is the first of {looks} looks.")
+        + ("Looked at once." if looks == 1 else f"Look {look['look']} of {looks}.")
+        + (f" {look['note']}" if "note" in look else "")
     )
     drawings = []
-    look = test["look"]
     if "confusion" in look:
         drawings.append(
             Drawing(

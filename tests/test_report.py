@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
+from conftest import trainer
 
 from mnist_lightning import EarlyStopping, MNISTDataModule, analysis, plan
 from mnist_lightning.__main__ import main
@@ -348,10 +349,14 @@ def test_eight_times_the_batch_alone_and_with_its_learning_rate():
     def accuracy(batch_size, lr, max_epochs, seed):
         return 0.9 + math.log(lr * max_epochs / batch_size) / 100
 
-    pairs = analysis.batch_and_rate(made_up(space, accuracy))
+    made_good = made_up(space, accuracy)
+    pairs = analysis.batch_and_rate(made_good)
     assert pairs["pairs"] == 2
     assert pairs["alone"] == pytest.approx(-math.log(8) / 100)
     assert pairs["together"] == pytest.approx(math.log(10 / 8) / 100)
+    assert "Small mini-batches win mostly because" in " ".join(in_words([made_good]))
+    not_made_good = made_up(space, lambda batch_size, **_: 0.9 - batch_size / 1000)
+    assert "**Mini-batch and learning rate.**" in " ".join(in_words([not_made_good]))
 
 
 def test_the_words_follow_the_numbers(repeated):
@@ -361,12 +366,27 @@ def test_the_words_follow_the_numbers(repeated):
     worst = repeated.trials.sort_values("val_acc").groupby("seed").head(5)["val_acc"].mean()
     assert analysis.by_rank(repeated)[1] == pytest.approx(worst)
     assert f"the five worst {worst:.4f} (the study 0.2341)" in words
+    assert "5 of 5 of them more than there" in words
+    assert "**14 of 14 figures agree within noise.**" not in words  # the formula's correlations
     assert "**ShallowNetwork: matched.** Ours at best 0.9821 on validation (n=3;" in words
     for shift, verdict in ((0.005, "beaten"), (-0.02, "not reached")):
         trials = repeated.trials.assign(val_acc=repeated.trials["val_acc"] + shift)
         other = Found(repeated.path, repeated.about, trials, [])
         assert f"**ShallowNetwork: {verdict}.**" in " ".join(in_words([other]))
     assert "| 0.9811 | 0.9821 ± 0.0005 | 3 | +0.0010 |" in results_table([repeated])
+
+
+def test_a_tested_model_is_named_where_it_is_another(repeated):
+    best = repeated.cells.iloc[0]
+    assert analysis.setting_text(PUBLISHED[0].params) == analysis.setting_text(
+        {name: best[name] for name in PUBLISHED[0].params}
+    )
+    trials = repeated.trials.copy()
+    other = (trials["lr"] == 0.01) & (trials["batch_size"] == 4) & (trials["max_epochs"] == 100)
+    trials.loc[other & (trials["hidden_units"] == 25), "val_acc"] = 0.99
+    looked = Found(repeated.path, repeated.about, trials, [{"look": 1, "test/acc": 0.98}])
+    (row,) = (line for line in results_table([looked]).splitlines() if "| section 2.6" in line)
+    assert "our winner: batch_size 4, max_epochs 100, lr 0.01, hidden_units 25" in row
 
 
 # The mistakes of a test
@@ -400,8 +420,16 @@ def test_a_mistake_is_of_the_image_that_it_shows(searched):
         assert probabilities.max().item() == pytest.approx(mistake["probability"], abs=1e-4)
 
 
-def test_of_several_processes_nothing_is_noted():
-    assert Mistakes().facts(torch.zeros(1, 28, 28)) == {}
+@pytest.mark.parametrize("returns", [None, torch.tensor(0.5)])
+def test_a_test_step_of_ones_own_may_return_anything(returns, digits):
+    class Own(ShallowNetwork):
+        def test_step(self, batch, batch_idx):
+            super().test_step(batch, batch_idx)
+            return returns
+
+    mistakes = Mistakes()
+    trainer(callbacks=[mistakes]).test(Own(10), digits, verbose=False)
+    assert mistakes.facts(digits.test_set.images) == {}
 
 
 # The page and the files
@@ -503,6 +531,13 @@ def test_mistakes_get_one_line(searched, words, said, capsys):
     assert said in captured.err
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
+
+
+def test_two_searches_of_one_name_are_refused(searched, tmp_path, capsys):
+    shutil.copytree(searched, tmp_path / "small")
+    words = ["report", str(searched), str(tmp_path / "small"), "--out", str(tmp_path / "out")]
+    assert main(words) == 1
+    assert "two searches are called small" in capsys.readouterr().err
 
 
 def test_damaged_curves_are_named(searched, tmp_path, capsys):
