@@ -54,10 +54,10 @@ def measure(quick: bool) -> dict[str, Any]:
             "torchvision, 2 workers": lambda: seconds(torchvisions(data, 2), n),
         }
 
-    data = mnist(images=12_600 if quick else None, batch_size=BATCH)
+    data = mnist(images=6_400 if quick else None, batch_size=BATCH)
     with quietly():
         alternate(ways(mnist(images=1280, batch_size=BATCH)), 1)
-        found = alternate(ways(data), 3 if quick else 5)
+        found = alternate(ways(data), 2 if quick else 5)
     return {
         "threads": torch.get_num_threads(),
         "batch_size": BATCH,

@@ -152,8 +152,8 @@ def fresh(*words: str) -> float:
 
 def measure(quick: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
-    rounds, epochs = (3, 2) if quick else (5, 5)
-    data = mnist(images=12_600 if quick else None)
+    rounds, epochs = (2, 2) if quick else (5, 5)
+    data = mnist(images=6_400 if quick else None)
 
     def ways(data: MNISTDataModule, epochs: int) -> dict[str, Any]:
         return {

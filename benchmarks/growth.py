@@ -100,7 +100,7 @@ def operations(width: int, train_images: int, val_images: int) -> int:
 def measure(quick: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as a search does
-    data = mnist(images=12_600 if quick else None)
+    data = mnist(images=6_400 if quick else None)
     points = QUICK if quick else CURVES
     run = {
         "epochs": lambda x: fit(data, x),
@@ -110,7 +110,7 @@ def measure(quick: bool) -> dict[str, Any]:
     }
     fit(mnist(images=640), 1)  # imports on first use are no growth
     curves = {(name, x): partial(run[name], x) for name in run for x in points[name]}
-    found = alternate({"speed": matmul_speed, **curves}, 2 if quick else 5)
+    found = alternate({"speed": matmul_speed, **curves}, 1 if quick else 5)
     speed = max(found["speed"])
     sizes = len(data.train_set), len(data.val_set)
 

@@ -36,8 +36,9 @@ def in_words(searches: Sequence[Found]) -> list[str]:
         said += _lessons(found)
     said += _depth(searches)
     compared = analysis.efficiency(searches)
+    grids = {found.name for found in searches if found.about["strategy"]["name"] == "grid"}
     for row in compared.itertuples() if len(compared) else ():
-        if row.share_of_cost < 1:
+        if row.share_of_cost < 1 and row.search not in grids:
             gain = "more" if row.short_of_best < 0 else "less"
             said.append(
                 f"**{row.search}** reaches {row.best:.4f} on validation with"
@@ -111,7 +112,13 @@ def _lessons(found: Found) -> list[str]:
                 f" {rows['value'].iloc[0]} to {rows['value'].iloc[-1]} the mean accuracy changes by"
                 f" {-mean:+.4f}, the best one by {-best:+.4f}."
             )
-    if found.about["strategy"]["name"] == "grid" and len(found.complete) > 20:
+    grid = found.about["strategy"]["name"] == "grid"
+    if grid and found.finished and (edges := _edges(found)):
+        said.append(
+            f"**The best is at the edge ({found.name}).** No other value that was tried is as far"
+            f" out as its {' and its '.join(edges)}: what lies beyond, this search cannot say."
+        )
+    if grid and len(found.complete) > 20:
         stopped = analysis.stopped(found)
         past = (stopped["lowest"] < stopped["epochs"]).mean()
         share = stopped["saved"].sum() / stopped["epochs"].sum()
@@ -124,6 +131,16 @@ def _lessons(found: Found) -> list[str]:
             f" {'less' if cost >= 0 else 'more'} accurate in the mean than those of the last epoch."
         )
     return said
+
+
+def _edges(found: Found) -> list[str]:
+    """Where the best setting has the smallest or the largest of three values or more."""
+    best, tried = found.first_round.iloc[0], found.first_round
+    return [
+        f"{axis} of {best[axis]:g}"
+        for axis in analysis.numeric_axes(found)
+        if tried[axis].nunique() > 2 and best[axis] in (tried[axis].min(), tried[axis].max())
+    ]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_lightning.provenance import provenance, write_text
+from mnist_lightning.provenance import provenance, write_bytes, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -190,7 +190,7 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
 
     for drawing in (drawing for block in blocks for drawing in block.drawings):
         write_text(pictures / f"{drawing.name}.svg", drawing.svg)
-        (pictures / f"{drawing.name}.png").write_bytes(figures.png(drawing.figure))
+        write_bytes(pictures / f"{drawing.name}.png", figures.png(drawing.figure))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mnist_lightning", "."),
         autoescape=True,

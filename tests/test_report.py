@@ -359,6 +359,17 @@ def test_eight_times_the_batch_alone_and_with_its_learning_rate():
     assert "**Mini-batch and learning rate.**" in " ".join(in_words([not_made_good]))
 
 
+def test_a_best_setting_at_the_edge_of_its_grid_is_said():
+    def accuracy(lr, hidden_units, batch_size, **_):
+        return 0.9 - (lr - 0.1) ** 2 + hidden_units / 10_000 - batch_size / 10_000
+
+    space = {"lr": [0.01, 0.1, 1.0], "hidden_units": [10, 50, 100], "batch_size": [8, 16]}
+    words = " ".join(in_words([made_up(space, accuracy)]))
+    assert "as far out as its hidden_units of 100: what" in words  # of two batch sizes, none is one
+    inside = made_up({"lr": [0.01, 0.1, 1.0]}, lambda lr, **_: -((lr - 0.1) ** 2))
+    assert "edge" not in " ".join(in_words([inside]))
+
+
 def test_the_words_follow_the_numbers(repeated):
     words = " ".join(in_words([repeated]))
     assert "10 pairs" not in words
