@@ -489,8 +489,8 @@ def against_the_study(searches: Sequence[Found]) -> pd.DataFrame:
 
     Returns:
         Columns ``where``, ``model``, ``metric``, ``setting``, ``published``, ``repeated``, ``sd``,
-        ``n``, ``difference``, ``noise``, ``within`` (none where a figure is missing), ``search``,
-        ``note``.
+        ``n``, ``difference``, ``noise``, ``within`` (none where a figure is missing, or ours was
+        measured on another setting), ``search``, ``note``.
     """
     table = pd.DataFrame([_repeat(published, searches) for published in PUBLISHED])
     models = {found.model for found in searches}
@@ -513,7 +513,9 @@ def _repeat(published: Published, searches: Sequence[Found]) -> dict[str, Any]:
         if measured := _measured(published, found):
             difference = measured["repeated"] - published.value
             noise = measured.pop("noise")
-            within = None if noise is None else bool(abs(difference) <= noise)
+            # the study's ResNet-18 trained otherwise: what chance explains is not the question
+            judged = noise is not None and found.model != "ResNet18"
+            within = bool(abs(difference) <= noise) if judged else None
             row |= {**measured, "difference": difference, "noise": noise, "within": within}
             row["search"] = found.name
             break

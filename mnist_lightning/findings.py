@@ -8,6 +8,8 @@ from mnist_lightning import analysis
 from mnist_lightning.analysis import Found
 from mnist_lightning.published import PUBLISHED
 
+COUNTS = 0.002  # a difference in accuracy below is within two standard deviations over seeds
+
 
 def in_words(searches: Sequence[Found]) -> list[str]:
     """What the numbers say, in plain words: where the study holds, and where it does not."""
@@ -115,8 +117,8 @@ def _lessons(found: Found) -> list[str]:
     grid = found.about["strategy"]["name"] == "grid"
     if grid and found.finished and (edges := _edges(found)):
         said.append(
-            f"**The best is at the edge ({found.name}).** No other value that was tried is as far"
-            f" out as its {' and its '.join(edges)}: what lies beyond, this search cannot say."
+            f"**The best is at the edge ({found.name}).** {', '.join(edges)}. What lies beyond,"
+            " this search cannot say."
         )
     if grid and len(found.complete) > 20:
         stopped = analysis.stopped(found)
@@ -134,13 +136,14 @@ def _lessons(found: Found) -> list[str]:
 
 
 def _edges(found: Found) -> list[str]:
-    """Where the best setting has the smallest or the largest of three values or more."""
-    best, tried = found.first_round.iloc[0], found.first_round
-    return [
-        f"{axis} of {best[axis]:g}"
-        for axis in analysis.numeric_axes(found)
-        if tried[axis].nunique() > 2 and best[axis] in (tried[axis].min(), tried[axis].max())
-    ]
+    """Axes whose outermost of three values or more is the best, by a difference that counts."""
+    said, cells = [], found.first_round
+    for axis in analysis.numeric_axes(found):
+        best = cells.groupby(axis)["acc"].max()  # in the order of the values
+        gain = best.max() - best.drop(best.idxmax()).max()
+        if len(best) > 2 and best.idxmax() in (best.index[0], best.index[-1]) and gain > COUNTS:
+            said.append(f"{axis} {best.idxmax():g} is better than any other by {gain:.4f}")
+    return said
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -167,7 +170,7 @@ def _depth(searches: Sequence[Found]) -> list[str]:
     headline = "Depth"
     if 1 in by_layers:
         deeper = max(cell["acc"] for layers, (cell, _) in by_layers.items() if layers > 1)
-        if deeper - by_layers[1][0]["acc"] < 0.002:
+        if deeper - by_layers[1][0]["acc"] < COUNTS:
             headline = "Depth brings no improvement here"
     return [
         f"**{headline}.** The best on validation: {words}. They differ in learning rate, mini-batch"
@@ -195,8 +198,10 @@ def results_table(searches: Sequence[Found]) -> str:
         what = f"{kinds[row.metric]} {setting}"
         if row.metric != "correlation":
             what = f"{row.model} ({setting}), {kinds[row.metric]}"
-        if row.metric == "test_acc" and row.note.startswith("our winner: "):
-            what += f"; {row.note.partition(';')[0]}"  # a test is of the model that won here
+        if row.note.startswith("ours: ") or (
+            row.metric == "test_acc" and row.note.startswith("our winner: ")
+        ):
+            what += f"; {row.note.partition(';')[0]}"  # measured on another setting
         lines.append(
             f"| {row.where} | {what} | {row.published:.{digits}f} | {ours} | {n} | {difference} |"
         )
