@@ -56,6 +56,10 @@ def in_words(searches: Sequence[Found]) -> list[str]:
             f"**{model}: {verdict}.** Ours at best {row.acc:.4f} on validation (n={row.n};"
             f" {row.setting}), the study's {row.published:.4f}"
         )
+        theirs = held[(held["model"] == model) & (held["metric"] == "val_acc")]
+        theirs = theirs.loc[theirs["published"].idxmax()]
+        if theirs["within"] is not None and theirs["repeated"] < row.acc:
+            text += f" ({theirs['repeated']:.4f} when its setting is repeated on our images)"
         if row.test is not None and not math.isnan(row.test):
             text += f"; on test {row.test:.4f}, the study's {row.published_test:.4f}"
         said.append(f"{text}.")

@@ -397,6 +397,7 @@ def test_a_tested_model_is_named_where_it_is_another(repeated):
     looked = Found(repeated.path, repeated.about, trials, [{"look": 1, "test/acc": 0.98}])
     (row,) = (line for line in results_table([looked]).splitlines() if "| section 2.6" in line)
     assert "our winner: batch_size 4, max_epochs 100, lr 0.01, hidden_units 25" in row
+    assert "(0.9821 when its setting is repeated on our images)" in " ".join(in_words([looked]))
 
 
 # The mistakes of a test
