@@ -271,11 +271,12 @@ def variance_shares(found: Found) -> pd.Series:
     three parameters and more together.
 
     Returns:
-        Index: ``a`` and ``a × b``, the largest share first. Empty where there is no full grid.
+        Index: ``a`` and ``a × b``, the largest share first. Empty where there is no full grid of
+        two parameters or more.
     """
     cells, axes = found.first_round, found.axes
     sizes = [cells[axis].nunique() for axis in axes] if len(cells) else []
-    if found.about["strategy"]["name"] != "grid" or not axes or math.prod(sizes) != len(cells):
+    if found.about["strategy"]["name"] != "grid" or len(axes) < 2 or math.prod(sizes) != len(cells):
         return pd.Series(dtype=float)
     values = cells.sort_values(axes)["acc"].to_numpy().reshape(sizes)
     values = values - values.mean()

@@ -24,7 +24,7 @@ def in_words(searches: Sequence[Found]) -> list[str]:
             f"**{agree} of {len(judged)} figures agree within noise.** {len(held)} are published,"
             f" {len(known)} were measured again."
         )
-        good = known[(known["metric"] == "val_acc") & (known["published"] > 0.9)]
+        good = judged[(judged["metric"] == "val_acc") & (judged["published"] > 0.9)]
         for rows, what in (
             (good, "validation accuracies above 0.9"),
             (known[known["metric"] == "correlation"], "correlations"),
@@ -58,7 +58,7 @@ def in_words(searches: Sequence[Found]) -> list[str]:
         )
         theirs = held[(held["model"] == model) & (held["metric"] == "val_acc")]
         theirs = theirs.loc[theirs["published"].idxmax()]
-        if theirs["within"] is not None and theirs["repeated"] < row.acc:
+        if theirs["within"] in (True, False) and theirs["repeated"] < row.acc:
             text += f" ({theirs['repeated']:.4f} when its setting is repeated on our images)"
         if row.test is not None and not math.isnan(row.test):
             text += f"; on test {row.test:.4f}, the study's {row.published_test:.4f}"

@@ -425,7 +425,9 @@ def _dependence(found: "Found") -> list[Block]:
                 "Shares of the variance of the accuracy",
                 frame,
                 f"The rest, {max(0.0, 1 - shares.sum()):.3f}, is due to three parameters and more"
-                " together. Exact, since the grid is complete.",
+                " together. Exact, since the grid is complete."
+                if len(axes) > 2
+                else "Exact, since the grid is complete.",
             )
         )
         drawings.append(
@@ -489,8 +491,8 @@ def _training(found: "Found") -> list[Block]:
     name, stopped = found.name, analysis.stopped(found)
     rows, drawings = [], []
     for end in ("best", "median", "worst"):
-        if end != "best" and len(found.complete) < 9:
-            continue
+        if end != "best" and len(found.best_trials("best", 9)) < 9:
+            continue  # they would be the same ones
         for rank, (index, trial) in enumerate(found.best_trials(end).iterrows(), 1):
             stop = stopped.loc[index]
             setting = analysis.setting_text(dict(trial[found.params]))

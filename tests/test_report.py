@@ -15,7 +15,7 @@ import scipy.stats
 import torch
 from conftest import trainer
 
-from mnist_lightning import EarlyStopping, MNISTDataModule, analysis, plan
+from mnist_lightning import EarlyStopping, MNISTDataModule, analysis, plan, report
 from mnist_lightning.__main__ import main
 from mnist_lightning.analysis import Found, read
 from mnist_lightning.callbacks import Mistakes
@@ -357,6 +357,14 @@ def test_eight_times_the_batch_alone_and_with_its_learning_rate():
     assert "Small mini-batches win mostly because" in " ".join(in_words([made_good]))
     not_made_good = made_up(space, lambda batch_size, **_: 0.9 - batch_size / 1000)
     assert "**Mini-batch and learning rate.**" in " ".join(in_words([not_made_good]))
+
+
+@pytest.mark.parametrize(("settings", "drawn"), [(4, 3), (9, 9)])
+def test_no_training_is_drawn_twice(settings, drawn):
+    space = {"lr": [10.0**-n for n in range(settings)]}
+    found = made_up(space, lambda lr, **_: 0.9 - lr / 10, seeds=(0, 1, 2))
+    drawings = report._training(found)[0].drawings
+    assert len({drawing.caption for drawing in drawings}) == len(drawings) == drawn
 
 
 def test_a_best_setting_at_the_edge_of_its_grid_is_said():
