@@ -15,7 +15,7 @@ import scipy.stats
 import torch
 from conftest import trainer
 
-from mnist_lightning import EarlyStopping, MNISTDataModule, analysis, plan, report
+from mnist_lightning import EarlyStopping, MNISTDataModule, analysis, plan
 from mnist_lightning.__main__ import main
 from mnist_lightning.analysis import Found, read
 from mnist_lightning.callbacks import Mistakes
@@ -23,7 +23,7 @@ from mnist_lightning.findings import in_words, results_table
 from mnist_lightning.models import DeepNetwork, ShallowNetwork
 from mnist_lightning.plan import Search
 from mnist_lightning.published import PUBLISHED
-from mnist_lightning.report import Table
+from mnist_lightning.report import Table, _training
 from mnist_lightning.search import run
 
 SPACE = {"batch_size": [16, 32], "max_epochs": [1, 2], "lr": [0.1, 0.01, 0.001]}
@@ -363,7 +363,7 @@ def test_eight_times_the_batch_alone_and_with_its_learning_rate():
 def test_no_training_is_drawn_twice(settings, drawn):
     space = {"lr": [10.0**-n for n in range(settings)]}
     found = made_up(space, lambda lr, **_: 0.9 - lr / 10, seeds=(0, 1, 2))
-    drawings = report._training(found)[0].drawings
+    drawings = _training(found)[0].drawings
     assert len({drawing.caption for drawing in drawings}) == len(drawings) == drawn
 
 
