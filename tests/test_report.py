@@ -361,7 +361,7 @@ def test_eight_times_the_batch_alone_and_with_its_learning_rate():
 
 @pytest.mark.parametrize(("settings", "drawn"), [(4, 3), (9, 9)])
 def test_no_training_is_drawn_twice(settings, drawn):
-    space = {"lr": [10.0**-n for n in range(settings)]}
+    space = {"lr": [10.0**-n for n in range(settings)], "max_epochs": [1]}
     found = made_up(space, lambda lr, **_: 0.9 - lr / 10, seeds=(0, 1, 2))
     drawings = _training(found)[0].drawings
     assert len({drawing.caption for drawing in drawings}) == len(drawings) == drawn
