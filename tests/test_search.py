@@ -484,7 +484,9 @@ def test_shipped_searches_are_what_they_say(config, monkeypatch, tmp_path):
         "shallow_grid": 384,
         "shallow_random": 60,
         "shallow_refine": 27,
+        "shallow_wide": 12,
         "deep2_grid": 49,
+        "deep2_rates": 12,
         "deep3_grid": 125,
         "resnet18_regimes": 3,
     }
