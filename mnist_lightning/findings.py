@@ -202,9 +202,7 @@ def results_table(searches: Sequence[Found]) -> str:
         what = f"{kinds[row.metric]} {setting}"
         if row.metric != "correlation":
             what = f"{row.model} ({setting}), {kinds[row.metric]}"
-        if row.note.startswith("ours: ") or (
-            row.metric == "test_acc" and row.note.startswith("our winner: ")
-        ):
+        if row.note.startswith(("ours: ", "our winner: ")):
             what += f"; {row.note.partition(';')[0]}"  # measured on another setting
         lines.append(
             f"| {row.where} | {what} | {row.published:.{digits}f} | {ours} | {n} | {difference} |"
