@@ -23,7 +23,8 @@ from os import getloadavg
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mnist_lightning.provenance import provenance, write_json, write_text
+from mnist_lightning.files import write_json, write_text
+from mnist_lightning.provenance import provenance
 
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"

@@ -15,8 +15,9 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, callbacks
 
+from mnist_lightning.files import write_json
 from mnist_lightning.models import Classifier
-from mnist_lightning.provenance import provenance, write_json
+from mnist_lightning.provenance import provenance
 
 # A model that learned from one split must not be scored on another: its training images would be
 # among the test images. Nor on pixels that were scaled in another way.

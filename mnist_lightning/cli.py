@@ -36,9 +36,9 @@ from mnist_lightning.callbacks import (
 from mnist_lightning.checkpoints import ModelCheckpoint
 from mnist_lightning.dashboard import Dashboard, RunLogger
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.files import write_text
 from mnist_lightning.models import Classifier, Perceptron, ResNet18
 from mnist_lightning.names import ConfigByName, hint, shipped_configs
-from mnist_lightning.provenance import write_text
 
 LOGS = "lightning_logs"
 

@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mnist_lightning.provenance import provenance, write_json, write_text
+from mnist_lightning.files import write_json, write_text
+from mnist_lightning.provenance import provenance
 
 # The same columns for every architecture: TensorBoard takes the columns of the first run that it
 # finds, and drops what others have beyond them.

@@ -1,6 +1,5 @@
 """Where a result comes from: code, versions, machine, command."""
 
-import json
 import os
 import platform
 import shlex
@@ -38,30 +37,6 @@ def provenance(**facts: Any) -> dict[str, Any]:
 def _program() -> str:
     name = Path(sys.argv[0]).name  # "__main__.py" for python -m mnist_lightning
     return "mnist-lightning" if name in ("__main__.py", "mnist-lightning") else name
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON whole or not at all."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text whole or not at all."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all: under another name first, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        reason = (error.strerror or str(error)).lower()
-        raise ValueError(
-            f"{path} cannot be written: {reason}. Make room there, or make it writable."
-        ) from error
 
 
 def _version(package: str) -> str | None:

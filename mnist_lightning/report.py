@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_lightning.provenance import provenance, write_bytes, write_text
+from mnist_lightning.files import write_bytes, write_text
+from mnist_lightning.provenance import provenance
 
 if TYPE_CHECKING:
     import pandas as pd

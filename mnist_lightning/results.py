@@ -10,19 +10,19 @@ curves.json.gz              the curves, by trial: with search.json and results.j
 tensorboard/                a few numbers a trial, and its hyper-parameters
 """
 
-import contextlib
 import csv
 import gzip
+import io
 import json
 import math
 import os
-import socket
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_lightning.provenance import provenance, write_json
+from mnist_lightning.files import create_json, read_json, write_bytes, write_json, write_text
+from mnist_lightning.provenance import provenance
 from mnist_lightning.space import Score, Trial
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class Results:
             folder.mkdir(parents=True, exist_ok=True)
         about = self.path / "search.json"
         if not about.is_file():
-            write_once(about, {**identity, "provenance": provenance()})
-        held = _read_json(about, "delete the folder to start anew")
+            create_json(about, {**identity, "provenance": provenance()})
+        held = read_json(about, "delete the folder to start anew")
         for key, value in identity.items():
             if held.get(key) != value:
                 raise ValueError(
@@ -79,7 +79,7 @@ class Results:
         file = self.trials / f"{id}.json"
         if id not in self._records and file.is_file():
             remedy = "delete it, and the trial is trained again"
-            record = _read_json(file, remedy)
+            record = read_json(file, remedy)
             if record.get("id") != id or not {"state", "params", "val_acc"} <= record.keys():
                 raise ValueError(f"{file} is damaged (not trial {id}): {remedy}")
             self._records[id] = record
@@ -97,7 +97,7 @@ class Results:
 
     def add(self, record: Record) -> None:
         """Writes a finished trial; whoever finishes it first stays."""
-        write_once(self.trials / f"{record['id']}.json", record)
+        create_json(self.trials / f"{record['id']}.json", record)
 
     def write_tables(self) -> list[Record]:
         """Writes ``results.json``, ``results.csv`` and ``curves.json.gz``; returns the trials."""
@@ -105,22 +105,18 @@ class Results:
         curves = {record["id"]: record["curves"] for record in found}
         # without the time, so that equal results are equal files
         packed = gzip.compress(json.dumps(curves).encode(), mtime=0)
-        replace(self.path / "curves.json.gz", lambda temporary: temporary.write_bytes(packed))
+        write_bytes(self.path / "curves.json.gz", packed)
         write_json(
             self.path / "results.json",
             [{k: v for k, v in record.items() if k != "curves"} for record in found],
         )
         rows = [_flat(record) for record in found]
 
-        def write(temporary: Path) -> None:
-            with temporary.open("w", newline="") as file:
-                table = csv.DictWriter(
-                    file, list(dict.fromkeys(name for row in rows for name in row))
-                )
-                table.writeheader()
-                table.writerows(rows)
-
-        replace(self.path / "results.csv", write)
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+        table.writeheader()
+        table.writerows(rows)
+        write_text(self.path / "results.csv", text.getvalue())
         return found
 
     def write_tensorboard(self, model: str) -> None:
@@ -238,7 +234,7 @@ def load_results(path: str | os.PathLike[str]) -> "pandas.DataFrame":
 def _read_tables(folder: Path) -> list[Record]:
     """The trials as ``write_tables`` left them, of a folder that may hold nothing else."""
     remedy = "run the search again, which writes it anew"
-    records = _read_json(folder / "results.json", remedy, list)
+    records = read_json(folder / "results.json", remedy, list)
     file = folder / "curves.json.gz"
     try:
         curves = json.loads(gzip.decompress(file.read_bytes()))
@@ -256,32 +252,6 @@ def _flat(record: Record) -> Record:
         elif name != "curves":
             row[name] = value
     return row
-
-
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Has a file written under another name, then puts it in place."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def write_once(path: Path, content: Any) -> None:
-    """Writes JSON whole or not at all, and never over what is there."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    with contextlib.suppress(FileExistsError):
-        os.link(temporary, path)  # unlike a rename, this refuses to replace
-    temporary.unlink()
-
-
-def _read_json(file: Path, remedy: str, kind: type = dict) -> Any:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({error}): {remedy}") from error
-    if not isinstance(content, kind):
-        raise ValueError(f"{file} is damaged (no JSON {kind.__name__}): {remedy}")
-    return content
 
 
 def _difference(key: str, held: Any, asked: Any) -> str:

@@ -5,7 +5,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -21,6 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from mnist_lightning import space
 from mnist_lightning.claims import open_storage
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.files import write_bytes
 from mnist_lightning.names import SearchByName
 from mnist_lightning.plan import (
     OBJECTIVES,
@@ -34,7 +34,7 @@ from mnist_lightning.plan import (
     open_units,
     rounds,
 )
-from mnist_lightning.results import Record, Results, replace, score
+from mnist_lightning.results import Record, Results, score
 from mnist_lightning.worker import Report, Worker, fill_index, sampler_and_pruner
 
 ROOT = Path("lightning_logs") / "search"
@@ -287,7 +287,7 @@ def _crown(search: Search, results: Results, records: Sequence[Record]) -> None:
         print(f"\nwinner       {winner['id']}; its weights are on the machine that trained it")
         return
     best = results.checkpoints / "best.ckpt"
-    replace(best, lambda path: shutil.copyfile(weights, path))
+    write_bytes(best, weights.read_bytes())
     print(
         f"\nwinner       {winner['id']}"
         f"\nresults      {results.path / 'results.csv'}"

@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +20,12 @@ from torch import Tensor
 from mnist_lightning import space
 from mnist_lightning.claims import Claims
 from mnist_lightning.data import ImageSet
+from mnist_lightning.files import write_torch
 from mnist_lightning.models import Classifier
 from mnist_lightning.names import hint
 from mnist_lightning.plan import SMALL, STRATEGIES, Search, Unit, member, networks, open_units
 from mnist_lightning.population import PopulationTraining
-from mnist_lightning.results import CURVES, Record, Results, new_record, replace
+from mnist_lightning.results import CURVES, Record, Results, new_record
 from mnist_lightning.space import Trial
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Worker:
                 break
             if time.monotonic() - saved > SNAPSHOT_SECONDS:
                 state = {"training": training.state_dict(), "seconds": seconds}
-                replace(file, partial(torch.save, state))
+                write_torch(file, state)
                 saved = time.monotonic()
             self.report(unit.name, training.epoch / epochs)
             training.run_epoch()
@@ -298,7 +299,7 @@ class Worker:
         }
         model.on_save_checkpoint(checkpoint)
         file = self.results.checkpoints / f"{id}.ckpt"
-        replace(file, partial(torch.save, checkpoint))
+        write_torch(file, checkpoint)
 
 
 @torch.no_grad()

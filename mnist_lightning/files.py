@@ -1,0 +1,119 @@
+"""Files that are written whole or not at all, and JSON that is read as data.
+
+Every file of a run and of a search is written here: beside its target under a temporary name,
+synced to the disk, renamed into place, and the folder synced. A crash, a full disk or a power cut
+leaves either the old file or the new one, never a part.
+"""
+
+import contextlib
+import io
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON whole or not at all; see ``write_bytes``."""
+    write_text(path, _as_json(content))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text in UTF-8 whole or not at all; see ``write_bytes``."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+        ValueError: it cannot be written; the file that was there before is unchanged.
+    """
+    with _temporary(path, content) as temporary:
+        os.replace(temporary, path)
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """``torch.save``, whole or not at all; see ``write_bytes``."""
+    import torch
+
+    # in memory first: on a full disk torch.save itself raises errors that name no file
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def create_json(path: Path, content: Any) -> bool:
+    """Writes JSON whole or not at all, but never over a file that is there.
+
+    Returns:
+        Whether this call made the file.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    with _temporary(path, _as_json(content).encode()) as temporary:
+        try:
+            os.link(temporary, path)  # unlike a rename, this refuses to replace
+        except FileExistsError:
+            return False
+        return True
+
+
+def read_json(path: Path, remedy: str, kind: type = dict) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        path: the file.
+        remedy: what the user can do if it is damaged, for the message.
+        kind: the type that its content must have.
+
+    Raises:
+        ValueError: it cannot be read, is no JSON, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{path} is damaged ({reason}): {remedy}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} is damaged (no JSON {kind.__name__}): {remedy}")
+    return content
+
+
+def _as_json(content: Any) -> str:
+    return json.dumps(content, indent=1) + "\n"
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, content: bytes) -> Iterator[Path]:
+    """A synced file beside ``path`` with this content, for the body to put in place."""
+    # a name that no other process has, on this machine or another that shares the folder
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+        _sync_folder(path.parent)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(
+            f"{path} cannot be written: {reason}. Make room there, or make it writable."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in the folder survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):  # not every file system syncs folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
