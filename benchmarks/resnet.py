@@ -19,6 +19,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -29,7 +30,7 @@ from common import alternate, mnist, quietly, trainer
 from lightning.pytorch import Callback
 
 from mnist_lightning import LayerFreezing, ResNet18
-from mnist_lightning.data import keep_memory
+from mnist_lightning.execution import kept_memory
 
 BATCH = 64
 PRECISION = {28: "32-true", 224: "bf16-mixed"}
@@ -56,21 +57,20 @@ class Clock(Callback):
 def loop(pixels: int, steps: int, optimized: bool, bf16: bool) -> list[float]:
     """The moments at which steps of a hand-written loop end."""
     net = ResNet18().net.to(DEVICE)
-    if optimized:
-        keep_memory()
-    else:
+    if not optimized:
         net = net.to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.001, fused=True if optimized else None)
     images = torch.randn(BATCH, 1, pixels, pixels, device=DEVICE)
     labels = torch.randint(10, (BATCH,), device=DEVICE)
     ends = []
-    for _ in range(steps):
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
-            loss = F.cross_entropy(net(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        ends.append(now())
+    with kept_memory() if optimized else nullcontext():
+        for _ in range(steps):
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+                loss = F.cross_entropy(net(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            ends.append(now())
     return ends
 
 

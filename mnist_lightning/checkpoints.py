@@ -189,6 +189,8 @@ class ModelCheckpoint(callbacks.ModelCheckpoint):
     after would then pass for the best one, and earlier files for other files, to be removed.
     """
 
+    steps_known = True  # see execution.HARMLESS
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         folder = self.dirpath
 

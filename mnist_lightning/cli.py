@@ -16,12 +16,13 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -36,6 +37,7 @@ from mnist_lightning.callbacks import (
 from mnist_lightning.checkpoints import ModelCheckpoint
 from mnist_lightning.dashboard import Dashboard, RunLogger
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.execution import Execution
 from mnist_lightning.files import write_text
 from mnist_lightning.models import Classifier, Perceptron, ResNet18
 from mnist_lightning.names import ConfigByName, hint, shipped_configs
@@ -45,27 +47,33 @@ LOGS = "lightning_logs"
 
 def fit(words: list[str]) -> None:
     """Trains a model; ends with a summary."""
-    CLI(["fit", *words])
+    _run("fit", words)
 
 
 def validate(words: list[str]) -> None:
     """Scores a checkpoint on the validation images."""
-    CLI(["validate", *words])
+    _run("validate", words)
 
 
 def test(words: list[str]) -> None:
     """Scores a checkpoint on the test images, and counts the look in its run's folder."""
-    CLI(["test", *words])
+    _run("test", words)
 
 
 def predict(words: list[str]) -> None:
     """Writes what a checkpoint makes of images."""
-    CLI(["predict", *words])
+    _run("predict", words)
+
+
+def _run(command: str, words: list[str]) -> None:
+    with _quiet(training=command == "fit"):
+        CLI([command, *words])
 
 
 def inspect(words: list[str]) -> None:
     """Prints the layers of a model; for the perceptron also the tensors of a training step."""
-    cli = CLI(words, run=False)
+    with _quiet(training=False):
+        cli = CLI(words, run=False)
     data, model = cli.datamodule, cli.model
     image = torch.zeros(1, 1, data.image_size, data.image_size)
     print(inspection.format_layers(inspection.layer_table(model.net, image), model.net))
@@ -141,14 +149,6 @@ class SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-class SayExecution(Callback):
-    """Says how the training steps, once all that decides about it is settled."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        steps = trainer.datamodule.steps  # type: ignore[attr-defined]
-        _say(f"steps per execution: {steps}{', fused' if pl_module.fuses else ''}")
-
-
 class CLI(LightningCLI):
     """LightningCLI that starts from checkpoints and keeps each run in a folder of its own."""
 
@@ -161,7 +161,6 @@ class CLI(LightningCLI):
         self.run_name = "run"
         self.run: Path | None = None  # the folder of a training that is logged
         self.run_is_new = False
-        _quiet(training=words[:1] == ["fit"])
         super().__init__(
             Classifier,
             MNISTDataModule,
@@ -194,6 +193,13 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.add_lightning_class_args(LayerFreezing, "freezing")
+        parser.add_argument(
+            "--threads",
+            type=int | None,
+            default=None,
+            help="Of the processor. By default OMP_NUM_THREADS, or else one for small networks and"
+            " all for convolutions. Another number gives other roundings.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         words = cast(list[str], args)
@@ -280,7 +286,8 @@ class CLI(LightningCLI):
             extra.append(ProgressBar() if terminal else EpochLines())
             kwargs["enable_progress_bar"] = terminal
         kwargs["logger"] = False
-        extra += [Dashboard(), SayExecution()]
+        threads = self._get(self.config_init, "threads")
+        extra += [Dashboard(), Execution(threads=threads, say=_say)]
         if self.subcommand == "fit":
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
@@ -511,10 +518,26 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _quiet(training: bool) -> None:
-    """Keeps to what concerns the user: no adverts, and no advice that does not apply here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+@contextmanager
+def _quiet(training: bool) -> Iterator[None]:
+    """Within, only what concerns the user: no adverts, and no advice that does not apply here."""
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    levels, form = [logger.level for logger in loggers], warnings.formatwarning
+    with warnings.catch_warnings():
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        _ignore_advice(training)
+        # a warning is a sentence for the user, not a place in the code
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        try:
+            yield
+        finally:
+            warnings.formatwarning = form
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _ignore_advice(training: bool) -> None:
     for advice in (
         ".*does not have many workers.*",  # the images are in memory
         ".*smaller than the logging interval.*",  # figures are logged once an epoch
@@ -525,5 +548,3 @@ def _quiet(training: bool) -> None:
         *([] if training else [".*The dirpath has changed.*", ".*callbacks used to create.*"]),
     ):
         warnings.filterwarnings("ignore", advice)
-    # a warning is a sentence for the user, not a place in the code
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -125,6 +126,7 @@ class Dashboard(Callback):
             seed=row["seed"],
             device=str(trainer.strategy.root_device),
             precision=str(trainer.precision),
+            threads=torch.get_num_threads(),
             resumed_at_epoch=trainer.current_epoch,
         )
         write_json(sessions, [*earlier, facts])

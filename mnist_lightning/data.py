@@ -5,13 +5,11 @@ normalisation and the resize to 224 pixels happen per batch, on the device that 
 """
 
 import contextlib
-import ctypes
 import gzip
 import hashlib
 import http.client
 import math
 import os
-import platform
 import queue
 import socket
 import tempfile
@@ -80,18 +78,6 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(int(state >> 1)))
 
 
-def keep_memory() -> None:
-    """Has this process keep the memory that it frees, where the C library is glibc.
-
-    By default larger buffers go back to the system when they are freed, and each step of a training
-    waits for fresh pages: 60,000 of them in a step of ResNet-18 at 224 pixels.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer gets a mapping of its own
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
-
-
 class ImageSet(Dataset):
     """Images and labels in memory; a whole mini-batch is one indexing operation.
 
@@ -130,7 +116,8 @@ class EpochSampler(DistributedSampler):
         return iter(order[self.rank :: self.num_replicas])
 
 
-def _as_is(batch: Any) -> Any:
+def as_is(batch: Any) -> Any:
+    """Collates nothing: the data set gives whole mini-batches."""
     return batch
 
 
@@ -155,9 +142,9 @@ class MNISTDataModule(LightningDataModule):
         normalization: ``unit`` divides pixels by 255; ``mnist`` and ``imagenet`` then subtract
             that set's mean and divide by its standard deviation, one scalar for the gray channel.
         predict_dir: a folder of image files for ``predict``; without it, the validation images.
-        steps_per_execution: mini-batches that one ``training_step`` gets and makes as many updates
+        steps_per_execution: mini-batches that a training takes at once and makes as many updates
             with. They are the same mini-batches and updates as one by one, without what the Trainer
-            does between them. Unset, the model chooses.
+            does between them. Unset, as many as are worth it; see ``execution``.
 
     A batch is ``(images, labels)``: from the loaders uint8 ``(b, 28, 28)`` and int64 ``(b,)``;
     after ``on_after_batch_transfer``, which the Trainer calls, the images are float32
@@ -170,8 +157,8 @@ class MNISTDataModule(LightningDataModule):
     test_set: ImageSet
     checksum: str
     """SHA-256 over images and labels as read, whatever files they came from."""
-    steps: int
-    """The steps per execution that the training takes."""
+
+    steps_known = True  # see execution.altered
 
     def __init__(
         self,
@@ -213,7 +200,6 @@ class MNISTDataModule(LightningDataModule):
         self.image_size, self.normalization = image_size, normalization
         self.predict_dir = predict_dir
         self.steps_per_execution = steps_per_execution
-        self.steps = steps_per_execution or 1
         self._loaded = False
         self._no_download = "not tried"
 
@@ -233,9 +219,16 @@ class MNISTDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, verifies and splits the set; every process gets the same split."""
+        if stage == "fit" and self.trainer is not None and (self.steps_per_execution or 1) > 1:
+            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+            if not any(hasattr(callback, "takes_executions") for callback in callbacks):
+                module = type(self.trainer.lightning_module).__name__
+                raise ValueError(
+                    f"steps_per_execution {self.steps_per_execution} is not possible: {module} does"
+                    " not bring the callback Execution. Leave it out, or set it to 1"
+                )
         if self._loaded:
             return
-        keep_memory()
         if self.source == "auto":
             gone = len(_missing(self.name, self.data_dir)) == len(_FILES)
             self.source = "digits" if gone else "mnist"
@@ -279,8 +272,7 @@ class MNISTDataModule(LightningDataModule):
             # set by seed_everything, for this process and those that it starts
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
         )
-        # consecutive mini-batches are consecutive in the sampler's order
-        return self._loader(self.train_set, self.batch_size * self.steps, sampler)
+        return self._loader(self.train_set, self.batch_size, sampler)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_set, self.eval_batch_size)
@@ -335,7 +327,7 @@ class MNISTDataModule(LightningDataModule):
     @staticmethod
     def _loader(data: ImageSet, batch_size: int, sampler: EpochSampler | None = None) -> DataLoader:
         # no worker processes: indexing takes less time than handing the batch over would
-        return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=_as_is)
+        return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=as_is)
 
 
 def split_indices(

@@ -4,6 +4,7 @@ Each is a LightningModule around a plain ``torch.nn.Module`` (its ``net``), whic
 Hyper-parameters are plain types, so every checkpoint records them and loads as data, not as code.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
@@ -13,16 +14,17 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from torchvision.models import ResNet18_Weights, resnet18
 
-from mnist_lightning import execution
 from mnist_lightning.callbacks import LayerFreezing
-from mnist_lightning.data import MNISTDataModule, answering
+from mnist_lightning.data import answering
+from mnist_lightning.execution import Execution
 
 PIXELS = 28 * 28
 CLASSES = 10
@@ -40,7 +42,7 @@ class Classifier(LightningModule):
     """What all classifiers share: one step for train, validation and test, and its metrics.
 
     Logs ``<stage>/loss`` and ``<stage>/acc`` once an epoch, each the mean over the epoch's images.
-    Those of ``train`` are gathered while the weights move, in the epoch's own mini-batches.
+    Those of ``train`` are accumulated during training, before each update.
 
     Args:
         net: maps images ``(b, 1, height, width)`` to class scores ``(b, 10)``.
@@ -52,10 +54,9 @@ class Classifier(LightningModule):
             training, the loss is no longer finite.
     """
 
-    by_hand = False
-    """Whether ``update`` never uses autograd."""
+    steps_known = True  # see execution.altered
     fused = False
-    """Whether the training may be fused, which takes an ``mlp``, cross entropy and ``sgd``."""
+    """Whether steps may be fused where ``execution.unfusable`` finds nothing against it."""
 
     def __init__(self, net: nn.Module, lr: float, optimizer: OptimizerName) -> None:
         super().__init__()
@@ -70,8 +71,6 @@ class Classifier(LightningModule):
         self.accuracy = MeanMetric()
         # for each mini-batch: its loss summed over the images, correct answers, images
         self._seen: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
-        self._fuse = False
-        self._fused: execution.FusedSGD | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """``(b, 1, height, width)`` -> class scores ``(b, 10)``."""
@@ -81,20 +80,24 @@ class Classifier(LightningModule):
         """Mean over the mini-batch, a scalar; cross entropy unless a model says otherwise."""
         return F.cross_entropy(scores, labels)
 
-    def _step(self, stage: str, batch: Batch) -> Tensor:
-        images, labels = batch
-        return self._score(stage, self(images), labels)
-
     def _score(self, stage: str, scores: Tensor, labels: Tensor) -> Tensor:
         loss = self.loss(scores, labels)
-        self._note(stage, loss, scores, labels)
+        correct = (scores.argmax(1) == labels).sum()
+        self.note(stage, loss.detach() * len(labels), correct, len(labels))
         return loss
 
-    def _note(self, stage: str, loss: Tensor, scores: Tensor, labels: Tensor) -> None:
+    def note(self, stage: str, loss: Tensor, correct: Tensor, images: int) -> None:
+        """Adds to the figures of an epoch.
+
+        Args:
+            stage: ``train``, ``val`` or ``test``.
+            loss: summed over the images, a scalar.
+            correct: how many answers were right, a scalar.
+            images: how many there were.
+        """
         # Kept as they are until the epoch's end: a torchmetrics update for each mini-batch takes
         # longer than the training step of a small network.
-        correct = (scores.argmax(1) == labels).sum()
-        self._seen.setdefault(stage, []).append((loss.detach() * len(labels), correct, len(labels)))
+        self._seen.setdefault(stage, []).append((loss, correct, images))
 
     def _log_epoch(self, stage: str) -> None:
         losses, correct, sizes = zip(*self._seen.pop(stage), strict=True)
@@ -112,85 +115,17 @@ class Classifier(LightningModule):
         self.mean_loss.reset()
         self.accuracy.reset()
 
-    @property
-    def fuses(self) -> bool:
-        """Whether the training at hand is fused."""
-        return self._fuse
+    def configure_callbacks(self) -> list[Callback]:
+        """The callbacks that this model brings along, where the Trainer has none of their kind."""
+        present = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(c, Execution) for c in present) else [Execution()]
 
-    def execution(self, trainer: Trainer, data: MNISTDataModule) -> tuple[int, bool]:
-        """Steps per execution, and whether they are fused, in a training with these.
-
-        Raises:
-            ValueError: the data asks for more steps than something allows.
-        """
-        if type(self).training_step is not Classifier.training_step:
-            return 1, False  # a step of its own, which expects one mini-batch
-        steps = execution.choose_steps(trainer, self, data)
-        return steps, self.fused and execution.can_fuse(trainer, self)
-
-    def setup(self, stage: str) -> None:
-        data = getattr(self.trainer, "datamodule", None)
-        if stage != "fit" or not isinstance(data, MNISTDataModule):
-            return
-        data.steps, self._fuse = self.execution(self.trainer, data)
-        self.automatic_optimization = not (self.by_hand or self._fuse or data.steps > 1)
-
-    def teardown(self, stage: str) -> None:
-        if stage == "fit":
-            self._fuse, self._fused = False, None
-            self.automatic_optimization = not self.by_hand
-            self._count_steps(0)
-
-    def on_train_start(self) -> None:
-        if self._fuse:  # only now do the weights have their final device and precision
-            self._fused = execution.FusedSGD(self.net)
-        self._count_steps(0)  # a resumed training may have stepped in the other way before
-
-    def _count_steps(self, steps: int) -> None:
-        """Adds updates to ``global_step``; Lightning has one counter for its own, one for ours."""
-        loop = self.trainer.fit_loop.epoch_loop
-        own = loop.automatic_optimization.optim_progress.optimizer.step.total
-        ours = loop.manual_optimization.optim_step_progress.total
-        done = max(own.completed, ours.completed) + steps
-        for counter in (own, ours):
-            counter.ready = counter.completed = done
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        if self.automatic_optimization:
-            return self._step("train", batch)
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
-        data = getattr(self.trainer, "datamodule", None)
-        size = data.batch_size if isinstance(data, MNISTDataModule) else len(labels)
-        if self._fused is not None:
-            lr = cast(Any, self.optimizers()).param_groups[0]["lr"]
-            loss, correct = self._fused.steps(images, labels, size, lr)
-            self._seen.setdefault("train", []).append((loss, correct, len(labels)))
-            self._count_steps(-(-len(labels) // size))
-            return None
-        for x, y in zip(images.split(size), labels.split(size), strict=True):
-            self.update(x, y)
-        return None
-
-    def update(self, images: Tensor, labels: Tensor) -> None:
-        """One update of the weights, as the Trainer makes it on its own."""
-        optimizer = cast(Any, self.optimizers())
-        loss = self._step("train", (images, labels))
-        optimizer.zero_grad()
-        # outside the precision's context, as the Trainer does
-        with torch.autocast(self.device.type, enabled=False):
-            self.manual_backward(loss)
-        clip, how = self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm
-        if clip:
-            self.clip_gradients(optimizer, clip, how)
-        optimizer.step()
-        # autocast keeps the weights that it has cast, and these have just changed
-        torch.clear_autocast_cache()
-        for config in self.trainer.lr_scheduler_configs:
-            if config.interval == "step":
-                cast(Any, config.scheduler).step()
+        return self._score("train", self(images), labels)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._step("val", batch)
+        self._score("val", self(batch[0]), batch[1])
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class probabilities, ``(b, 10)``, for callbacks that look at single images."""
@@ -230,19 +165,44 @@ class Classifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A resumed training takes the learning rate of this model, not the one it was saved with.
 
-        Lightning restores the optimizer's state after this hook, and the learning rate with it.
+        Lightning restores the optimizer's and the schedulers' state after this hook, and their
+        learning rates with it: those that are multiples of the saved one are scaled.
         """
+        _count_manual_steps(checkpoint)
         saved = checkpoint.get("hyper_parameters", {}).get("lr", self.lr)
-        if saved == self.lr:
-            return
-        for state in checkpoint.get("optimizer_states", []):
-            for group in state["param_groups"]:
-                # under a schedule, at the same point of it
-                group["lr"] = self.lr * (group["lr"] / group.get("initial_lr", group["lr"]))
-                if "initial_lr" in group:
-                    group["initial_lr"] = self.lr
-        for state in checkpoint.get("lr_schedulers", []):
-            state["base_lrs"] = [self.lr for _ in state["base_lrs"]]
+        if saved != self.lr:
+            for state in checkpoint.get("optimizer_states", []):
+                for group in state["param_groups"]:
+                    _scale_rates(group, saved, self.lr)
+            for state in checkpoint.get("lr_schedulers", []):
+                _scale_rates(state, saved, self.lr)
+
+
+def _count_manual_steps(checkpoint: dict[str, Any]) -> None:
+    """Of an older checkpoint, whose optimizer steps may be in Lightning's other counter."""
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    manual = loops.get("epoch_loop.manual_optimization.optim_step_progress")
+    automatic = loops.get("epoch_loop.automatic_optimization.optim_progress")
+    if manual and automatic:
+        step = automatic["optimizer"]["step"]
+        if manual["total"]["completed"] > step["total"]["completed"]:
+            step.update(copy.deepcopy(manual))
+
+
+def _scale_rates(state: dict[str, Any], old: float, new: float) -> None:
+    """Scales the learning rates in the state of a parameter group or of a scheduler."""
+
+    def scaled(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(scaled(one) for one in value)
+        return new * (value / old)  # exactly new, where it was old
+
+    for name, value in state.items():
+        if name in ("lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "max_lrs", "_last_lr"):
+            state[name] = scaled(value)
+        elif name == "_schedulers":  # of a scheduler made of others
+            for inner in value:
+                _scale_rates(inner, old, new)
 
 
 class AffineMap(nn.Module):
@@ -258,7 +218,7 @@ class AffineMap(nn.Module):
 
 
 class Perceptron(Classifier):
-    """784 -> 10 with the delta rule, written out: no autograd.
+    """784 -> 10 with the delta rule, written out: the weights' gradients need no autograd.
 
     With one-hot labels t and scores y = x w + b, a mini-batch moves w by ``lr * x^T (t - y)`` and b
     by the sum of ``lr * (t - y)`` over the images: the descent of half the squared error, summed
@@ -269,12 +229,11 @@ class Perceptron(Classifier):
         optimizer: ``sgd`` is the delta rule itself; the others receive the same gradient.
     """
 
-    by_hand = True
+    steps_known = True
 
     def __init__(self, lr: float = 0.0001, optimizer: OptimizerName = "sgd") -> None:
         super().__init__(AffineMap(), lr, optimizer)
         self.save_hyperparameters()
-        self.automatic_optimization = False
 
     def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Half the squared error against one-hot labels, mean over the mini-batch."""
@@ -282,26 +241,42 @@ class Perceptron(Classifier):
 
     @torch.no_grad()
     def delta_rule(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """One mini-batch through the rule; leaves the gradients in w and b.
+        """One mini-batch through the rule.
 
         Returns:
-            Every tensor of the step under the study's names.
+            Every tensor of the step under the study's names; ``dw`` and ``db`` are what w and b
+            move by at a learning rate of 1.
         """
         net = cast(AffineMap, self.net)
         x = images.flatten(1)
         t = F.one_hot(labels, CLASSES).to(x.dtype)
         y = x @ net.w + net.b
         grad = t - y
-        net.w.grad, net.b.grad = -x.T @ grad, -grad.sum(0, keepdim=True)
-        return {"x": x, "t": t, "y": y, "grad": grad, "w": net.w, "b": net.b}
+        dw, db = x.T @ grad, grad.sum(0, keepdim=True)
+        return {"x": x, "t": t, "y": y, "grad": grad, "w": net.w, "b": net.b, "dw": dw, "db": db}
 
-    def update(self, images: Tensor, labels: Tensor) -> None:
-        tensors = self.delta_rule(images, labels)
-        for parameter in self.net.parameters():
-            # over several processes, the sum over all their mini-batches
-            parameter.grad = self.trainer.strategy.reduce(parameter.grad, reduce_op="sum")
-        cast(Any, self.optimizers()).step()
-        self._note("train", self.loss(tensors["y"], labels), tensors["y"], labels)
+    def on_train_start(self) -> None:
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            # it would wait for gradients of autograd; backward exchanges those of the rule
+            self.trainer.model.require_backward_grad_sync = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Half the squared error, summed over the mini-batch."""
+        images, labels = batch
+        self._tensors = self.delta_rule(images, labels)
+        mean = self._score("train", self._tensors["y"], labels)
+        self._loss = (mean * len(labels)).requires_grad_()
+        return self._loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        loss.backward()  # down to the loss of training_step, for the factor that the Trainer set
+        for parameter, move in zip(self.net.parameters(), ("dw", "db"), strict=True):
+            if parameter.requires_grad:
+                # over several processes, the sum over all their mini-batches
+                total = self.trainer.strategy.reduce(self._tensors[move], reduce_op="sum")
+                gradient = -total * cast(Tensor, self._loss.grad)
+                old = parameter.grad
+                parameter.grad = gradient if old is None else old + gradient
 
 
 def mlp(hidden_units: Sequence[int]) -> nn.Sequential:
@@ -340,7 +315,7 @@ class ShallowNetwork(Classifier):
     ) -> None:
         super().__init__(mlp([hidden_units]), lr, optimizer)
         self.save_hyperparameters()
-        self.fused = fused and optimizer == "sgd"
+        self.fused = fused
 
 
 class DeepNetwork(Classifier):
@@ -367,7 +342,7 @@ class DeepNetwork(Classifier):
             )
         super().__init__(mlp(hidden_units), lr, optimizer)
         self.save_hyperparameters()
-        self.fused = fused and optimizer == "sgd"
+        self.fused = fused
 
 
 Regime = Literal["scratch", "finetune", "freeze"]
@@ -457,9 +432,10 @@ class ResNet18(Classifier):
 
     def configure_callbacks(self) -> list[Callback]:
         # for a Trainer made in Python; the command line's has one, with what its flags say
+        brought = super().configure_callbacks()
         present = self.trainer.callbacks  # type: ignore[attr-defined]
         has_one = any(isinstance(c, LayerFreezing) for c in present)
-        return [LayerFreezing()] if self.trained_by_default and not has_one else []
+        return [*brought, LayerFreezing()] if self.trained_by_default and not has_one else brought
 
     def on_fit_start(self) -> None:
         self.load_pretrained()
@@ -479,10 +455,6 @@ class ResNet18(Classifier):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("schedule one_cycle needs an end: set max_epochs, or max_steps")
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, MNISTDataModule) and data.steps > 1:  # it has counted executions
-            epoch = -(-len(data.train_set) // data.batch_size)
-            steps = epoch * cast(int, self.trainer.max_epochs)
         scheduler = LambdaLR(optimizer, lambda step: one_cycle(step, int(steps)))
         return {
             "optimizer": optimizer,

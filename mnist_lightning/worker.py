@@ -20,6 +20,7 @@ from torch import Tensor
 from mnist_lightning import space
 from mnist_lightning.claims import Claims
 from mnist_lightning.data import ImageSet
+from mnist_lightning.execution import kept_memory
 from mnist_lightning.files import write_torch
 from mnist_lightning.models import Classifier
 from mnist_lightning.names import hint
@@ -65,7 +66,15 @@ class Worker:
 
     def work(self) -> None:
         """Takes units until there are none left, here or anywhere."""
+        threads = torch.get_num_threads()
         torch.set_flush_denormal(True)
+        try:
+            self._work()
+        finally:
+            torch.set_flush_denormal(False)
+            torch.set_num_threads(threads)
+
+    def _work(self) -> None:
         claims = Claims(self.storage, self.key)
         images = len(self.data.train_set)
         while left := open_units(self.search, self.results.records(), images):
@@ -95,7 +104,8 @@ class Worker:
         # more than one anyway.
         torch.set_num_threads(1 if small else self.threads)
         if unit.together:
-            self._train_together(unit)
+            with kept_memory():
+                self._train_together(unit)
         elif unit.trials:
             self._train_alone(unit.trials[0], unit.ids[0], lambda epoch, val_acc: False)
         else:

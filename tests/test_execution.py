@@ -1,16 +1,22 @@
-"""Many steps in one execution against one at a time, and fused steps against autograd."""
+"""Many steps in one execution against one at a time, fused steps against autograd, and the lists
+that say what may go fast. What users add is in ``test_parity``."""
 
-import math
+import inspect
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import same_weights, trainer
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from mnist_lightning import DeepNetwork, MNISTDataModule, Perceptron, ShallowNetwork
+from mnist_lightning import DeepNetwork, MNISTDataModule, Perceptron, ResNet18, ShallowNetwork
+from mnist_lightning import execution as ex
 from mnist_lightning.models import Classifier
 
 # 1,294 training images in mini-batches of 16: 80 whole ones and one of 14
@@ -30,26 +36,29 @@ class Scheduled(ShallowNetwork):
 
 
 class Figures(Callback):
-    """All that an epoch logs."""
+    """All that each epoch logs."""
 
     def __init__(self) -> None:
         self.logged: list[dict[str, float]] = []
-        self.batches = 0
 
-    def on_train_batch_end(self, *_: object) -> None:
-        self.batches += 1
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
 
+    on_train_end = on_train_epoch_start
 
-def _fit(make, steps: int | None, **settings: object) -> tuple[Classifier, pl.Trainer, Figures]:
-    pl.seed_everything(0, verbose=False)
-    model, figures = make(), Figures()
-    data = MNISTDataModule(source="digits", batch_size=16, steps_per_execution=steps)
-    run = trainer(**{"max_epochs": 2, "callbacks": [figures], **settings})
-    run.fit(model, data)
-    return model, run, figures
+
+class Run:
+    """A training on the digits: the model, the Trainer, what was logged and what was said."""
+
+    def __init__(self, make, steps: int | None, *more: Callback, ckpt_path=None, **settings):
+        pl.seed_everything(0, verbose=False)
+        self.model, self.figures, self.said = make(), Figures(), []
+        self.data = MNISTDataModule(source="digits", batch_size=16, steps_per_execution=steps)
+        execution = ex.Execution(say=self.said.append)
+        self.trainer = trainer(
+            **{"max_epochs": 2, **settings, "callbacks": [self.figures, execution, *more]}
+        )
+        self.trainer.fit(self.model, self.data, ckpt_path=ckpt_path, weights_only=True)
 
 
 CASES = {
@@ -60,21 +69,22 @@ CASES = {
     "schedule by step": (lambda: Scheduled(20, fused=False), {}),
     "clipping": (lambda: ShallowNetwork(20, fused=False), {"gradient_clip_val": 0.1}),
     "bf16": (lambda: ShallowNetwork(20, fused=False), {"precision": "bf16-mixed"}),
+    "max_steps": (lambda: ShallowNetwork(20, fused=False), {"max_steps": 100}),
+    "validation in between": (lambda: ShallowNetwork(20, fused=False), {"val_check_interval": 30}),
 }
 
 
 @pytest.mark.parametrize("steps", [7, 256], ids=["7 steps", "all steps"])
 @pytest.mark.parametrize("case", CASES)
 def test_many_steps_in_one_execution_equal_one_at_a_time(case: str, steps: int) -> None:
-    """The same weights and the same logged figures, bit for bit, and the same step count."""
+    """The same weights, logged figures and counts, bit for bit."""
     make, settings = CASES[case]
-    one, one_run, one_figures = _fit(make, 1, **settings)
-    many, many_run, many_figures = _fit(make, steps, **settings)
-    assert same_weights(one, many)
-    assert many_figures.logged == one_figures.logged
-    assert many_run.global_step == one_run.global_step
-    # and it was not one at a time
-    assert many_figures.batches < one_figures.batches / 5
+    one, many = Run(make, 1, **settings), Run(make, steps, **settings)
+    assert same_weights(one.model, many.model)
+    assert many.figures.logged == one.figures.logged
+    assert many.trainer.fit_loop.state_dict() == one.trainer.fit_loop.state_dict()
+    assert one.said[0].startswith("one step at a time: as asked for")
+    assert many.said[0].startswith(f"steps per execution: {steps}, autograd")
 
 
 @pytest.mark.parametrize("units", [[20], [30, 20], [30, 5, 20]], ids=["1", "2", "3"])
@@ -87,144 +97,270 @@ def test_fused_steps_equal_autograd(units: list[int]) -> None:
         return DeepNetwork(units, lr=0.1, fused=fused)
 
     settings = {"max_epochs": 3, "precision": "64-true"}
-    fused, run, figures = _fit(lambda: make(True), None, **settings)
-    plain, plain_run, plain_figures = _fit(lambda: make(False), 1, **settings)
-    assert figures.batches < plain_figures.batches
-    assert run.global_step == plain_run.global_step == 3 * STEPS
-    for one, other in zip(fused.parameters(), plain.parameters(), strict=True):
+    fused = Run(lambda: make(True), None, **settings)
+    plain = Run(lambda: make(False), 1, **settings)
+    assert fused.said == ["steps per execution: 256, fused; 1 thread"]
+    assert fused.trainer.fit_loop.state_dict() == plain.trainer.fit_loop.state_dict()
+    assert fused.trainer.global_step == 3 * STEPS
+    for one, other in zip(fused.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-    for name, value in plain_figures.logged[0].items():
-        assert figures.logged[0][name] == pytest.approx(value, rel=1e-6), name
+    for ours, theirs in zip(fused.figures.logged, plain.figures.logged, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 def test_fused_steps_in_single_precision_stay_close() -> None:
     """After one epoch, 81 steps: rounding has not grown yet."""
-    fused, _, _ = _fit(lambda: ShallowNetwork(20, lr=0.1), None, max_epochs=1)
-    plain, _, _ = _fit(lambda: ShallowNetwork(20, lr=0.1, fused=False), None, max_epochs=1)
-    for one, other in zip(fused.parameters(), plain.parameters(), strict=True):
+    fused = Run(lambda: ShallowNetwork(20, lr=0.1), None, max_epochs=1)
+    plain = Run(lambda: ShallowNetwork(20, lr=0.1, fused=False), None, max_epochs=1)
+    for one, other in zip(fused.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_fused_takes_the_learning_rate_of_the_optimizer() -> None:
-    """A callback that changes it must be heard."""
-
-    class Halve(Callback):
-        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            trainer.optimizers[0].param_groups[0]["lr"] = 0.1 / (1 + trainer.current_epoch)
-
-    settings = {"precision": "64-true", "callbacks": [Halve()]}
-    fused, _, _ = _fit(lambda: ShallowNetwork(20, lr=0.1), None, **settings)
-    plain, _, _ = _fit(lambda: ShallowNetwork(20, lr=0.1, fused=False), 1, **settings)
-    for one, other in zip(fused.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
-
-
-class SeesGradients(Callback):
-    def __init__(self) -> None:
-        self.norms: list[float] = []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        self.norms.append(float(next(pl_module.parameters()).grad.norm()))
-
-
-def test_whoever_wants_gradients_gets_them() -> None:
-    """Fused steps have none to show: then autograd makes the steps."""
-    seer = SeesGradients()
-    _fit(lambda: ShallowNetwork(20), None, callbacks=[seer], max_epochs=1)
-    assert len(seer.norms) == STEPS
-    assert min(seer.norms) > 0
-
-
-def test_weights_are_averaged_after_each_step() -> None:
-    """An average over executions would be another one."""
-    averaged, _, _ = _fit(
-        lambda: ShallowNetwork(20), None, callbacks=[EMAWeightAveraging(decay=0.9)]
-    )
-    plain, _, _ = _fit(
-        lambda: ShallowNetwork(20, fused=False), 1, callbacks=[EMAWeightAveraging(decay=0.9)]
-    )
-    assert same_weights(averaged, plain)
-
-
-def test_one_at_a_time_where_mini_batches_are_counted() -> None:
-    _, run, figures = _fit(lambda: ShallowNetwork(20), None, limit_train_batches=5, max_epochs=1)
-    assert (run.global_step, figures.batches) == (5, 5)
+def test_a_fused_training_learns() -> None:
+    logged = Run(lambda: ShallowNetwork(50), None, max_epochs=6).figures.logged
+    assert logged[-1]["train/loss"] < logged[1]["train/loss"] / 5
+    assert logged[-1]["val/acc"] > 0.9
 
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"limit_train_batches": 5}, "limit_train_batches"),
-        ({"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
-        ({"val_check_interval": 0.5}, "val_check_interval"),
-        ({"max_steps": 100}, "max_steps"),
+        ({"accumulate_grad_batches": 2}, "accumulate_grad_batches joins the gradients"),
+        ({"val_check_interval": "00:00:00:01"}, "val_check_interval is a time"),
+        ({"profiler": "simple"}, "SimpleProfiler measures each mini-batch"),
     ],
 )
 def test_refuses_many_steps_where_they_cannot_work(settings: dict, reason: str) -> None:
-    with pytest.raises(ValueError, match=rf"steps_per_execution 4 does not go with .*{reason}"):
-        _fit(lambda: ShallowNetwork(20), 4, **settings)
+    with pytest.raises(ValueError, match=rf"steps_per_execution 4 is not possible: {reason}"):
+        Run(lambda: ShallowNetwork(20), 4, **settings)
 
 
-def test_an_own_training_step_gets_single_mini_batches() -> None:
-    sizes = set()
+class Plain(pl.LightningModule):
+    """Knows nothing of this project."""
 
-    class Own(ShallowNetwork):
-        def training_step(self, batch, batch_idx):
-            sizes.add(len(batch[1]))
-            return self.loss(self(batch[0]), batch[1])
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+        self.sizes: set[int] = set()
 
-        def on_train_epoch_end(self) -> None:
-            pass
+    def training_step(self, batch, batch_idx):
+        self.sizes.add(len(batch[1]))
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
-    _fit(lambda: Own(20), None, max_epochs=1)
-    assert sizes == {16, 14}
-
-
-def test_resume_in_another_way_of_stepping(tmp_path: Path) -> None:
-    """Two epochs one at a time, then two with many, against four: weights and step count."""
-    whole, whole_run, _ = _fit(lambda: ShallowNetwork(20, fused=False), 1, max_epochs=4)
-    _, half, _ = _fit(lambda: ShallowNetwork(20, fused=False), 1, max_epochs=2)
-    half.save_checkpoint(tmp_path / "half.ckpt")
-    model = ShallowNetwork(20, fused=False)
-    data = MNISTDataModule(source="digits", batch_size=16, steps_per_execution=50)
-    run = trainer(max_epochs=4)
-    run.fit(model, data, ckpt_path=tmp_path / "half.ckpt")
-    assert same_weights(model, whole)
-    assert run.global_step == whole_run.global_step == 4 * STEPS
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_resume_of_a_fused_training_is_bit_equal(tmp_path: Path) -> None:
-    whole, _, _ = _fit(lambda: ShallowNetwork(20), None, max_epochs=4)
-    _, half, _ = _fit(lambda: ShallowNetwork(20), None, max_epochs=2)
-    half.save_checkpoint(tmp_path / "half.ckpt")
-    assert torch.load(tmp_path / "half.ckpt", weights_only=True)["global_step"] == 2 * STEPS
-    model = ShallowNetwork(20)
+def test_refuses_many_steps_for_a_module_that_knows_nothing_of_them() -> None:
+    data = MNISTDataModule(source="digits", steps_per_execution=4)
+    with pytest.raises(ValueError, match="steps_per_execution 4 is not possible: Plain does not"):
+        trainer().fit(Plain(), data)
+
+
+def test_a_used_data_module_is_as_new_for_the_next_module() -> None:
     data = MNISTDataModule(source="digits", batch_size=16)
-    trainer(max_epochs=4).fit(model, data, ckpt_path=tmp_path / "half.ckpt")
-    assert same_weights(model, whole)
-
-
-def test_one_model_fits_again_and_again() -> None:
-    """Fused, then clipped: what the first training chose must not bind the second."""
-    model, data = ShallowNetwork(20), MNISTDataModule(source="digits", batch_size=16)
-    trainer().fit(model, data)
-    second = trainer(gradient_clip_val=0.5)
-    second.fit(model, data)
+    trainer().fit(ShallowNetwork(20), data)
+    plain, second = Plain(), trainer(limit_val_batches=0)
+    second.fit(plain, data)
+    assert plain.sizes == {16, 14}
     assert second.global_step == STEPS
 
 
-@pytest.mark.parametrize("batch_size", [1, 8, 128, 5000])
+def test_resume_in_another_way_of_stepping(tmp_path: Path) -> None:
+    """Two epochs one at a time, then two with many, against four: weights and counts."""
+    make = lambda: ShallowNetwork(20, fused=False)  # noqa: E731
+    whole, half = Run(make, 1, max_epochs=4), Run(make, 1, max_epochs=2)
+    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = Run(make, 50, max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
+    assert same_weights(resumed.model, whole.model)
+    assert resumed.trainer.fit_loop.state_dict() == whole.trainer.fit_loop.state_dict()
+
+
+@pytest.mark.parametrize("make", [lambda: ShallowNetwork(20), Perceptron], ids=["fused", "joined"])
+def test_resume_is_bit_equal(make, tmp_path: Path) -> None:
+    """From a checkpoint of the end of an epoch, as ModelCheckpoint makes it."""
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    whole = Run(make, None, saver, max_epochs=4, enable_checkpointing=True)
+    resumed = Run(make, None, max_epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert same_weights(resumed.model, whole.model)
+    assert resumed.trainer.global_step == whole.trainer.global_step == 4 * STEPS
+
+
+class Stop(Callback):
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, None])
+def test_all_is_undone_after_a_training(error: type[BaseException] | None) -> None:
+    """Ended, failed or interrupted: the same module, data and Trainer train as new."""
+    torch.set_num_threads(2)
+    try:
+        model, data = ShallowNetwork(20), MNISTDataModule(source="digits", batch_size=16)
+        fit = trainer(max_epochs=2, callbacks=[Stop(error)] if error else [])
+        dtype = torch.get_default_dtype()
+        if error:
+            with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+                fit.fit(model, data)
+        else:
+            fit.fit(model, data)
+        assert type(fit.fit_loop.epoch_loop) is _TrainingEpochLoop
+        assert not {"tell", "_way", "_fused"} & vars(fit.fit_loop.epoch_loop).keys()
+        assert torch.get_num_threads() == 2
+        assert torch.get_default_dtype() == dtype
+        assert model.automatic_optimization
+        second = trainer(gradient_clip_val=0.5)
+        second.fit(model, data)
+        assert second.global_step == STEPS
+    finally:
+        torch.set_num_threads(1)
+
+
+class Threads(Callback):
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.number = torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("make", "flag", "variable", "number"),
+    [
+        (lambda: ShallowNetwork(20), None, None, 1),
+        (lambda: ShallowNetwork(20, fused=False, optimizer="adam"), None, None, 1),
+        (lambda: ShallowNetwork(20), 3, None, 3),
+        (lambda: ShallowNetwork(20), None, "2", 2),
+        (lambda: ShallowNetwork(20), 3, "2", 3),
+        (ResNet18, None, None, 2),
+        (ResNet18, 1, None, 1),
+        (Plain, None, None, 2),
+    ],
+)
+def test_threads(make, flag, variable, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for small networks and all for convolutions, unless the user says another number."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    torch.set_num_threads(2)
+    try:
+        seen = Threads()
+        brought = [] if flag is None else [ex.Execution(threads=flag)]
+        fit = trainer(callbacks=[seen, *brought], limit_train_batches=1, limit_val_batches=0)
+        fit.fit(make(), MNISTDataModule(source="digits", batch_size=4))
+        assert seen.number == number
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 128, 100_000])
 def test_chosen_steps_fill_about_one_execution(batch_size: int) -> None:
-    data = MNISTDataModule(source="digits", batch_size=batch_size)
-    steps, fused = ShallowNetwork(100).execution(trainer(), data)
-    assert fused
-    assert 1 <= steps <= 256
-    large, _ = DeepNetwork([2048, 2048]).execution(trainer(), data)
-    assert large <= steps
+    """About 1e10 operations, 256 mini-batches at most, and one where a step is long enough."""
+    steps = []
+    for model in (ShallowNetwork(100), DeepNetwork([2048, 2048])):
+        said: list[str] = []
+        data = MNISTDataModule(source="digits", batch_size=batch_size)
+        execution = ex.Execution(say=said.append)
+        trainer(callbacks=[execution], max_steps=1, limit_val_batches=0).fit(model, data)
+        weights = sum(p.numel() for p in model.parameters())
+        fitting = min(256, round(1e10 / (6 * weights * batch_size)))
+        if fitting > 1:
+            assert said[0].startswith(f"steps per execution: {fitting}, fused")
+        else:
+            assert said[0].startswith("one step at a time: a step of this network is long enough")
+        steps.append(fitting)
+    assert steps[0] >= steps[1]
 
 
-def test_the_curve_is_that_of_a_real_training() -> None:
-    """A fused training learns: the loss falls, and ends far below that of guessing."""
-    _, _, figures = _fit(lambda: ShallowNetwork(50), None, max_epochs=6)
-    assert figures.logged[0]["train/loss"] < math.log(10) / 5
-    assert figures.logged[0]["val/acc"] > 0.9
+def test_a_replaced_method_is_noticed() -> None:
+    known = ShallowNetwork(20)
+    assert ex.altered(known, ex.MODULE_NAMES) is None
+
+    class Mixin:
+        def on_after_backward(self) -> None: ...
+
+    class Mixed(Mixin, ShallowNetwork):
+        def helper(self) -> None: ...
+
+    class Behind(ShallowNetwork, Mixin):
+        def helper(self) -> None: ...
+
+    assert ex.altered(Mixed(20), ex.MODULE_NAMES) == "Mixin overrides on_after_backward"
+    assert ex.altered(Behind(20), ex.MODULE_NAMES) is None
+    known.loss = lambda scores, labels: 0
+    assert ex.altered(known, ex.MODULE_NAMES) == "loss of this ShallowNetwork is replaced"
+    assert ex.altered(Plain(), ex.MODULE_NAMES) == "Plain is not of mnist_lightning"
+
+
+# All hooks of Lightning that see or change single steps. One that is new in Lightning belongs
+# either here or, where it does neither, on the lists in ``execution``.
+CALLBACK_STEP_HOOKS = {
+    *("on_train_batch_start", "on_train_batch_end", "on_before_zero_grad", "on_before_backward"),
+    *("on_after_backward", "on_before_optimizer_step"),
+}
+MODULE_STEP_HOOKS = CALLBACK_STEP_HOOKS | {
+    *("on_before_batch_transfer", "on_after_batch_transfer", "transfer_batch_to_device"),
+    *("configure_gradient_clipping", "clip_gradients", "optimizer_step", "optimizer_zero_grad"),
+    *("backward", "manual_backward", "forward", "training_step"),
+    # shards a model over processes
+    "configure_sharded_model",
+}
+# What users call, not what Lightning calls in a training.
+MODULE_CALLED_BY_USERS = {
+    *(
+        "all_gather",
+        "freeze",
+        "unfreeze",
+        "lr_schedulers",
+        "optimizers",
+        "print",
+        "log",
+        "log_dict",
+    ),
+    *("load_from_checkpoint", "to_onnx", "to_torchscript", "to_tensorrt", "toggle_optimizer"),
+    *("untoggle_optimizer", "toggled_optimizer"),
+}
+
+
+def _public(*classes: type) -> set[str]:
+    return {
+        name
+        for cls in classes
+        for name, value in vars(cls).items()
+        if not name.startswith("_") and callable(getattr(cls, name)) and not inspect.isclass(value)
+    }
+
+
+def test_every_hook_of_callbacks_is_on_a_list() -> None:
+    assert set(ex.STEP_HOOKS) == CALLBACK_STEP_HOOKS
+
+
+def test_every_hook_of_modules_is_on_a_list() -> None:
+    hooks = _public(pl.LightningModule, ModelHooks, DataHooks, CheckpointHooks)
+    assert hooks - ex.MODULE_NAMES - MODULE_STEP_HOOKS - MODULE_CALLED_BY_USERS == set()
+    assert not ex.MODULE_NAMES & MODULE_STEP_HOOKS
+
+
+# How Lightning's callbacks are taken: those with a hook for mini-batches act on each of them,
+# unless HARMLESS says when they do not.
+ACTING = {
+    *("DeviceStatsMonitor", "EMAWeightAveraging", "WeightAveraging", "LambdaCallback"),
+    *("SpikeDetection", "ThroughputMonitor"),
+}
+BETWEEN_STEPS = {
+    *("BackboneFinetuning", "BaseFinetuning", "BasePredictionWriter", "BatchSizeFinder"),
+    *("Callback", "Checkpoint", "EarlyStopping", "GradientAccumulationScheduler"),
+    *("LearningRateFinder", "ModelPruning", "ModelSummary", "OnExceptionCheckpoint"),
+    *("ProgressBar", "RichModelSummary", "StochasticWeightAveraging"),
+}
+
+
+def test_every_callback_of_lightning_is_on_a_list() -> None:
+    listed = {kind.__name__ for kind in ex.HARMLESS}
+    assert set(callbacks.__all__) - ACTING - BETWEEN_STEPS - listed == set()
+    for name in BETWEEN_STEPS:
+        kind = getattr(callbacks, name)
+        overridden = [h for h in ex.STEP_HOOKS if getattr(kind, h) is not getattr(Callback, h)]
+        assert not overridden, name
