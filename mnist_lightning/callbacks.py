@@ -60,7 +60,8 @@ class LayerFreezing(Callback):
     """Trains some parameters of a module and leaves the others as they are.
 
     Patterns match the names of ``named_parameters()``; a ``*`` matches dots too: ``net.layer4.*``.
-    Without patterns the module's own ``trained_by_default`` counts, a list of them, if it has one.
+    A parameter that two layers share has two names, and a pattern may match either. Without
+    patterns the module's own ``trained_by_default`` counts, a list of them, if it has one.
     What is frozen gets no gradient and no place in an optimizer. The freezing is over when the
     training is.
 
@@ -126,7 +127,7 @@ class LayerFreezing(Callback):
                 own = [name for name, _ in module.named_parameters(recurse=False)]
                 # one without parameters goes by the name of its statistics
                 names = [f"{prefix}.{name}" for name in own or ["running_mean"]]
-                if all(self._freezes(name, self._patterns(pl_module)) for name in names):
+                if all(self._freezes([name], self._patterns(pl_module)) for name in names):
                     self._norms.append(module)
 
     def choose(self, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -135,23 +136,27 @@ class LayerFreezing(Callback):
         Raises:
             ValueError: a pattern that matches nothing, or nothing left to train.
         """
-        parameters, patterns = dict(module.named_parameters()), self._patterns(module)
+        patterns = self._patterns(module)
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, []).append(name)
+        every = [name for own in names.values() for name in own]
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in parameters):
+            if not any(fnmatchcase(name, pattern) for name in every):
                 raise ValueError(
                     f"freezing: no parameter matches {pattern!r}; there are:"
-                    f" {', '.join(_blocks(parameters))}"
+                    f" {', '.join(_blocks(every))}"
                 )
-        chosen = {name: p for name, p in parameters.items() if self._freezes(name, patterns)}
-        if patterns and len(chosen) == len(parameters):
+        chosen = {own[0]: p for p, own in names.items() if self._freezes(own, patterns)}
+        if patterns and len(chosen) == len(names):
             raise ValueError(f"freezing: {', '.join(patterns)} leaves nothing to train")
         return chosen
 
     def _patterns(self, module: nn.Module) -> list[str]:
         return self.freeze or self.train or getattr(module, "trained_by_default", [])
 
-    def _freezes(self, name: str, patterns: list[str]) -> bool:
-        named = any(fnmatchcase(name, pattern) for pattern in patterns)
+    def _freezes(self, names: list[str], patterns: list[str]) -> bool:
+        named = any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
         return named if self.freeze else bool(patterns) and not named
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -189,6 +189,21 @@ def test_freezing_ends_with_the_training(plain: Plain, digits: MNISTDataModule) 
 
 
 @pytest.mark.parametrize(
+    ("settings", "frozen"),
+    [
+        ({"freeze": ["second.*"]}, {"first.weight", "second.bias"}),
+        ({"freeze": ["second.weight"]}, {"first.weight"}),
+        ({"train": ["second.*"]}, {"first.bias"}),
+        ({"train": ["first.*"]}, {"second.bias"}),
+    ],
+)
+def test_a_shared_parameter_has_two_names(settings: dict[str, Any], frozen: set[str]) -> None:
+    module = nn.ModuleDict({"first": nn.Linear(3, 3), "second": nn.Linear(3, 3)})
+    module["second"].weight = module["first"].weight
+    assert LayerFreezing(**settings).choose(module).keys() == frozen
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"train": ["net.layer5.*"]}, r"'net.layer5.\*'; there are: net.hidden1.\*, net.output.\*"),
