@@ -1,5 +1,8 @@
 """Layer freezing, proved on what the training leaves behind: weights, statistics, optimizers."""
 
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,18 +13,66 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import same_weights, trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, AdamW
+from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
 from mnist_lightning import LayerFreezing, MNISTDataModule, ShallowNetwork
 from mnist_lightning.__main__ import main
+
+Select = Callable[[nn.Module], Iterable[nn.Parameter]]
+Configure = Callable[["Plain", Select], Any]
+
+
+def everything(part: nn.Module) -> Iterable[nn.Parameter]:
+    return part.parameters()
+
+
+def trainable(part: nn.Module) -> Iterable[nn.Parameter]:
+    return [p for p in part.parameters() if p.requires_grad]
+
+
+def filtered(part: nn.Module) -> Iterable[nn.Parameter]:
+    return filter(lambda p: p.requires_grad, part.parameters())
+
+
+def one_group(module: "Plain", select: Select) -> Any:
+    return AdamW(select(module), lr=0.01, weight_decay=0.1)
+
+
+def groups(module: "Plain", select: Select) -> Any:
+    slow = {"params": select(module.trunk), "lr": 0.002, "weight_decay": 0.3}
+    return AdamW([{"params": select(module.head)}, slow], lr=0.01, weight_decay=0.1)
+
+
+def scheduled(module: "Plain", select: Select) -> Any:
+    optimizer = groups(module, select)
+    return {"optimizer": optimizer, "lr_scheduler": ExponentialLR(optimizer, 0.7)}
+
+
+def on_plateau(module: "Plain", select: Select) -> Any:
+    optimizer = groups(module, select)
+    # A loss that never falls enough: after an epoch each group is at its own end. Were it later,
+    # resuming would change the weights without any freezing: Lightning saves before this step.
+    scheduler = ReduceLROnPlateau(optimizer, patience=0, threshold=10.0, min_lr=[0.004, 0.0002])
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss"}}
+
+
+def state_from_the_start(module: "Plain", select: Select) -> Any:
+    return Adagrad(select(module), lr=0.01, initial_accumulator_value=0.1)
+
+
+CONFIGURATIONS = [one_group, groups, scheduled, on_plateau, state_from_the_start]
 
 
 class Plain(pl.LightningModule):
     """Knows nothing of this project: optimizes all its parameters, with decay and two groups."""
 
-    def __init__(self) -> None:
+    def __init__(self, configure: Configure = groups, select: Select = everything) -> None:
         super().__init__()
+        self.configure, self.select = configure, select
         self.trunk = nn.Sequential(nn.Conv2d(1, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU())
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(144, 10), nn.BatchNorm1d(10))
         self.gradients: set[str] = set()
@@ -30,7 +81,9 @@ class Plain(pl.LightningModule):
         return self.head(self.trunk(images))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("loss", loss, on_step=False, on_epoch=True)
+        return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self(batch[0])
@@ -41,9 +94,8 @@ class Plain(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.gradients |= {name for name, p in self.named_parameters() if p.grad is not None}
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups = [{"params": part.parameters()} for part in (self.head, self.trunk)]
-        return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+    def configure_optimizers(self) -> Any:
+        return self.configure(self, self.select)
 
 
 @pytest.fixture
@@ -108,11 +160,46 @@ def test_training_is_that_of_the_head_alone(plain: Plain, digits: MNISTDataModul
         torch.testing.assert_close(value, alone.state_dict()[name], msg=name)
 
 
-def test_statistics_without_parameters_freeze_too(plain: Plain, digits: MNISTDataModule) -> None:
-    plain.trunk[1] = nn.BatchNorm2d(4, affine=False)
-    before = copy(plain)
-    trainer(callbacks=[LayerFreezing(train=["head.*"])], limit_train_batches=2).fit(plain, digits)
-    assert changed(before, plain) == HEAD
+@pytest.mark.parametrize("batch_norm", ["frozen", "adapt"])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(4, affine=False),
+        nn.SyncBatchNorm(4),
+        nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        nn.InstanceNorm2d(4, track_running_stats=True),
+        nn.InstanceNorm2d(4, affine=True),
+        nn.GroupNorm(2, 4),
+        nn.LayerNorm([4, 6, 6]),
+    ],
+    ids=str,
+)
+def test_every_norm_layer(
+    plain: Plain, digits: MNISTDataModule, norm: nn.Module, batch_norm: Any
+) -> None:
+    plain.trunk[1] = deepcopy(norm)
+    before, few = copy(plain), {"limit_train_batches": 2, "limit_val_batches": 0}
+    freezing = LayerFreezing(train=["head.*"], batch_norm=batch_norm)
+    trainer(callbacks=[freezing], **few).fit(plain, digits)
+    moves = STATISTICS & before.keys() if batch_norm == "adapt" else set()
+    if isinstance(norm, nn.InstanceNorm2d):
+        moves -= {"trunk.1.num_batches_tracked"}  # which it has, but does not count
+    assert changed(before, plain) == HEAD | moves
+    assert all(layer.training for layer in plain.modules())
+
+
+def test_layers_replaced_after_setup(digits: MNISTDataModule) -> None:
+    """As ``Trainer(sync_batchnorm=True)`` does in several processes, at about this point."""
+
+    class Synchronized(Plain):
+        def configure_model(self) -> None:
+            nn.SyncBatchNorm.convert_sync_batchnorm(self)
+
+    module = Synchronized()
+    before, few = copy(module), {"limit_train_batches": 2, "limit_val_batches": 0}
+    trainer(callbacks=[LayerFreezing(train=["head.*"])], **few).fit(module, digits)
+    assert isinstance(module.trunk[1], nn.SyncBatchNorm)
+    assert changed(before, module) == HEAD
 
 
 class AtEachEpoch(pl.Callback):
@@ -138,14 +225,79 @@ def test_unfreezing(
     assert [id(p) for g in fit.optimizers[0].param_groups for p in g["params"]] == order
     assert capsys.readouterr().out.splitlines() == [
         "training head.1.*, head.2.*: 1,470 of 1,582 parameters",
-        "frozen   trunk.0.*, trunk.1.*, and the statistics of 1 BatchNorm",
+        "frozen   trunk.0.*, trunk.1.*, and the statistics of its norm layers (1)",
         "epoch 3: from here on everything trains",
     ]
 
 
+@pytest.mark.parametrize("select", [everything, trainable, filtered])
+def test_what_thaws_trains_like_a_plain_loop(plain: Plain, select: Select) -> None:
+    """From the third epoch on, at the learning rate and decay of its own group."""
+    batches = [(torch.randn(16, 1, 28, 28), torch.randint(10, (16,))) for _ in range(3)]
+    alone = deepcopy(plain)
+    head = AdamW(alone.head.parameters(), lr=0.01, weight_decay=0.1)
+    trunk = AdamW(alone.trunk.parameters(), lr=0.002, weight_decay=0.3)
+    for epoch in range(4):
+        alone.trunk.train(epoch >= 2)
+        for images, labels in batches:
+            alone.zero_grad()
+            F.cross_entropy(alone(images), labels).backward()
+            for optimizer in (head, trunk) if epoch >= 2 else (head,):
+                optimizer.step()
+    plain.select = select
+    freezing = LayerFreezing(train=["head.*"], unfreeze_at_epoch=2)
+    trainer(callbacks=[freezing], max_epochs=4).fit(plain, DataLoader(batches, batch_size=None))
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(value, alone.state_dict()[name], msg=name)
+
+
+@pytest.mark.parametrize("configure", CONFIGURATIONS)
+def test_optimizers_of_what_trains_end_as_those_of_everything(
+    digits: MNISTDataModule, configure: Configure
+) -> None:
+    """The same weights, groups and learning rates, whichever way the module chooses."""
+    results, rates = [], []
+    for select in (everything, trainable):
+        pl.seed_everything(5, verbose=False)
+        module = Plain(configure, select)
+        few = {"max_epochs": 3, "limit_train_batches": 3, "limit_val_batches": 0}
+        fit = trainer(callbacks=[LayerFreezing(train=["head.*"], unfreeze_at_epoch=1)], **few)
+        fit.fit(module, digits)
+        results.append(module)
+        rates.append([(len(g["params"]), g["lr"]) for g in fit.optimizers[0].param_groups])
+    assert same_weights(*results)
+    assert rates[0] == rates[1]
+
+
+def test_what_could_never_train_is_refused(plain: Plain, digits: MNISTDataModule) -> None:
+    plain.configure = lambda module, _: SGD(module.head.parameters(), lr=0.01)
+    few = {"limit_train_batches": 1, "limit_val_batches": 0}
+    freezing = LayerFreezing(train=["head.*"], unfreeze_at_epoch=1)
+    with pytest.raises(ValueError, match=r"no optimizer holds trunk.0.\*, trunk.1.\*, so"):
+        trainer(callbacks=[freezing], **few).fit(plain, digits)
+    plain.trunk.requires_grad_(False)  # the remedy in the message
+    trainer(callbacks=[freezing], **few).fit(plain, digits)
+
+
+def test_unfreezing_a_network_that_could_be_fused(digits: MNISTDataModule) -> None:
+    module, seen = ShallowNetwork(hidden_units=8), AtEachEpoch()
+    freezing = LayerFreezing(train=["net.output.*"], unfreeze_at_epoch=1)
+    trainer(callbacks=[freezing, seen], max_epochs=2).fit(module, digits)
+    hidden = {"net.hidden1.weight", "net.hidden1.bias"}
+    first, second = seen.states
+    assert all(first[name].equal(second[name]) for name in hidden)
+    assert hidden <= changed(second, module)
+
+
+@pytest.mark.parametrize("select", [everything, trainable])
+@pytest.mark.parametrize("configure", CONFIGURATIONS)
 @pytest.mark.parametrize("unfreeze_at_epoch", [None, 1, 2, 3])
 def test_resuming_changes_nothing(
-    digits: MNISTDataModule, tmp_path: Path, unfreeze_at_epoch: int | None
+    digits: MNISTDataModule,
+    tmp_path: Path,
+    unfreeze_at_epoch: int | None,
+    configure: Configure,
+    select: Select,
 ) -> None:
     """Four epochs at once, and two and two: the same weights, wherever the thaw lies."""
     results = []
@@ -154,12 +306,12 @@ def test_resuming_changes_nothing(
         saver = ModelCheckpoint(tmp_path / str(resume), "{epoch}", save_top_k=-1)
         settings: dict[str, Any] = {
             "max_epochs": 4,
-            "limit_train_batches": 3,
+            "limit_train_batches": 2,
             "limit_val_batches": 0,
             "enable_checkpointing": True,
         }
         freezing = LayerFreezing(train=["head.*"], unfreeze_at_epoch=unfreeze_at_epoch)
-        model = Plain()
+        model = Plain(configure, select)
         checkpoint = tmp_path / "False" / "epoch=1.ckpt" if resume else None
         trainer(callbacks=[freezing, saver], **settings).fit(
             model, digits, ckpt_path=checkpoint, weights_only=True
@@ -186,6 +338,166 @@ def test_freezing_ends_with_the_training(plain: Plain, digits: MNISTDataModule) 
     before = copy(plain)
     trainer(**few).fit(plain, digits)
     assert changed(before, plain) == before.keys()
+
+
+@pytest.mark.parametrize("unfreeze_at_epoch", [None, 1])
+@pytest.mark.parametrize("select", [everything, trainable])
+def test_what_the_user_froze_stays_frozen(
+    plain: Plain,
+    digits: MNISTDataModule,
+    capsys: pytest.CaptureFixture[str],
+    unfreeze_at_epoch: int | None,
+    select: Select,
+) -> None:
+    """A layer by requires_grad, one by evaluation mode: during the training, and after it."""
+    plain.select = select
+    plain.trunk[0].requires_grad_(False)
+    plain.trunk[1].eval()
+    before, few = copy(plain), {"limit_train_batches": 2, "limit_val_batches": 0}
+    freezing = LayerFreezing(train=["head.*"], unfreeze_at_epoch=unfreeze_at_epoch)
+    trainer(callbacks=[freezing], max_epochs=2, **few).fit(plain, digits)
+    thawed = {"trunk.1.weight", "trunk.1.bias"} if unfreeze_at_epoch else set()
+    assert changed(before, plain) == HEAD | thawed
+    assert {n for n, p in plain.named_parameters() if not p.requires_grad} == {
+        "trunk.0.weight",
+        "trunk.0.bias",
+    }
+    assert {n for n, layer in plain.named_modules() if not layer.training} == {"trunk.1"}
+    said = "epoch 2: from here on everything trains but trunk.0.*"
+    assert (said in capsys.readouterr().out) == bool(unfreeze_at_epoch)
+
+
+@pytest.mark.parametrize("val_check_interval", [1, 2])  # before the last mini-batch, after it
+def test_who_calls_train_means_the_frozen_layers_too(
+    plain: Plain, digits: MNISTDataModule, val_check_interval: int
+) -> None:
+    """As ``Plain`` does after a validation: they are in training mode once the freezing is over."""
+    plain.eval()
+    trainer(
+        callbacks=[LayerFreezing(train=["head.*"])],
+        limit_train_batches=2,
+        limit_val_batches=1,
+        val_check_interval=val_check_interval,
+    ).fit(plain, digits)
+    assert all(layer.training for layer in plain.modules())
+
+
+class Fails(pl.Callback):
+    """Raises an error in one of the hooks."""
+
+    def __init__(self, hook: str, error: BaseException) -> None:
+        self.error = error
+        setattr(self, hook, self.fail)
+
+    def fail(self, *_: object, **__: object) -> None:
+        raise self.error
+
+
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Lightning ignores further interrupts once it has seen one, here for all tests to come."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_batch_end"])
+@pytest.mark.parametrize(
+    ("error", "raised"), [(RuntimeError("no"), RuntimeError), (KeyboardInterrupt(), SystemExit)]
+)
+def test_an_exception_ends_the_freezing(
+    plain: Plain, digits: MNISTDataModule, hook: str, error: BaseException, raised: Any
+) -> None:
+    few = {"limit_train_batches": 2, "limit_val_batches": 0}
+    fit = trainer(callbacks=[LayerFreezing(train=["head.*"]), Fails(hook, error)], **few)
+    with pytest.raises(raised):
+        fit.fit(plain, digits)
+    assert all(p.requires_grad for p in plain.parameters())
+    before = copy(plain)
+    trainer(**few).fit(plain, digits)
+    assert changed(before, plain) == before.keys()
+
+
+def test_a_checkpoint_of_an_exception_says_what_was_frozen(
+    plain: Plain, digits: MNISTDataModule, tmp_path: Path
+) -> None:
+    few = {"limit_train_batches": 2, "limit_val_batches": 0}
+    freezing, saver = LayerFreezing(train=["head.*"]), OnExceptionCheckpoint(tmp_path, "a")
+    fails = Fails("on_train_batch_end", RuntimeError("no"))
+    fit = trainer(callbacks=[freezing, fails, saver], enable_checkpointing=True, **few)
+    with pytest.raises(RuntimeError):
+        fit.fit(plain, digits)
+    before = copy(plain)
+    resumed = trainer(callbacks=[LayerFreezing(train=["head.*"])], **few)
+    resumed.fit(plain, digits, ckpt_path=saver.ckpt_path, weights_only=True)
+    assert changed(before, plain) == HEAD
+
+
+def test_a_training_that_never_began_changes_nothing(plain: Plain, digits: MNISTDataModule) -> None:
+    """Not by what the callback remembers of the training before, either."""
+    few = {"limit_train_batches": 1, "limit_val_batches": 0}
+    freezing = LayerFreezing(train=["head.*"])
+    trainer(callbacks=[freezing], **few).fit(plain, digits)
+    plain.trunk.requires_grad_(False).eval()
+    with pytest.raises(RuntimeError, match="no"):
+        trainer(callbacks=[Fails("setup", RuntimeError("no")), freezing]).fit(plain, digits)
+    freezing.train = ["tail.*"]
+    with pytest.raises(ValueError, match="no parameter matches"):
+        trainer(callbacks=[freezing]).fit(plain, digits)
+    assert not any(p.requires_grad for p in plain.trunk.parameters())
+    assert not any(layer.training for layer in plain.trunk.modules())
+    assert all(p.requires_grad for p in plain.head.parameters())
+
+
+def test_one_callback_in_several_trainings(plain: Plain, digits: MNISTDataModule) -> None:
+    """The same Trainer twice, with a validation between, and another one with another module."""
+    few = {"limit_train_batches": 2, "limit_val_batches": 1}
+    freezing = LayerFreezing(train=["head.*"])
+    fit = trainer(callbacks=[freezing], **few)
+    for epochs in (1, 2):
+        before = copy(plain)
+        fit.fit_loop.max_epochs = epochs
+        fit.fit(plain, digits)
+        assert changed(before, plain) == HEAD
+        before = copy(plain)
+        fit.validate(plain, digits, verbose=False)
+        assert not changed(before, plain)
+        assert all(p.requires_grad for p in plain.parameters())
+        assert all(layer.training for layer in plain.modules())
+    other = Plain()
+    first = copy(other)
+    trainer(callbacks=[freezing], **few).fit(other, digits)
+    assert changed(first, other) == HEAD
+    assert not changed(before, plain)
+
+
+def test_a_second_training_with_the_same_trainer_thaws_in_its_turn(
+    plain: Plain, digits: MNISTDataModule
+) -> None:
+    few = {"limit_train_batches": 2, "limit_val_batches": 0}
+    plain.select = trainable
+    fit = trainer(callbacks=[LayerFreezing(train=["head.*"], unfreeze_at_epoch=1)], **few)
+    for epochs, moves in ((1, HEAD), (2, plain.state_dict().keys())):
+        before = copy(plain)
+        fit.fit_loop.max_epochs = epochs
+        fit.fit(plain, digits)
+        assert changed(before, plain) == moves
+
+
+@pytest.mark.parametrize(
+    ("settings", "frozen"),
+    [
+        ({"freeze": ["second.*"]}, {"first.weight", "second.bias"}),
+        ({"freeze": ["second.weight"]}, {"first.weight"}),
+        ({"train": ["second.*"]}, {"first.bias"}),
+        ({"train": ["first.*"]}, {"second.bias"}),
+    ],
+)
+def test_a_shared_parameter_has_two_names(settings: dict[str, Any], frozen: set[str]) -> None:
+    module = nn.ModuleDict({"first": nn.Linear(3, 3), "second": nn.Linear(3, 3)})
+    module["second"].weight = module["first"].weight
+    assert LayerFreezing(**settings).choose(module).keys() == frozen
 
 
 @pytest.mark.parametrize(
