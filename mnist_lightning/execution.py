@@ -108,7 +108,7 @@ HARMLESS: dict[type[Callback], Callable[[Any], bool]] = {
     ),
     callbacks.Timer: lambda c: c._interval != "step" or c._duration is None,
     callbacks.LearningRateMonitor: lambda c: c.logging_interval == "epoch",
-    LayerFreezing: lambda c: not c._norms,
+    LayerFreezing: lambda c: not c._training,  # no norm layer to keep in evaluation mode
     **dict.fromkeys(BARS, lambda c: True),
 }
 
@@ -251,14 +251,11 @@ def unfusable(trainer: Trainer) -> str | None:
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     if [id(p) for p in parameters] != [id(p) for p in module.parameters()]:
         return "the model has parameters beside its network's own"
-    hooked = any(_hooked(part) for part in module.modules())
-    if hooked or _hooked(torch.nn.modules.module, "_global"):
-        return "a hook sees the network's passes"
+    if hooked(module):
+        return "a hook sees the network's passes or gradients"
     for p in parameters:
         if not p.requires_grad:
             return "some parameters are frozen"
-        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
-            return "a hook sees the gradients"
         if (p.dtype, p.device) != (parameters[0].dtype, torch.device("cpu")):
             return "fused steps are for a CPU and one data type"
     if type(trainer.precision_plugin) not in (Precision, DoublePrecision):
@@ -290,10 +287,15 @@ def linear_layers(net: nn.Module) -> list[nn.Linear] | None:
     return linear if plain else None
 
 
-def _hooked(place: Any, prefix: str = "") -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether anything of a user's sees the passes of a module, or the gradients of its weights."""
     kinds = ("forward_pre", "forward", "backward_pre", "backward")
-    hooks = [getattr(place, f"{prefix}_{kind}_hooks") for kind in kinds]
-    return any(hooks) or getattr(place, "_compiled_call_impl", None) is not None
+    return (
+        any(getattr(part, f"_{kind}_hooks") for part in module.modules() for kind in kinds)
+        or any(getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in kinds)
+        or any(part._compiled_call_impl is not None for part in module.modules())
+        or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters())
+    )
 
 
 def _no_plain_sgd(optimizers: list[Any], parameters: list[Tensor]) -> str | None:
