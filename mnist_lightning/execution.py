@@ -60,6 +60,7 @@ CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 # a hook of a later version of Lightning, is taken for one that does.
 _ANY_CLASS = set(
     "__init__ __module__ __doc__ __qualname__ __annotations__ __parameters__ __abstractmethods__"
+    " __dict__ __weakref__"
     " __orig_bases__ __static_attributes__ __firstlineno__ __annotate_func__ _abc_impl"
     " __annotations_cache__ __jit_unused_properties__".split()
 )
@@ -214,8 +215,8 @@ def altered(thing: object, allowed: set[str]) -> str | None:
     if known is None:
         return f"{kind.__name__} is not of mnist_lightning"
     for cls in kind.__mro__[: kind.__mro__.index(known)]:
-        for name in vars(cls).keys() - allowed:
-            if hasattr(known, name):
+        for name in vars(cls):
+            if name not in allowed and hasattr(known, name):
                 return f"{cls.__name__} overrides {name}"
     for name in vars(thing):
         if callable(getattr(kind, name, None)):

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import same_weights, trainer
+from torch.optim import lr_scheduler as lrs
 
 from mnist_lightning import DeepNetwork, MNISTDataModule, Perceptron, ShallowNetwork
 from mnist_lightning.data import epoch_order
@@ -165,6 +166,82 @@ def test_a_new_lr_wins_over_the_checkpoint(digits: MNISTDataModule, tmp_path) ->
     second = trainer(max_epochs=2)
     second.fit(ShallowNetwork(20, lr=0.25), digits, ckpt_path=tmp_path / "a.ckpt")
     assert second.optimizers[0].param_groups[0]["lr"] == 0.25
+
+
+class Grouped(ShallowNetwork):
+    """Two groups, a schedule made of schedules, and rates that are multiples of lr."""
+
+    def __init__(self, lr: float = 0.1, schedule: str = "step") -> None:
+        super().__init__(20, lr)
+        self.save_hyperparameters()
+        self.schedule = schedule
+
+    def configure_optimizers(self):
+        hidden, output = self.net.hidden1.parameters(), self.net.output.parameters()
+        groups = [{"params": hidden, "lr": self.lr / 10}, {"params": output}]
+        optimizer = torch.optim.SGD(groups, lr=self.lr)
+        scheduler = {
+            "step": lambda: lrs.StepLR(optimizer, 1, 0.5),
+            "plateau": lambda: lrs.ReduceLROnPlateau(optimizer),
+            "one cycle": lambda: lrs.OneCycleLR(optimizer, [self.lr, 2 * self.lr], 500),
+            "sequence": lambda: lrs.SequentialLR(
+                optimizer, [lrs.ConstantLR(optimizer), lrs.ExponentialLR(optimizer, 0.5)], [1]
+            ),
+        }[self.schedule]()
+        config = {"scheduler": scheduler, "monitor": "val/loss"}
+        if self.schedule == "one cycle":
+            config["interval"] = "step"
+        return [optimizer], [config]
+
+
+@pytest.mark.parametrize("schedule", ["step", "plateau", "one cycle", "sequence"])
+def test_a_new_lr_scales_all_groups_and_schedules(
+    schedule: str, digits: MNISTDataModule, tmp_path
+) -> None:
+    """Resumed at twice the rate: from there on each rate is twice what it would have been."""
+    first = trainer()
+    first.fit(Grouped(0.1, schedule), digits)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    rates = []
+    for lr in (0.1, 0.2):
+        second = trainer(max_epochs=3)
+        model = Grouped(lr, schedule)
+        second.fit(model, digits, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+        rates.append([group["lr"] for group in second.optimizers[0].param_groups])
+    # OneCycleLR's rates do not start from the group's own
+    assert rates[0][0] != rates[0][1]
+    assert rates[1] == pytest.approx([2 * rate for rate in rates[0]], rel=1e-9)
+
+
+class OwnLoss(Perceptron):
+    def loss(self, scores, labels):
+        return F.cross_entropy(scores, labels)
+
+
+@pytest.mark.parametrize("change", ["loss", "hook", "net"])
+def test_the_perceptrons_rule_gives_way_to_autograd(change: str, digits: MNISTDataModule) -> None:
+    """Where the rule is not the gradient of what is asked for: against a plain loop."""
+
+    def make() -> Perceptron:
+        torch.manual_seed(0)
+        model = OwnLoss() if change == "loss" else Perceptron()
+        if change == "hook":
+            model.net.register_forward_hook(lambda module, inputs, scores: 2 * scores)
+        if change == "net":
+            model.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+        return model
+
+    pl.seed_everything(0, verbose=False)
+    model, plain = make(), make()
+    digits.setup()
+    trainer(max_steps=5).fit(model, digits)
+    sgd = torch.optim.SGD(plain.parameters(), lr=plain.lr)
+    for rows in epoch_order(len(digits.train_set), 0, 0).split(16)[:5]:
+        images, labels = digits.train_set.images[rows], digits.train_set.labels[rows]
+        sgd.zero_grad()
+        (plain.loss(plain(digits.preprocess(images)), labels) * 16).backward()
+        sgd.step()
+    assert same_weights(model.net, plain.net)
 
 
 def test_diverged_training_ends_with_a_word(digits: MNISTDataModule) -> None:
