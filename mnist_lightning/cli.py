@@ -23,6 +23,7 @@ from typing import Any, NoReturn, cast
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
 from mnist_lightning import checkpoints, inspection
@@ -35,7 +36,7 @@ from mnist_lightning.callbacks import (
 )
 from mnist_lightning.checkpoints import ModelCheckpoint
 from mnist_lightning.dashboard import Dashboard, RunLogger
-from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.data import MNISTDataModule, in_image_order
 from mnist_lightning.files import write_text
 from mnist_lightning.models import Classifier, Perceptron, ResNet18
 from mnist_lightning.names import ConfigByName, hint, shipped_configs
@@ -414,21 +415,32 @@ class CLI(LightningCLI):
             for name, value in metrics.items():
                 writer.add_scalar(name, value, self.checkpoint["epoch"] + 1)
 
+    def _check_returns(self) -> None:
+        """Refuses strategies that start processes by spawn or fork: this one gets metrics only."""
+        if isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                f"{self.subcommand} needs the answers of all processes, which this strategy does"
+                " not return: --trainer.strategy ddp"
+            )
+
     def predict(self, **kwargs: Any) -> None:
         assert self.checkpoint_path is not None
-        batches = self.trainer.predict(**{**kwargs, "return_predictions": True})
-        if not self.trainer.is_global_zero or batches is None:
+        trainer, data = self.trainer, self.datamodule
+        self._check_returns()
+        batches = trainer.predict(**{**kwargs, "return_predictions": True})
+        if not batches:
+            raise ValueError("no image was labelled: --trainer.limit_predict_batches is 0")
+        answers = torch.cat(cast(list[torch.Tensor], batches))
+        loader = cast(Any, trainer.predict_dataloaders)
+        images, answers = in_image_order(trainer, loader, answers)
+        if not trainer.is_global_zero:
             return
-        confidence, predicted = torch.cat(cast(list[torch.Tensor], batches)).max(1)
-        data = self.datamodule
-        names = (
-            [file.name for file in data.predict_files()]
-            if data.predict_dir
-            else [f"val[{index}]" for index in range(len(predicted))]
-        )
+        files = data.predict_files() if data.predict_dir else None
         rows = [
-            (name, str(int(digit)), f"{float(probability):.4f}")
-            for name, digit, probability in zip(names, predicted, confidence, strict=False)
+            (files[image].name if files else f"val[{image}]", str(digit), f"{probability:.4f}")
+            for image, probability, digit in zip(
+                images.tolist(), *(column.tolist() for column in answers.max(1)), strict=True
+            )
         ]
         header = ("image", "predicted", "probability")
         _say(inspection.format_table(header, rows[:10], right=(1, 2)))

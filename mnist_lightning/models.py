@@ -17,7 +17,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
 from torchvision.models import ResNet18_Weights, resnet18
 
 from mnist_lightning import execution
@@ -64,10 +63,6 @@ class Classifier(LightningModule):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
         self.net, self.lr, self.optimizer = net, lr, optimizer
-        # A loss that is not a number must show in the mean. By default it is left out, and with
-        # "disable" torchmetrics 1.9 leaves out the weights.
-        self.mean_loss = MeanMetric(nan_strategy=float("nan"))
-        self.accuracy = MeanMetric()
         # for each mini-batch: its loss summed over the images, correct answers, images
         self._seen: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
         self._fuse = False
@@ -98,19 +93,20 @@ class Classifier(LightningModule):
 
     def _log_epoch(self, stage: str) -> None:
         losses, correct, sizes = zip(*self._seen.pop(stage), strict=True)
-        images = sum(sizes)
-        self.mean_loss.update(torch.stack(losses).sum() / images, images)
-        self.accuracy.update(torch.stack(correct).sum() / images, images)
-        loss = self.mean_loss.compute()
+        loss, right = torch.stack(losses).float().sum(), torch.stack(correct).sum().float()
+        # over the images of all processes, which need not have as many each
+        sums = torch.stack([loss, right, right.new_tensor(sum(sizes))])
+        sums = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
+        loss, accuracy = sums[:2] / sums[2]
         if stage == "train" and not loss.isfinite():
             raise ValueError(
                 f"the training diverged in epoch {self.current_epoch + 1}: its loss is {loss}."
                 f" A lower lr may help (now {self.lr})"
             )
-        self.log(f"{stage}/loss", loss)
-        self.log(f"{stage}/acc", self.accuracy.compute(), prog_bar=stage == "val")
-        self.mean_loss.reset()
-        self.accuracy.reset()
+        # All processes have the same values. Lightning warns unless it reduces them too, and of
+        # equals the maximum is exact, where a mean is rounded.
+        self.log(f"{stage}/loss", loss, reduce_fx="max", sync_dist=True)
+        self.log(f"{stage}/acc", accuracy, prog_bar=stage == "val", reduce_fx="max", sync_dist=True)
 
     @property
     def fuses(self) -> bool:

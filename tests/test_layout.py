@@ -17,7 +17,7 @@ FLOORS = {
     "names": 0,
     "data": 0,
     "space": 0,
-    "callbacks": 0,
+    "callbacks": 1,
     "stacked": 0,
     "claims": 0,
     "execution": 1,
