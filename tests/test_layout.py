@@ -24,6 +24,7 @@ FLOORS = {
     "models": 2,
     "dashboard": 2,
     "results": 1,
+    "evaluations": 1,
     "checkpoints": 3,
     "inspection": 3,
     "population": 3,

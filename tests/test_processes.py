@@ -1,6 +1,7 @@
 """Several processes share an evaluation: each image counts once, and all is as with one process."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -110,3 +111,26 @@ def test_three_processes_predict_as_one(run: Path) -> None:
     assert _answers(run) == alone
     _shared(3, *words, "--data.eval_batch_size", 7, "--trainer.limit_predict_batches", 2)
     assert _answers(run) == alone[: 1 + 3 * 7 * 2]
+
+
+@pytest.mark.slow
+def test_three_processes_validate_and_test_as_one(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["validate", "--ckpt_path", str(run)]) == 0
+    alone = capsys.readouterr().out
+    assert _shared(3, "validate", "--ckpt_path", run) == alone
+    assert main(["test", "--ckpt_path", str(run)]) == 0
+    _shared(3, "test", "--ckpt_path", run)
+    part = ("--data.eval_batch_size", 20, "--trainer.limit_test_batches", 2)
+    _shared(3, "test", "--ckpt_path", run, *part)
+    one, three, limited = json.loads((run / "test.json").read_text())
+    assert three["images"] == one["images"] == 256
+    assert three["test/acc"] == one["test/acc"]
+    assert three["test/loss"] == pytest.approx(one["test/loss"], rel=1e-6)
+    assert three["confusion"] == one["confusion"]
+    assert three["mistakes"] == one["mistakes"]
+    # the first 120 images, dealt out
+    assert (limited["images"], limited["test_set"]) == (120, 256)
+    assert sum(map(sum, limited["confusion"])) == 120
+    assert [m for m in one["mistakes"] if m["image"] < 120] == limited["mistakes"]

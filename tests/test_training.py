@@ -239,14 +239,14 @@ def test_hparams_tab_has_the_same_columns_for_different_models(tmp_path: Path) -
 
 
 def test_test_is_logged_into_the_run_and_counted(run: Path, capsys: pytest.CaptureFixture) -> None:
-    for look in (1, 2):
+    for number in (1, 2):
         assert main(["test", "--ckpt_path", str(run)]) == 0
-        assert f"look {look} " in capsys.readouterr().out
-    looks = json.loads((run / "test.json").read_text())
-    assert [entry["look"] for entry in looks] == [1, 2]
+        assert f"test evaluation {number} " in capsys.readouterr().out
+    recorded = json.loads((run / "test.json").read_text())
+    assert [entry["evaluation"] for entry in recorded] == [1, 2]
     best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     assert _scalars(run)["test/acc"] == [
-        (best["epoch"] + 1, pytest.approx(entry["test/acc"])) for entry in looks
+        (best["epoch"] + 1, pytest.approx(entry["test/acc"])) for entry in recorded
     ]
 
 
@@ -291,7 +291,7 @@ def test_plain_python_needs_no_command_line(digits: MNISTDataModule, tmp_path: P
     run = trainer(callbacks=[saver, EarlyStopping()], enable_checkpointing=True)
     run.fit(ShallowNetwork(20), digits)
     assert main(["test", "--ckpt_path", str(tmp_path / "best.ckpt")]) == 0
-    assert json.loads((tmp_path / "test.json").read_text())[0]["look"] == 1
+    assert json.loads((tmp_path / "test.json").read_text())[0]["evaluation"] == 1
 
 
 def test_same_weights_notices_a_difference() -> None:
