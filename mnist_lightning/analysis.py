@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnist_lightning import space
+from mnist_lightning import evaluations, space
 from mnist_lightning.published import PUBLISHED, Published
 from mnist_lightning.results import load_results
 
@@ -33,7 +33,7 @@ class Found:
         path: the folder.
         about: ``search.json``: what was searched, on which data, and its provenance.
         trials: a row each, see ``results.load_results``.
-        tests: ``test.json``: the looks that the winner has had at the test images.
+        tests: ``test.json``: the test evaluations of the winner, see ``evaluations.read``.
     """
 
     path: Path
@@ -162,14 +162,9 @@ def read(path: Path) -> list[Found]:
             " Searches are in lightning_logs/search"
         )
     return [
-        Found(folder, _json(folder / "search.json"), load_results(folder), _tests(folder))
+        Found(folder, _json(folder / "search.json"), load_results(folder), evaluations.read(folder))
         for folder in folders
     ]
-
-
-def _tests(folder: Path) -> list[Any]:
-    file = folder / "test.json"
-    return _json(file) if file.is_file() else []
 
 
 def _json(file: Path) -> Any:
@@ -446,23 +441,28 @@ def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, f
 
 
 def tested(found: Found) -> dict[str, Any] | None:
-    """The first look on record: ``acc``, ``low``, ``high``, ``images``, ``look``."""
-    if not found.tests:
+    """The first evaluation on the whole test set; one on a part of it is no test of the winner.
+
+    Returns:
+        ``acc``, ``low`` and ``high``, ``images``, and the ``record`` itself.
+    """
+    record = next(filter(evaluations.is_whole, found.tests), None)
+    if record is None:
         return None
-    look = found.tests[0]
-    images = _sizes(found)["test"]
-    acc = look["test/acc"]
+    images = record.get("images") or _sizes(found)["test"]
+    acc = record["test/acc"]
     low, high = wilson(round(acc * images), images)
-    return {"acc": acc, "low": low, "high": high, "images": images, "look": look}
+    return {"acc": acc, "low": low, "high": high, "images": images, "record": record}
 
 
 def _sizes(found: Found) -> dict[str, int]:
     """Images to validate and to test, as the named split has them."""
     data = found.about["data"]
+    study = data["split"] == "study"
     if data["source"] == "digits":
-        pool, test = 1797, 180
+        pool, test = 1797, 180 if study else 256
     else:
-        pool, test = 70_000, 7_000 if data["split"] == "study" else 10_000
+        pool, test = 70_000, 7_000 if study else 10_000
     return {"val": round((pool - test) * data["val_fraction"]), "test": test}
 
 

@@ -5,13 +5,15 @@ import time
 import zlib
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from mnist_lightning.data import in_image_order
 
 
 class EarlyStopping(callbacks.EarlyStopping):
@@ -302,26 +304,37 @@ def _say(text: str) -> None:
 class Mistakes(Callback):
     """Notes what a test got wrong: a confusion matrix, and the images of the surest errors.
 
-    In a single process only: of several, each sees but a part of the images.
-
     Args:
         most: how many images to keep.
     """
 
+    images: int
+    """How many images the test scored, in all processes."""
+
     def __init__(self, most: int = 60) -> None:
         self.most = most
-        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen = []
+        self.images = 0
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._rows: tuple[Tensor, ...] = ()
 
     def on_test_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
+        labels = batch[1]
+        self.images += len(labels)
         # a model with a test_step of its own may return its loss, or nothing
-        if isinstance(outputs, Tensor) and outputs.ndim == 2 and trainer.world_size == 1:
+        if isinstance(outputs, Tensor) and outputs.ndim == 2:
             probability, predicted = outputs.float().max(1)
-            self._seen.append((probability.cpu(), predicted.cpu(), batch[1].cpu()))
+            self._seen.append((probability.cpu(), predicted.cpu(), labels.cpu()))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        counted = torch.tensor(self.images, device=pl_module.device)
+        self.images = int(trainer.strategy.reduce(counted, reduce_op="sum"))
+        if self._seen:
+            columns = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+            self._rows = in_image_order(trainer, cast(Any, trainer.test_dataloaders), *columns)
 
     def facts(self, images: Tensor) -> dict[str, Any]:
         """What was noted, as plain JSON types.
@@ -333,11 +346,9 @@ class Mistakes(Callback):
             ``confusion[label][predicted]``, numbers of images; ``mistakes``, the surest first, each
             with its ``image``'s row and its ``pixels`` (28 x 28 bytes, zlib, base64).
         """
-        if not self._seen:
+        if not self._rows:
             return {}
-        probability, predicted, labels = (
-            torch.cat(parts) for parts in zip(*self._seen, strict=True)
-        )
+        index, probability, predicted, labels = self._rows
         confusion = torch.zeros(10, 10, dtype=torch.int64)
         confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
         wrong = (predicted != labels).nonzero().flatten()
@@ -346,12 +357,12 @@ class Mistakes(Callback):
             "confusion": confusion.tolist(),
             "mistakes": [
                 {
-                    "image": row,
+                    "image": int(index[row]),
                     "label": int(labels[row]),
                     "predicted": int(predicted[row]),
                     "probability": round(float(probability[row]), 4),
                     "pixels": base64.b64encode(
-                        zlib.compress(images[row].numpy().tobytes(), 9)
+                        zlib.compress(images[index[row]].numpy().tobytes(), 9)
                     ).decode(),
                 }
                 for row in surest.tolist()

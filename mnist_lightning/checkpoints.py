@@ -4,7 +4,6 @@ A run's folder is ``lightning_logs/<config name>/version_N/``; its checkpoints l
 ``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``.
 """
 
-import json
 import pickle
 import sys
 import zipfile
@@ -15,9 +14,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, callbacks
 
-from mnist_lightning.files import write_json
 from mnist_lightning.models import Classifier
-from mnist_lightning.provenance import provenance
 
 # A model that learned from one split must not be scored on another: its training images would be
 # among the test images. Nor on pixels that were scaled in another way.
@@ -207,40 +204,6 @@ class ModelCheckpoint(callbacks.ModelCheckpoint):
             for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
                 state_dict[key] = here(state_dict[key])
         super().load_state_dict(state_dict)
-
-
-def record_test(run: Path, checkpoint: Path, metrics: dict[str, float], **facts: Any) -> int:
-    """Adds a test evaluation to ``test.json`` of the run that it evaluates.
-
-    Returns:
-        How often this run has now been tested. Each further look makes the test set a bit more of
-        a validation set.
-    """
-    looks = tests(run)
-    looks.append(
-        {"look": len(looks) + 1, "checkpoint": checkpoint.name, **metrics, **provenance(**facts)}
-    )
-    write_json(run / "test.json", looks)
-    return len(looks)
-
-
-def tests(run: Path) -> list[dict[str, Any]]:
-    """The test evaluations noted in ``test.json`` of a run.
-
-    Raises:
-        ValueError: the file cannot be read as that.
-    """
-    book = run / "test.json"
-    if not book.exists():
-        return []
-    try:
-        looks = json.loads(book.read_bytes())
-    except (OSError, ValueError) as error:
-        reason = f"{book} cannot be read as JSON: {_first_line(error)}"
-        raise ValueError(f"{reason}. Mend it, or move it away and count anew.") from error
-    if not isinstance(looks, list):
-        raise ValueError(f"{book} holds no list of tests. Move it away and count anew.")
-    return looks
 
 
 def _first_line(error: Exception) -> str:

@@ -24,9 +24,10 @@ from typing import Any, NoReturn, cast
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
-from mnist_lightning import checkpoints, inspection
+from mnist_lightning import checkpoints, evaluations, inspection
 from mnist_lightning.callbacks import (
     EarlyStopping,
     EpochLines,
@@ -36,7 +37,7 @@ from mnist_lightning.callbacks import (
 )
 from mnist_lightning.checkpoints import ModelCheckpoint
 from mnist_lightning.dashboard import Dashboard, RunLogger
-from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.data import MNISTDataModule, in_image_order
 from mnist_lightning.execution import Execution
 from mnist_lightning.files import write_text
 from mnist_lightning.models import Classifier, Perceptron, ResNet18
@@ -56,7 +57,7 @@ def validate(words: list[str]) -> None:
 
 
 def test(words: list[str]) -> None:
-    """Scores a checkpoint on the test images, and counts the look in its run's folder."""
+    """Scores a checkpoint on the test images, and records that in its run's folder."""
     _run("test", words)
 
 
@@ -385,57 +386,78 @@ class CLI(LightningCLI):
         )
 
     def validate(self, **kwargs: Any) -> None:
-        (metrics,) = self.trainer.validate(**{**kwargs, "verbose": False})
-        _say(f"{self.datamodule.describe()}\n{_figures(metrics)}")
+        results = self.trainer.validate(**{**kwargs, "verbose": False})
+        if not results:
+            raise ValueError("no image was scored: --trainer.limit_val_batches is 0")
+        _say(f"{self.datamodule.describe()}\n{_figures(results[0])}")
 
     def test(self, **kwargs: Any) -> None:
         assert self.checkpoint is not None
         assert self.checkpoint_path is not None
         run = checkpoints.run_folder(self.checkpoint_path)
-        checkpoints.tests(run)  # a look that could not be noted is not taken
+        evaluations.read(run)  # one that could not be recorded does not take place
         if not os.access(run, os.W_OK):
-            raise ValueError(
-                f"{run} is read-only: the look at the test set could not be noted there"
-            )
+            raise ValueError(f"{run} is read-only: the test evaluation could not be recorded there")
+        self._check_returns()
         mistakes = Mistakes()
         self.trainer.callbacks.append(mistakes)  # type: ignore[attr-defined]
-        (metrics,) = self.trainer.test(**{**kwargs, "verbose": False})
-        _say(f"{self.datamodule.describe()}\n{_figures(metrics)}")
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        results = self.trainer.test(**{**kwargs, "verbose": False})
+        if not results:
+            raise ValueError("no image was scored: --trainer.limit_test_batches is 0")
+        if not self.trainer.is_global_zero:
             return
-        look = checkpoints.record_test(
+        metrics, data = results[0], self.datamodule
+        images, test_set = mistakes.images, len(data.test_set)
+        # before its figures are shown: what cannot be recorded is not told either
+        number = evaluations.record(
             run,
             self.checkpoint_path,
-            dict(metrics),
-            **mistakes.facts(self.datamodule.test_set.images),
-            data=self.datamodule.describe(),
+            metrics,
+            images,
+            test_set,
+            **mistakes.facts(data.test_set.images),
+            data=data.describe(),
         )
-        _say(f"look {look} of this run at the test images, noted in {_short(run / 'test.json')}")
-        if look > 1:
-            _say(
-                "  The more often one looks, the less a test says: choose on the validation images."
-            )
+        _say(f"{data.describe()}\n{_figures(metrics)}")
+        _say(f"test evaluation {number} of this run, recorded in {_short(run / 'test.json')}")
+        if number > 1:
+            _say("  The more evaluations, the less a test says: choose on the validation images.")
+        if images < test_set:
+            part = f"{images:,} of the {test_set:,} test images"
+            _say(f"  It scored {part}, so it is not the run's test result.")
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(str(run)) as writer:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, self.checkpoint["epoch"] + 1)
 
+    def _check_returns(self) -> None:
+        """Refuses strategies that start processes by spawn or fork: this one gets metrics only."""
+        if isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                f"{self.subcommand} needs the answers of all processes, which this strategy does"
+                " not return: --trainer.strategy ddp"
+            )
+
     def predict(self, **kwargs: Any) -> None:
         assert self.checkpoint_path is not None
-        batches = self.trainer.predict(**{**kwargs, "return_predictions": True})
-        if not self.trainer.is_global_zero or batches is None:
+        trainer, data = self.trainer, self.datamodule
+        self._check_returns()
+        batches = trainer.predict(**{**kwargs, "return_predictions": True})
+        if not batches:
+            raise ValueError("no image was labelled: --trainer.limit_predict_batches is 0")
+        answers = torch.cat(cast(list[torch.Tensor], batches))
+        loader = cast(Any, trainer.predict_dataloaders)
+        images, answers = in_image_order(trainer, loader, answers)
+        if not trainer.is_global_zero:
             return
-        confidence, predicted = torch.cat(cast(list[torch.Tensor], batches)).max(1)
-        data = self.datamodule
-        names = (
-            [file.name for file in data.predict_files()]
-            if data.predict_dir
-            else [f"val[{index}]" for index in range(len(predicted))]
-        )
+        files = data.predict_files() if data.predict_dir else None
         rows = [
-            (name, str(int(digit)), f"{float(probability):.4f}")
-            for name, digit, probability in zip(names, predicted, confidence, strict=False)
+            (files[image].name if files else f"val[{image}]", str(digit), f"{probability:.4f}")
+            for image, probability, digit in zip(
+                images.tolist(), *(column.tolist() for column in answers.max(1)), strict=True
+            )
         ]
         header = ("image", "predicted", "probability")
         _say(inspection.format_table(header, rows[:10], right=(1, 2)))

@@ -17,13 +17,15 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -114,6 +116,31 @@ class EpochSampler(DistributedSampler):
         order = epoch_order(len(cast(ImageSet, self.dataset)), self.seed, self.epoch).tolist()
         order += order[: self.total_size - len(order)]  # all processes take as many steps
         return iter(order[self.rank :: self.num_replicas])
+
+
+def in_image_order(trainer: Trainer, loader: DataLoader, *columns: Tensor) -> tuple[Tensor, ...]:
+    """Puts together the rows that all processes made of their shares of an evaluation.
+
+    Every process must call it, and each gets the whole.
+
+    Args:
+        trainer: of the evaluation, which is over.
+        loader: of this process.
+        columns: a row for each image, in the loader's order; as many rows as images were scored.
+
+    Returns:
+        The indices of the images, ascending, int64; then the columns, in that order, on the CPU.
+    """
+    # for predictions Lightning wraps the batch sampler, and the loader's own sampler is another
+    dealt = chain.from_iterable(cast(Any, loader.batch_sampler))
+    indices = torch.tensor(list(islice(dealt, len(columns[0]))))
+    shares: list[Any] = [(indices, *(column.cpu() for column in columns))]
+    if trainer.world_size > 1:
+        (share,), shares = shares, [None] * trainer.world_size
+        torch.distributed.all_gather_object(shares, share)
+    gathered = [torch.cat(parts) for parts in zip(*shares, strict=True)]
+    order = gathered[0].argsort()
+    return tuple(column[order] for column in gathered)
 
 
 def as_is(batch: Any) -> Any:
@@ -275,17 +302,17 @@ class MNISTDataModule(LightningDataModule):
         return self._loader(self.train_set, self.batch_size, sampler)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self.val_set, self.eval_batch_size)
+        return self._eval_loader(self.val_set)
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader(self.test_set, self.eval_batch_size)
+        return self._eval_loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader:
         if self.predict_dir is None:
             return self.val_dataloader()
         images = torch.stack([read_image(path) for path in self.predict_files()])
         unknown = torch.full((len(images),), -1)
-        return self._loader(ImageSet(images, unknown), self.eval_batch_size)
+        return self._eval_loader(ImageSet(images, unknown))
 
     def predict_files(self) -> list[Path]:
         """The image files of ``predict_dir``, sorted by name.
@@ -324,8 +351,33 @@ class MNISTDataModule(LightningDataModule):
             pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
         return pixels
 
+    def _eval_loader(self, data: ImageSet) -> DataLoader:
+        """Each image once, in order. Of several processes, each gets its own share of them.
+
+        Raises:
+            ValueError: fewer images than processes.
+        """
+        trainer = self.trainer
+        if trainer is None or trainer.world_size == 1:
+            return self._loader(data, self.eval_batch_size)
+        processes = trainer.world_size
+        if len(data) < processes:
+            # Lightning stops a process without a batch, and the others would wait for it
+            raise ValueError(
+                f"{processes} processes cannot share {len(data)} images:"
+                f" --trainer.devices {len(data)} or fewer"
+            )
+        # Lightning leaves it in place, where its own for several processes would repeat images
+        # until all processes had as many
+        share = UnrepeatedDistributedSampler(
+            data, num_replicas=processes, rank=trainer.global_rank, shuffle=False
+        )
+        return self._loader(data, self.eval_batch_size, share)
+
     @staticmethod
-    def _loader(data: ImageSet, batch_size: int, sampler: EpochSampler | None = None) -> DataLoader:
+    def _loader(
+        data: ImageSet, batch_size: int, sampler: DistributedSampler | None = None
+    ) -> DataLoader:
         # no worker processes: indexing takes less time than handing the batch over would
         return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=as_is)
 

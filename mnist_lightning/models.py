@@ -67,8 +67,13 @@ class Classifier(LightningModule):
         self.net, self.lr, self.optimizer = net, lr, optimizer
         # A loss that is not a number must show in the mean. By default it is left out, and with
         # "disable" torchmetrics 1.9 leaves out the weights.
-        self.mean_loss = MeanMetric(nan_strategy=float("nan"))
-        self.accuracy = MeanMetric()
+        self.means = nn.ModuleDict(
+            {
+                f"{stage}_{name}": MeanMetric(nan_strategy=float("nan"))
+                for stage in ("train", "val", "test")
+                for name in ("loss", "acc")
+            }
+        )
         # for each mini-batch: its loss summed over the images, correct answers, images
         self._seen: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
 
@@ -102,18 +107,19 @@ class Classifier(LightningModule):
     def _log_epoch(self, stage: str) -> None:
         losses, correct, sizes = zip(*self._seen.pop(stage), strict=True)
         images = sum(sizes)
-        self.mean_loss.update(torch.stack(losses).sum() / images, images)
-        self.accuracy.update(torch.stack(correct).sum() / images, images)
-        loss = self.mean_loss.compute()
-        if stage == "train" and not loss.isfinite():
-            raise ValueError(
-                f"the training diverged in epoch {self.current_epoch + 1}: its loss is {loss}."
-                f" A lower lr may help (now {self.lr})"
-            )
-        self.log(f"{stage}/loss", loss)
-        self.log(f"{stage}/acc", self.accuracy.compute(), prog_bar=stage == "val")
-        self.mean_loss.reset()
-        self.accuracy.reset()
+        for name, parts in (("loss", losses), ("acc", correct)):
+            # a metric is the mean over the images of all processes, which may have unequal shares
+            mean = cast(MeanMetric, self.means[f"{stage}_{name}"])
+            mean.reset()
+            mean.update(torch.stack(parts).sum() / images, images)
+            self.log(f"{stage}/{name}", mean, prog_bar=(stage, name) == ("val", "acc"))
+        if stage == "train":
+            loss = cast(MeanMetric, self.means["train_loss"]).compute()
+            if not loss.isfinite():
+                raise ValueError(
+                    f"the training diverged in epoch {self.current_epoch + 1}: its loss is {loss}."
+                    f" A lower lr may help (now {self.lr})"
+                )
 
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks that this model brings along, where the Trainer has none of their kind."""

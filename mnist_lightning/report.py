@@ -299,7 +299,7 @@ def _overall(searches: Sequence["Found"]) -> list[Block]:
     if len(best):
         text = (
             "The study's best on validation and on test, beside the best of all searches above."
-            " Chosen on validation; the test images were looked at afterwards, by the winner of"
+            " Chosen on validation; the test images were scored afterwards, by the winner of"
             " each search."
         )
         blocks.append(Block("The best found", text, [Table("best_found", "By model", best)]))
@@ -551,39 +551,46 @@ def _overfitting(found: "Found") -> list[Block]:
 
 
 def _test(found: "Found") -> list[Block]:
-    from mnist_lightning import analysis, figures
+    from mnist_lightning import analysis, evaluations, figures
 
     test = analysis.tested(found)
+    partial = "".join(
+        f" Evaluation {each['evaluation']} scored {each['images']:,} of the {each['test_set']:,}"
+        " test images only."
+        for each in found.tests
+        if not evaluations.is_whole(each)
+    )
     if test is None:
         text = (
-            "The winner has not been tested yet: "
-            f"python -m mnist_lightning test --ckpt_path {found.path}"
+            f"The winner has not been tested yet.{partial} To test it:"
+            f" python -m mnist_lightning test --ckpt_path {found.path}"
         )
         return [Block("Test", text)]
     winner = analysis.setting_text(dict(found.cells.iloc[0][found.params]))
-    look = test["look"]
-    looks = found.tests[-1]["look"]
+    record = test["record"]
+    total = found.tests[-1]["evaluation"]
     text = (
         f"Chosen on validation: {winner}. On the {test['images']:,} test images: {test['acc']:.4f}"
         f" (95 % interval {test['low']:.4f} to {test['high']:.4f}, Wilson). "
-        + ("Looked at once." if looks == 1 else f"Look {look['look']} of {looks}.")
-        + (f" {look['note']}" if "note" in look else "")
+        + ("Evaluated once." if total == 1 else f"Evaluation {record['evaluation']} of {total}.")
+        + (f" {record['note']}" if "note" in record else "")
+        + partial
     )
     drawings = []
-    if "confusion" in look:
+    if "confusion" in record:
         drawings.append(
             Drawing(
                 f"{found.name}_confusion",
                 "Mistakes by label and prediction, numbers of test images; right answers left out.",
-                figures.confusion(look["confusion"], "mistakes"),
+                figures.confusion(record["confusion"], "mistakes"),
             )
         )
-        if look["mistakes"]:
+        if record["mistakes"]:
             drawings.append(
                 Drawing(
                     f"{found.name}_mistakes",
                     "The surest mistakes: label → prediction, and its probability.",
-                    figures.mistakes(look["mistakes"]),
+                    figures.mistakes(record["mistakes"]),
                     wide=True,
                 )
             )

@@ -503,23 +503,23 @@ def test_a_failed_write_leaves_the_earlier_metrics(
 def test_a_read_only_run_is_not_tested(
     refused: Refused, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A look at the test images that could not be noted is not taken."""
+    """A test evaluation that could not be recorded does not take place."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.setattr(Classifier, "test_step", lambda *_: pytest.fail("looked"))
+    monkeypatch.setattr(Classifier, "test_step", lambda *_: pytest.fail("scored"))
     text = refused("test", "--ckpt_path", run)
     assert "read-only" in text
     assert str(run) in text
 
 
-@pytest.mark.parametrize("content", ["{broken", "7", ""])
-def test_a_damaged_book_of_tests_is_kept_and_no_look_is_taken(
+@pytest.mark.parametrize("content", ["{broken", "7", "", "[1]"])
+def test_nothing_is_tested_where_the_record_of_tests_is_damaged(
     refused: Refused, run: Path, content: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Classifier, "test_step", lambda *_: pytest.fail("looked"))
+    monkeypatch.setattr(Classifier, "test_step", lambda *_: pytest.fail("scored"))
     (run / "test.json").write_text(content)
     text = refused("test", "--ckpt_path", run)
     assert f"{run}/test.json" in text
-    assert "count anew" in text
+    assert "restart the count" in text
 
 
 def test_a_resumed_run_keeps_its_best_checkpoint(

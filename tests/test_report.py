@@ -23,7 +23,7 @@ from mnist_lightning.findings import in_words, results_table
 from mnist_lightning.models import DeepNetwork, ShallowNetwork
 from mnist_lightning.plan import Search
 from mnist_lightning.published import PUBLISHED
-from mnist_lightning.report import Table, _training
+from mnist_lightning.report import Table, _test, _training
 from mnist_lightning.search import run
 
 SPACE = {"batch_size": [16, 32], "max_epochs": [1, 2], "lr": [0.1, 0.01, 0.001]}
@@ -205,13 +205,17 @@ def test_capacity_counts_the_parameters_of_the_networks():
         assert size == sum(p.numel() for p in net.parameters())
 
 
-def test_sizes_are_those_of_the_data(searched):
-    (found,) = read(searched)
-    data = MNISTDataModule(source="digits")
+@pytest.mark.parametrize("split", ["study", "canonical"])
+def test_sizes_are_those_of_the_data(split):
+    about = {"source": "digits", "split": split, "val_fraction": 0.2}
+    data = MNISTDataModule(**about)
     data.prepare_data()
     data.setup()
-    sizes = analysis._sizes(found)
+    sizes = analysis._sizes(made_up({"lr": [1.0, 2.0]}, lambda lr, seed: lr / 3, data=about))
     assert sizes == {"val": len(data.val_set), "test": len(data.test_set)}
+
+
+def test_sizes_of_mnist():
     assert analysis._sizes(made_up({"lr": [1.0, 2.0]}, lambda lr, seed: lr / 3)) == {
         "val": 12_600,
         "test": 7_000,
@@ -402,22 +406,43 @@ def test_a_tested_model_is_named_where_it_is_another(repeated):
     trials = repeated.trials.copy()
     other = (trials["lr"] == 0.01) & (trials["batch_size"] == 4) & (trials["max_epochs"] == 100)
     trials.loc[other & (trials["hidden_units"] == 25), "val_acc"] = 0.99
-    looked = Found(repeated.path, repeated.about, trials, [{"look": 1, "test/acc": 0.98}])
-    (row,) = (line for line in results_table([looked]).splitlines() if "| section 2.6" in line)
+    tested = Found(repeated.path, repeated.about, trials, [{"evaluation": 1, "test/acc": 0.98}])
+    (row,) = (line for line in results_table([tested]).splitlines() if "| section 2.6" in line)
     assert "our winner: batch_size 4, max_epochs 100, lr 0.01, hidden_units 25" in row
-    assert "(0.9821 when its setting is repeated on our images)" in " ".join(in_words([looked]))
+    assert "(0.9821 when its setting is repeated on our images)" in " ".join(in_words([tested]))
+
+
+def test_a_part_of_the_test_images_is_no_test_of_the_winner(repeated):
+    part = {"evaluation": 1, "images": 40, "test_set": 7000, "test/acc": 1.0}
+    whole = {"evaluation": 2, "images": 7000, "test_set": 7000, "test/acc": 0.98}
+    tested = Found(repeated.path, repeated.about, repeated.trials, [part])
+    assert analysis.tested(tested) is None
+    assert "Evaluation 1 scored 40 of the 7,000 test images only." in _test(tested)[0].text
+    tested = Found(repeated.path, repeated.about, repeated.trials, [part, whole])
+    assert analysis.tested(tested)["record"] == whole
+    text = _test(tested)[0].text
+    assert "On the 7,000 test images: 0.9800" in text
+    assert "Evaluation 2 of 2. Evaluation 1 scored 40 of the 7,000 test images only." in text
+
+
+def test_the_interval_of_a_test_has_the_images_that_were_scored(repeated):
+    about = {**repeated.about, "data": {**repeated.about["data"], "source": "digits"}}
+    scored = {"evaluation": 1, "images": 256, "test_set": 256, "test/acc": 240 / 256}
+    test = analysis.tested(Found(repeated.path, about, repeated.trials, [scored]))
+    interval = scipy.stats.binomtest(240, 256).proportion_ci(method="wilson")
+    assert (test["low"], test["high"]) == pytest.approx(tuple(interval))
 
 
 # The mistakes of a test
 
 
 def test_the_confusion_matrix_counts_each_test_image(searched):
-    (look,) = json.loads((searched / "test.json").read_text())
-    confusion = np.array(look["confusion"])
+    (evaluation,) = json.loads((searched / "test.json").read_text())
+    confusion = np.array(evaluation["confusion"])
     assert confusion.sum() == 180
-    assert confusion.trace() / 180 == pytest.approx(look["test/acc"], abs=1e-6)
-    assert len(look["mistakes"]) == min(60, 180 - confusion.trace())
-    sure = [mistake["probability"] for mistake in look["mistakes"]]
+    assert confusion.trace() / 180 == pytest.approx(evaluation["test/acc"], abs=1e-6)
+    assert len(evaluation["mistakes"]) == min(60, 180 - confusion.trace())
+    sure = [mistake["probability"] for mistake in evaluation["mistakes"]]
     assert sure == sorted(sure, reverse=True)
 
 
@@ -427,11 +452,11 @@ def test_a_mistake_is_of_the_image_that_it_shows(searched):
 
     from mnist_lightning import checkpoints
 
-    (look,) = json.loads((searched / "test.json").read_text())
+    (evaluation,) = json.loads((searched / "test.json").read_text())
     checkpoint = checkpoints.read(searched / "checkpoints" / "best.ckpt")
     model = ShallowNetwork(**checkpoint["hyper_parameters"])
     model.load_state_dict(checkpoint["state_dict"])
-    for mistake in look["mistakes"]:
+    for mistake in evaluation["mistakes"]:
         pixels = np.frombuffer(zlib.decompress(base64.b64decode(mistake["pixels"])), np.uint8)
         image = torch.tensor(pixels.reshape(1, 1, 28, 28) / 255, dtype=torch.float32)
         probabilities = model(image).softmax(1)[0]

@@ -1,0 +1,78 @@
+"""The test evaluations of a run: each one is counted and described in its ``test.json``.
+
+Each further evaluation makes the test set a bit more of a validation set, so all are counted.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from mnist_lightning.files import read_json, write_json
+from mnist_lightning.provenance import provenance
+
+
+def record(
+    run: Path,
+    checkpoint: Path,
+    metrics: Mapping[str, float],
+    images: int,
+    test_set: int,
+    **facts: Any,
+) -> int:
+    """Adds an evaluation to ``test.json`` of the run, whatever other processes add meanwhile.
+
+    Args:
+        run: the run's folder.
+        checkpoint: what was evaluated.
+        metrics: its figures.
+        images: how many images were scored.
+        test_set: how many images the test set has.
+        facts: what else to record, as plain JSON types.
+
+    Returns:
+        The number of the evaluation, from 1.
+
+    Raises:
+        ValueError: ``test.json`` is damaged or cannot be written; it stays as it is.
+    """
+    entry = {
+        "checkpoint": checkpoint.name,
+        "images": images,
+        "test_set": test_set,
+        **metrics,
+        **provenance(**facts),
+    }
+    with FileLock(run / ".test.json.lock"):
+        earlier = read(run)
+        number = earlier[-1]["evaluation"] + 1 if earlier else 1
+        write_json(run / "test.json", [*earlier, {"evaluation": number, **entry}])
+    return number
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """The evaluations in ``test.json`` of the run, in their order; none where there is no file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = run / "test.json"
+    if not file.exists():
+        return []
+    remedy = "restore it, or move it away to restart the count"
+    entries = [_renamed(entry) for entry in read_json(file, remedy, kind=list)]
+    if not all(isinstance(entry.get("evaluation"), int) for entry in entries):
+        raise ValueError(f"{file} is damaged (evaluations without a number): {remedy}")
+    return entries
+
+
+def _renamed(entry: Any) -> dict[str, Any]:
+    # the number's key used to be "look"
+    known = entry if isinstance(entry, dict) else {}
+    return {"evaluation" if key == "look" else key: value for key, value in known.items()}
+
+
+def is_whole(evaluation: Mapping[str, Any]) -> bool:
+    """Whether it scored the whole test set; older ones, which do not say, pass for whole."""
+    return evaluation.get("images") == evaluation.get("test_set")
