@@ -232,6 +232,8 @@ class Classifier(LightningModule):
 
         Lightning restores the optimizer's state after this hook, and the learning rate with it.
         """
+        if self._trainer is not None and self.trainer.precision == "64-true":
+            self.double()  # Lightning would first load the weights into float32, which rounds them
         saved = checkpoint.get("hyper_parameters", {}).get("lr", self.lr)
         if saved == self.lr:
             return

@@ -149,6 +149,34 @@ def test_resume_goes_on_in_the_same_folder(run: Path, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_resume_keeps_every_bit_in_each_precision(
+    precision: str, optimizer: str, tmp_path: Path
+) -> None:
+    """Lightning alone loads weights of 64 bits into a model that still has 32."""
+
+    def train(epochs: int, *callbacks: Callback, ckpt_path: Path | None = None) -> ShallowNetwork:
+        pl.seed_everything(0, verbose=False)
+        model, data = ShallowNetwork(20, 0.01, optimizer), MNISTDataModule(source="digits")
+        run = trainer(
+            max_epochs=epochs,
+            precision=precision,
+            callbacks=[*callbacks],
+            enable_checkpointing=bool(callbacks),
+        )
+        run.fit(model, data, ckpt_path=ckpt_path)
+        return model
+
+    train(1, ModelCheckpoint(tmp_path, "half", save_on_train_epoch_end=True))
+    resumed = train(2, ckpt_path=tmp_path / "half.ckpt")
+    whole = train(2)
+    dtype = {"32": torch.float32, "64": torch.float64, "bf16": torch.bfloat16}
+    assert {p.dtype for p in resumed.parameters()} == {dtype[precision.partition("-")[0]]}
+    assert same_weights(resumed, whole)
+
+
 def test_two_trainings_never_share_a_folder(tmp_path: Path) -> None:
     from mnist_lightning.cli import _new_run
 
