@@ -13,7 +13,7 @@ from mnist_lightning import __version__
 COMMANDS = {
     "fit": ("cli", "fit", "train a model"),
     "validate": ("cli", "validate", "score a checkpoint on the validation images"),
-    "test": ("cli", "test", "score a checkpoint on the test images, and count the look"),
+    "test": ("cli", "test", "score a checkpoint on the test images (evaluations are counted)"),
     "predict": ("cli", "predict", "label images with a checkpoint"),
     "search": ("search", "main", "train many models and compare them"),
     "report": ("report", "main", "tables, figures and one page of what searches found"),
