@@ -490,8 +490,8 @@ def against_the_study(searches: Sequence[Found]) -> pd.DataFrame:
 
     Returns:
         Columns ``where``, ``model``, ``metric``, ``setting``, ``published``, ``repeated``, ``sd``,
-        ``n``, ``difference``, ``noise``, ``within`` (none where a figure is missing, or ours was
-        measured on another setting), ``search``, ``note``.
+        ``n``, ``difference``, ``noise``, ``within`` (whether noise explains the difference; none
+        where a figure is missing, or ours was measured on another setting), ``search``, ``note``.
     """
     table = pd.DataFrame([_repeat(published, searches) for published in PUBLISHED])
     models = {found.model for found in searches}
@@ -513,10 +513,9 @@ def _repeat(published: Published, searches: Sequence[Found]) -> dict[str, Any]:
             continue
         if measured := _measured(published, found):
             difference = measured["repeated"] - published.value
-            noise = measured.pop("noise")
-            # the study's ResNet-18 trained otherwise: what chance explains is not the question
-            judged = noise is not None and found.model != "ResNet18"
-            within = bool(abs(difference) <= noise) if judged else None
+            noise, same = measured.pop("noise"), measured.pop("same_setting")
+            # of another setting, what chance explains is not the question
+            within = bool(abs(difference) <= noise) if same and noise is not None else None
             row |= {**measured, "difference": difference, "noise": noise, "within": within}
             row["search"] = found.name
             break
@@ -524,7 +523,7 @@ def _repeat(published: Published, searches: Sequence[Found]) -> dict[str, Any]:
 
 
 def _measured(published: Published, found: Found) -> dict[str, Any] | None:
-    """``repeated``, ``sd``, ``n``, ``noise`` and ``note`` of a published figure in a search."""
+    """``repeated``, ``sd``, ``n``, ``noise``, ``note`` and whether it is the ``same_setting``."""
     if published.metric == "correlation":
         if found.about["strategy"]["name"] != "grid" or not found.finished:
             return None  # of half a grid it would say something else
@@ -535,12 +534,14 @@ def _measured(published: Published, found: Found) -> dict[str, Any] | None:
         n = found.complete["seed"].nunique()
         # published with two digits
         noise = None if n == 1 else 0.005 + 1.96 * sd * math.sqrt(1 + 1 / n)
-        return {"repeated": mean, "sd": sd, "n": n, "noise": noise, "note": ""}
+        found_again = {"repeated": mean, "sd": sd, "n": n, "noise": noise}
+        return {**found_again, "same_setting": True, "note": ""}
     cell = _cell(published.params, found)
     if cell is None:
         return None
     sizes, p = _sizes(found), published.value
     seeds = spread(found, cell["acc"])
+    same, note = True, ""
     if published.metric == "test_acc":
         test = tested(found)
         if test is None:
@@ -548,11 +549,12 @@ def _measured(published: Published, found: Found) -> dict[str, Any] | None:
         n, value, images = 1, test["acc"], test["images"]
         winner = found.cells.iloc[0]
         same = all(winner.get(name) == cell[name] for name in found.params)
-        note = "" if same else f"our winner: {setting_text(dict(winner[found.params]))}"
+        if not same:
+            note = f"our winner: {setting_text(dict(winner[found.params]))}"
     else:
         n, value, images = int(cell["n"]), cell["acc"], sizes["val"]
-        note = ""
-    if published.model == "ResNet18":
+    if published.model == "ResNet18":  # the study's was larger, and trained otherwise
+        same = False
         note = f"ours: {found.about['data']['image_size']} pixels, " + setting_text(
             {k: v for k, v in cell[found.params].items() if k != "regime"}
         )
@@ -563,6 +565,7 @@ def _measured(published: Published, found: Found) -> dict[str, Any] | None:
         "sd": sd,
         "n": n,
         "noise": 1.96 * math.sqrt(variance),
+        "same_setting": same,
         "note": note if seeds is not None else f"{note}; n=1".lstrip("; "),
     }
 

@@ -6,15 +6,20 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from mnist_lightning.files import write_json, write_text
 from mnist_lightning.provenance import provenance
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 # The same columns for every architecture: TensorBoard takes the columns of the first run that it
 # finds, and drops what others have beyond them.
@@ -31,7 +36,11 @@ class RunLogger(TensorBoardLogger):
     """Logs one run into one folder: TensorBoard events and ``metrics.csv``, a row an epoch.
 
     The horizontal axis counts finished epochs, so that runs with other batch sizes lie over each
-    other. A run that is resumed goes on in the same files.
+    other. Figures that are logged within an epoch (``self.log(..., on_step=True)``,
+    LearningRateMonitor, DeviceStatsMonitor) have an axis of their own, the optimizer's steps:
+    TensorBoard shows them as ``by_step/<name>`` in the run ``<folder>/by_step``, and
+    ``metrics.csv`` has the last value of each epoch. A run that is resumed goes on in the same
+    files.
 
     Args:
         folder: the run's folder, made when something is first written.
@@ -49,6 +58,8 @@ class RunLogger(TensorBoardLogger):
             purge_step=first_epoch,
         )
         self.table = folder / "metrics.csv"
+        self._trainer: Trainer | None = None
+        self._by_step: SummaryWriter | None = None
         self._rows: dict[int, dict[str, Any]] = {}
         if first_epoch is not None and self.table.is_file():
             with self.table.open(newline="") as file:
@@ -56,27 +67,52 @@ class RunLogger(TensorBoardLogger):
                     if int(row["epoch"]) < first_epoch:
                         self._rows[int(row.pop("epoch"))] = row
 
+    def log_graph(self, model: LightningModule, input_array: Tensor | None = None) -> None:  # type: ignore[override]
+        # Called before the first figure, and the only call that leads a logger to its trainer.
+        self._trainer = model.trainer
+        super().log_graph(model, input_array)
+
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
-        """Logs figures of an epoch.
+        """Logs figures of an epoch, or of a step within it.
 
         Args:
-            metrics: with Lightning's own ``epoch``, which counts from 0, or without.
-            step: the optimizer's steps so far; without ``epoch``, the finished epochs.
+            metrics: of an epoch's end with the ``epoch`` that Lightning adds, counted from 0.
+            step: the optimizer's steps before this one.
         """
-        metrics = dict(metrics)
-        if "epoch" in metrics:
-            epoch = int(metrics.pop("epoch")) + 1
-            self._rows.setdefault(epoch, {})
+        metrics, trainer = dict(metrics), self._trainer
+        by_step = "epoch" not in metrics
+        epoch = int(metrics.pop("epoch", -1)) + 1
+        if trainer is not None:
+            # once a training has ended, current_epoch is how many epochs it had
+            epoch = trainer.current_epoch + (trainer.state.fn == TrainerFn.FITTING)
+            if trainer.training:
+                # "processed" is ahead of "completed" while the figures of an epoch's end are logged
+                epochs: Any = trainer.fit_loop.epoch_progress.current
+                by_step |= epochs.processed == epochs.completed
+            else:  # Lightning has counted evaluated mini-batches
+                step = max(0, trainer.global_step - 1)
+        if by_step:
+            writer = self._step_writer(step or 0)
+            for name, value in metrics.items():
+                writer.add_scalar(f"by_step/{name}", value, step)
         else:
-            epoch = step or 0
-            self._rows.setdefault(epoch, {})
-        super().log_metrics(metrics, epoch)
-        self._rows[epoch].update(metrics)
+            super().log_metrics(metrics, epoch)
+        self._rows.setdefault(epoch, {}).update(metrics)
+
+    def _step_writer(self, step: int) -> "SummaryWriter":
+        """Writes beside the run: forgetting steps of a killed run would take epochs along."""
+        if self._by_step is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._by_step = SummaryWriter(str(self.table.with_name("by_step")), purge_step=step)
+        return self._by_step
 
     @rank_zero_only
     def save(self) -> None:
         super().save()
+        if self._by_step is not None:
+            self._by_step.flush()
         if not self._rows:
             return
         names = list(dict.fromkeys(name for row in self._rows.values() for name in row))
@@ -85,6 +121,13 @@ class RunLogger(TensorBoardLogger):
         writer.writeheader()
         writer.writerows({"epoch": epoch, **row} for epoch, row in sorted(self._rows.items()))
         write_text(self.table, text.getvalue())
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        if self._by_step is not None:
+            self._by_step.close()
+            self._by_step = None  # opened again, it would forget from where it was first opened
 
 
 class Dashboard(Callback):

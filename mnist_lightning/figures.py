@@ -1,7 +1,8 @@
-"""The drawings of a report, from numbers that ``analysis`` has computed. Nothing is computed here.
+"""The drawings of a report, from numbers that ``analysis`` has computed.
 
-Each function returns a figure of one size, so that a page can lay them out in columns. Text and
-axes have a colour of their own (``INK``), which a page replaces by its own.
+Nothing is computed here but the means that ``panel`` joins by lines. Each function returns a figure
+of one size, so that a page can lay them out in columns. Text and axes have a colour of their own
+(``INK``), which a page replaces by its own.
 """
 
 import base64

@@ -21,8 +21,9 @@ def in_words(searches: Sequence[Found]) -> list[str]:
         judged = known[known["within"].notna()]
         agree = int((judged["within"] == True).sum())  # noqa: E712
         text = (
-            f"**{agree} of {len(judged)} figures agree within noise.** {len(held)} are published,"
-            f" {len(known)} were measured again."
+            f"**{agree} of {len(judged)} figures agree within noise.** {len(held)} are published;"
+            f" {len(known)} were measured again; {len(judged)} of these can be judged: the study's"
+            " own setting, and known noise."
         )
         good = judged[(judged["metric"] == "val_acc") & (judged["published"] > 0.9)]
         for rows, what in (
@@ -114,7 +115,7 @@ def _lessons(found: Found) -> list[str]:
         if len(rows) > 1:
             mean, best = (rows[name].iloc[0] - rows[name].iloc[-1] for name in ("mean", "best"))
             said.append(
-                f"**What a value allows, and what it forgives.** From mini-batches of"
+                f"**Best and mean accuracy per value.** From mini-batches of"
                 f" {rows['value'].iloc[0]} to {rows['value'].iloc[-1]} the mean accuracy changes by"
                 f" {-mean:+.4f}, the best one by {-best:+.4f}."
             )

@@ -105,6 +105,8 @@ class Classifier(LightningModule):
         self._seen.setdefault(stage, []).append((loss, correct, images))
 
     def _log_epoch(self, stage: str) -> None:
+        if stage not in self._seen:
+            return  # resumed at the very end of an epoch: not a mini-batch was left
         losses, correct, sizes = zip(*self._seen.pop(stage), strict=True)
         images = sum(sizes)
         for name, parts in (("loss", losses), ("acc", correct)):
@@ -175,6 +177,8 @@ class Classifier(LightningModule):
         learning rates with it: those that are multiples of the saved one are scaled.
         """
         _count_manual_steps(checkpoint)
+        if self._trainer is not None and self.trainer.precision == "64-true":
+            self.double()  # Lightning would first load the weights into float32, which rounds them
         saved = checkpoint.get("hyper_parameters", {}).get("lr", self.lr)
         if saved != self.lr:
             for state in checkpoint.get("optimizer_states", []):

@@ -269,7 +269,7 @@ class Unit:
 
 
 def units(search: Search, trials: Sequence[Trial], images: int) -> list[Unit]:
-    """What workers take, the longest first; the same whatever is finished, whoever works.
+    """What workers take, the longest first: independent of progress and of the number of workers.
 
     Args:
         search: the search.

@@ -25,8 +25,10 @@ class PopulationTraining:
     """Trains networks on the same mini-batches, epoch by epoch, and validates after each epoch.
 
     Every network starts from the weights, and visits the images in the order, that it would have
-    alone with the same seed. Nothing depends on a network's ``max_epochs`` but when it stops: the
-    state after 10 epochs is the same bits whether 10 were asked for or 100.
+    alone with the same seed. Its updates are those it would make alone, up to rounding: how sums
+    round depends on which networks are stacked together. So until the first network stops, nothing
+    depends on anyone's ``max_epochs``, to the bit. Then the others are stacked anew, and their
+    later updates differ by rounding from those they would have made beside it.
 
     Args:
         members: the networks.

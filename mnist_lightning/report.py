@@ -287,9 +287,11 @@ def _overall(searches: Sequence["Found"]) -> list[Block]:
     if held["repeated"].notna().any():
         text = (
             f"{held['repeated'].notna().sum()} of {len(held)} published figures of these models"
-            f" were repeated; {(held['within'] == True).sum()} lie within what chance explains."  # noqa: E712
-            " Noise is half the width of the 95 % interval of the difference: other seeds, and"
-            " another shuffle of the images. What was not measured is named."
+            f" were measured again. {(held['within'] == True).sum()} of the"  # noqa: E712
+            f" {held['within'].notna().sum()} that can be judged agree within noise: half the width"
+            " of the 95 % interval of the difference, from other seeds and another shuffle of the"
+            " images. Where our setting differs from the study's, the note names it, and nothing is"
+            " judged. What was not measured is named."
         )
         table = held.drop(columns=["model"])
         blocks.append(

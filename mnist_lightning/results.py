@@ -8,6 +8,8 @@ results.json, results.csv   all trials, without their curves
 curves.json.gz              the curves, by trial: with search.json and results.json all that is kept
                             of a search whose other files are gone
 tensorboard/                a few numbers a trial, and its hyper-parameters
+journal.log                 which worker trains what, where no --storage was named; see ``claims``
+test.json                   each evaluation of the winner on the test images
 """
 
 import csv

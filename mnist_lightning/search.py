@@ -261,7 +261,7 @@ def _say_plan(search: Search, left: Sequence[Unit], workers: int) -> None:
         count = sum(len(networks(search, unit.trials)) for unit in together)
         line += f": {count} networks in {len(together)} population{'s' * (len(together) > 1)}"
         if any("-part" in unit.name for unit in together):
-            line += f", split lest one takes more than {UNIT_BYTES >> 20} MiB"
+            line += f", split to stay below {UNIT_BYTES >> 20} MiB each"
     print(f"{line}; {workers} worker{'s' * (workers > 1)}", flush=True)
 
 

@@ -1,7 +1,6 @@
 """What the tests share: small real data, a quick trainer, MNIST where it is at hand."""
 
 import os
-import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -41,13 +40,6 @@ def resnet18_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("weights") / "resnet18.pth"
     torch.save(net.state_dict(), file)
     return file
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    """Commands under test set up warnings for a terminal; each test starts with pytest's own."""
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
 
 
 def trainer(**settings: object) -> pl.Trainer:

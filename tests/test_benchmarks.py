@@ -1,4 +1,4 @@
-"""The benchmarks' table, on numbers that are made up: nothing is timed here."""
+"""The benchmarks' table, on numbers that are made up: nothing is timed here. And rounding."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 RESULTS = FOLDER / "results" / "bench.json"
@@ -89,3 +90,21 @@ def test_the_committed_table_is_that_of_the_committed_results(bench: Any) -> Non
     assert readme == bench.into_readme(readme, table)
     if measured.keys() >= {"fit", "batches", "resnet", "grid"}:
         assert "not measured" not in table
+
+
+def test_rounding_compares_three_ways_of_one_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    rounding = import_module("rounding")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(100, 784, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 10, (100,), generator=generator)
+    network = rounding.Network((12, 7), 0.05, 8)
+    for distance in rounding.distances(network, 0, x, y):
+        assert 0 < distance < 1e-12  # the same updates, in another order
+    trained, fresh = network.build(0, x.dtype), network.build(0, x.dtype)
+    weights = rounding.autograd(trained, network, x, y)
+    assert rounding.distance(weights, [p.detach() for p in fresh.parameters()]) > 0.01
+    # relative to the largest value of each tensor, the second of those compared
+    ones, others = [torch.ones(2), torch.tensor([1.0, -2.0])], [torch.ones(2), torch.ones(2)]
+    assert rounding.distance(ones, others) == 3
+    assert rounding.distance(others, ones) == 1.5

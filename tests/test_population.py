@@ -210,6 +210,26 @@ def test_ten_epochs_are_the_same_bits_on_the_way_to_more():
     assert_same_bits(nested, shorter, list(range(len(MEMBERS))))
 
 
+def test_a_network_that_stops_changes_the_others_by_rounding_only():
+    """The same bits until it stops, the same numbers afterwards."""
+    settings = {"train": images(203, torch.float64), "val": images(50, torch.float64, seed=1)}
+    members = [member._replace(max_epochs=4) for member in MEMBERS]
+    members[1] = members[1]._replace(max_epochs=2)
+    together = training(**settings)
+    without = PopulationTraining(members, **settings, batch_size=8, seed=3)
+    while not without.done:
+        without.run_epoch()
+    for member in (0, 2, 3, 4):
+        for name in together.curves:
+            ours, theirs = without.curves[name][member], together.curves[name][member]
+            assert ours[:2] == theirs[:2]
+            assert ours == pytest.approx(theirs, rel=1e-12)
+        for ours, theirs in zip(
+            without.parameters(member), together.parameters(member), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("lr", [1e6, 1e30])
 def test_a_diverging_member_keeps_its_neighbours_bits(lr):
     wild = [*MEMBERS]

@@ -433,6 +433,31 @@ def test_the_interval_of_a_test_has_the_images_that_were_scored(repeated):
     assert (test["low"], test["high"]) == pytest.approx(tuple(interval))
 
 
+def test_a_test_of_another_setting_is_not_judged(repeated):
+    """Also where its accuracy happens to lie close: noise is not the question then."""
+
+    def row(found: Found) -> pd.Series:
+        table = analysis.against_the_study([found])
+        return table[table["where"] == "section 2.6"].iloc[0]
+
+    tests = [{"look": 1, "test/acc": 0.9806}]  # exactly as published
+    trials, theirs = repeated.trials, PUBLISHED[0].params
+    best = (trials[list(theirs)] == pd.Series(theirs)).all(axis=1)
+    same = trials.assign(val_acc=trials["val_acc"].where(~best, 0.99))
+    other = trials.assign(val_acc=trials["val_acc"].where(best, 0.985))
+    judged = row(Found(repeated.path, repeated.about, same, tests))
+    assert (judged["within"], judged["note"]) == (True, "")
+    not_judged = row(Found(repeated.path, repeated.about, other, tests))
+    assert not_judged["within"] is None
+    assert not_judged["note"].startswith("our winner: ")
+    words = [
+        in_words([Found(repeated.path, repeated.about, trials, tests)])[0]
+        for trials in (same, other)
+    ]
+    assert ["of 15 figures" in text for text in words] == [True, False]
+    assert "15 were measured again; 14 of these can be judged" in words[1]
+
+
 # The mistakes of a test
 
 
@@ -613,9 +638,12 @@ def test_a_table_shows_numbers_as_a_reader_wants_them():
 
 @pytest.mark.skipif(not STUDY.is_dir(), reason="no results are committed")
 def test_the_readme_has_the_table_that_the_program_writes():
-    table = results_table(read(STUDY))
+    searches = read(STUDY)
+    table = results_table(searches)
     assert table == (STUDY / "tables" / "results.md").read_text()
     assert table in (STUDY.parent.parent / "README.md").read_text()
+    words = (STUDY / "README.md").read_text()
+    assert all(f"\n- {text}\n" in words for text in in_words(searches))
 
 
 # In a browser

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import same_weights, trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_lightning import (
@@ -25,6 +25,7 @@ from mnist_lightning import (
     ShallowNetwork,
 )
 from mnist_lightning.__main__ import main
+from mnist_lightning.models import Batch
 
 
 class Losses(Callback):
@@ -148,6 +149,34 @@ def test_resume_goes_on_in_the_same_folder(run: Path, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_resume_keeps_every_bit_in_each_precision(
+    precision: str, optimizer: str, tmp_path: Path
+) -> None:
+    """Lightning alone loads weights of 64 bits into a model that still has 32."""
+
+    def train(epochs: int, *callbacks: Callback, ckpt_path: Path | None = None) -> ShallowNetwork:
+        pl.seed_everything(0, verbose=False)
+        model, data = ShallowNetwork(20, 0.01, optimizer), MNISTDataModule(source="digits")
+        run = trainer(
+            max_epochs=epochs,
+            precision=precision,
+            callbacks=[*callbacks],
+            enable_checkpointing=bool(callbacks),
+        )
+        run.fit(model, data, ckpt_path=ckpt_path)
+        return model
+
+    train(1, ModelCheckpoint(tmp_path, "half", save_on_train_epoch_end=True))
+    resumed = train(2, ckpt_path=tmp_path / "half.ckpt")
+    whole = train(2)
+    dtype = {"32": torch.float32, "64": torch.float64, "bf16": torch.bfloat16}
+    assert {p.dtype for p in resumed.parameters()} == {dtype[precision.partition("-")[0]]}
+    assert same_weights(resumed, whole)
+
+
 def test_two_trainings_never_share_a_folder(tmp_path: Path) -> None:
     from mnist_lightning.cli import _new_run
 
@@ -173,6 +202,89 @@ def test_tensorboard_has_the_curves_over_epochs(run: Path) -> None:
         assert values == pytest.approx([float(row[tag]) for row in _rows(run)])
     assert scalars["best/val_acc"][-1][1] == max(value for _, value in scalars["val/acc"])
     assert "hp_metric" not in scalars
+
+
+class OwnModel(ShallowNetwork):
+    """Of a user: logs by step and by epoch, under a schedule by step."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("own/steps", float(self.global_step))  # Lightning's default: on_step
+        self.log("own/loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, object]:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def _fit_own_model(
+    folder: Path, epochs: int, interval: str | None, resume_after: int | None = None
+) -> pl.Trainer:
+    """81 steps an epoch, every 20th of which is logged; a checkpoint after each epoch."""
+    pl.seed_everything(0, verbose=False)
+    saved = folder / "checkpoints"
+    saver = ModelCheckpoint(saved, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    run = trainer(
+        logger=RunLogger(folder, None if resume_after is None else resume_after + 1),
+        callbacks=[Dashboard(), saver, LearningRateMonitor(interval)],
+        max_epochs=epochs,
+        log_every_n_steps=20,
+        enable_checkpointing=True,
+    )
+    run.fit(
+        OwnModel(20, fused=False),
+        MNISTDataModule(source="digits", batch_size=16),
+        ckpt_path=None if resume_after is None else saved / f"epoch={resume_after - 1}.ckpt",
+    )
+    return run
+
+
+@pytest.mark.parametrize(
+    ("interval", "lr_at"),
+    [("step", [*range(19, 324, 20)]), (None, [*range(19, 324, 20)]), ("epoch", [0, 81, 162, 243])],
+)
+def test_figures_by_step_have_an_axis_of_their_own(
+    interval: str | None, lr_at: list[int], tmp_path: Path
+) -> None:
+    run = _fit_own_model(tmp_path / "run", 4, interval)
+    # the table: a row an epoch, with the last value in it
+    rows = _rows(tmp_path / "run")
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    assert [float(row["own/steps"]) for row in rows] == [79, 159, 239, 319]
+    last = [max(step for step in lr_at if step < 81 * epoch) for epoch in (1, 2, 3, 4)]
+    assert [float(row["lr-SGD"]) for row in rows] == pytest.approx([0.1 / (1 + s) for s in last])
+    # TensorBoard: finished epochs in the run itself, steps beside it
+    curves, by_step = _scalars(tmp_path / "run"), _scalars(tmp_path / "run" / "by_step")
+    assert {tuple(step for step, _ in points) for points in curves.values()} == {(1, 2, 3, 4)}
+    assert {"val/loss", "train/loss", "own/loss_epoch"} <= curves.keys()
+    assert not {"own/steps", "own/loss_step", "lr-SGD"} & curves.keys()
+    assert by_step.keys() == {"by_step/own/steps", "by_step/own/loss_step", "by_step/lr-SGD"}
+    assert by_step["by_step/own/steps"] == [(step, step) for step in range(19, 324, 20)]
+    assert by_step["by_step/lr-SGD"] == [(s, pytest.approx(0.1 / (1 + s))) for s in lr_at]
+    # and what is tested afterwards is the network of the last epoch
+    (metrics,) = run.test(run.model, MNISTDataModule(source="digits"), verbose=False)
+    tested = [row["test/acc"] for row in _rows(tmp_path / "run")]
+    assert tested == ["", "", "", str(metrics["test/acc"])]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_a_resumed_run_keeps_its_figures_by_step(interval: str, tmp_path: Path) -> None:
+    """Killed in its third epoch, resumed after the second: the same as in one go."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    _fit_own_model(whole, 4, interval)
+    _fit_own_model(part, 3, interval)
+    _fit_own_model(part, 4, interval, resume_after=2)
+    assert _rows(part) == _rows(whole)
+    assert _scalars(part / "by_step") == _scalars(whole / "by_step")
+    ours, theirs = _scalars(part), _scalars(whole)
+    assert len(ours.pop("run/seconds")) == len(theirs.pop("run/seconds"))
+    assert ours == theirs
 
 
 def test_hparams_tab_has_the_same_columns_for_different_models(tmp_path: Path) -> None:

@@ -1,0 +1,245 @@
+"""README's numbers, recomputed from the files that are committed beside it."""
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnist_lightning import analysis
+from mnist_lightning.analysis import Found
+from mnist_lightning.published import PUBLISHED
+
+ROOT = Path(__file__).parent.parent
+README = " ".join((ROOT / "README.md").read_text().split())  # wherever its lines break
+
+
+@cache
+def searches() -> dict[str, Found]:
+    return {found.name: found for found in analysis.read(ROOT / "lightning_logs" / "study")}
+
+
+@cache
+def results(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+
+def bench(path: str) -> Any:
+    """What lies at ``part/key/name`` in bench.json; of a list, the median."""
+    found = results("bench.json")
+    for key in path.split("/"):
+        found = found[key]
+    return statistics.median(found) if isinstance(found, list) else found
+
+
+def times(ours: str, theirs: str) -> float:
+    """How many times as fast ours is."""
+    return bench(theirs) / bench(ours)
+
+
+def cell(search: str, **setting: Any) -> list[float]:
+    """Mean and standard deviation over seeds of the validation accuracy, and their number."""
+    cells = searches()[search].cells
+    for name, value in setting.items():
+        cells = cells[cells[name.replace("__", ".")] == value]
+    (row,) = cells.itertuples()
+    return [row.acc, row.sd, row.n]
+
+
+def best(*names: str) -> float:
+    return max(searches()[name].cells["acc"].iloc[0] for name in names)
+
+
+def shallow_agreement() -> list[int]:
+    """Figures within noise, and figures that can be judged."""
+    table = analysis.against_the_study(list(searches().values()))
+    judged = table[(table["model"] == "ShallowNetwork") & table["within"].notna()]
+    worst = judged[judged["where"] == "table 2.1, worst five"]
+    assert len(judged[judged["within"] == False]) == len(worst[worst["within"] == False])  # noqa: E712
+    return [int(judged["within"].sum()), len(judged)]
+
+
+def published(where: str) -> float:
+    return next(row.value for row in PUBLISHED if row.where == where)
+
+
+def stem(kind: str, batch_norm: str) -> list[float]:
+    cells = results("bench.json")["stem"]["cells"]
+    (found,) = (c for c in cells if (c["stem"], c["batch_norm"]) == (kind, batch_norm))
+    assert len(found["val_acc"]) == 3
+    return [statistics.mean(found["val_acc"]), statistics.stdev(found["val_acc"])]
+
+
+def rounding(dtype: str, way: str) -> list[float]:
+    """Median and greatest distance from autograd."""
+    cells = (c for c in results("rounding.json")["distance"] if c["dtype"] == dtype)
+    distances = [value for found in cells for value in found[way]]
+    return [statistics.median(distances), max(distances)]
+
+
+def rounding_setup() -> list[int]:
+    found = results("rounding.json")
+    networks = {str((c["hidden_units"], c["lr"], c["batch_size"])) for c in found["distance"]}
+    assert all(
+        len(c[way]) == found["n"] for c in found["distance"] for way in ("stacked", "permuted")
+    )
+    return [found["steps"], len(networks), found["n"]]
+
+
+def accuracy_change(way: str) -> float:
+    found = results("rounding.json")["val_acc"]
+    return max(abs(a - b) for a, b in zip(found[way], found["autograd"], strict=True))
+
+
+def accuracy_setup() -> list[float]:
+    found = results("rounding.json")
+    return [found["epochs"], found["val_acc"]["batch_size"], found["val_acc"]["lr"]]
+
+
+EPOCH = "fit/seconds_per_epoch"
+DEEP = {"hidden_units__1": 1024, "hidden_units__2": 128}
+
+# what README says, and where each number of it comes from
+CLAIMS: list[tuple[str, Callable[[], Any]]] = [
+    # Speed
+    ("as its documentation teaches it | {:.1f} |", lambda: bench(f"{EPOCH}/documented")),
+    ("one step at a time through autograd | {:.1f} |", lambda: bench(f"{EPOCH}/one by one")),
+    ("hand-written PyTorch loop, images in memory | {:.1f} |", lambda: bench(f"{EPOCH}/loop")),
+    ("curves, checkpoints, early stopping, bar | {:.2f} |", lambda: bench(f"{EPOCH}/ours")),
+    (
+        "`deep2` at batch 32 is {:.1f} times as fast as the hand-written loop",
+        lambda: times("fit/seconds/deep, ours", "fit/seconds/deep, loop"),
+    ),
+    (
+        "mini-batches of {} come {:.0f} times as fast as from torchvision",
+        lambda: [
+            bench("batches/batch_size"),
+            times("batches/seconds/ours", "batches/seconds/torchvision"),
+        ],
+    ),
+    # The grid
+    (
+        "The {} networks took {:.1f} minutes on two cores",
+        lambda: [bench("grid/search/trials"), bench("grid/search/wall_seconds") / 60],
+    ),
+    (
+        "took {:.1f} hours of one core on another machine",
+        lambda: searches()["shallow_grid"].networks["seconds"].sum() / 3600,
+    ),
+    (
+        "{} of the {} figures of this network that were measured in the study's own setting agree",
+        shallow_agreement,
+    ),
+    (
+        "picked for being the worst of {}.",
+        lambda: len(searches()["shallow_grid"].first_round),
+    ),
+    # Beyond the grid's edge
+    (
+        "800 units reach {:.4f} ± {:.4f} on validation, 100 units {:.4f} ± {:.4f} in the same"
+        " search (n={})",
+        lambda: [
+            *cell("shallow_wide", hidden_units=800)[:2],
+            *cell("shallow_wide", hidden_units=100),
+        ],
+    ),
+    (
+        "at a learning rate of 0.01. There, two layers of 1024 and 128 units reach {:.4f} ± {:.4f};"
+        " at 0.3 they reach {:.4f} ± {:.4f} after as many epochs (n={}), and {:.4f} on test, where"
+        " the study's best has {:.4f}.",
+        lambda: [
+            *cell("deep2_rates", lr=0.01, **DEEP)[:2],
+            *cell("deep2_rates", lr=0.3, **DEEP),
+            analysis.tested(searches()["deep2_rates"])["acc"],
+            published("section 3.5"),
+        ],
+    ),
+    (
+        "two layers are {:.3f} above one,",
+        lambda: (
+            best("deep2_grid", "deep2_rates")
+            - best("shallow_grid", "shallow_random", "shallow_refine", "shallow_wide")
+        ),
+    ),
+    # Rounding grows
+    ("After {} steps of {} networks, n={} seeds each", rounding_setup),
+    ("autograd's by {:.1e} at most in float64", lambda: rounding("float64", "stacked")[1]),
+    (
+        "they differ by {:.1e} in the median and {:.3f} in the worst case",
+        lambda: rounding("float32", "stacked"),
+    ),
+    ("differs from itself by {:.1e} and {:.3f} when", lambda: rounding("float32", "permuted")),
+    ("After {} epochs at batch {} and lr {}, fused", accuracy_setup),
+    (
+        "the validation accuracy by {:.4f} at most, and another order of the images by {:.4f}"
+        " (n={})",
+        lambda: [
+            *map(accuracy_change, ("stacked", "permuted")),
+            len(results("rounding.json")["val_acc"]["autograd"]),
+        ],
+    ),
+    (
+        "the standard deviation over seeds is {:.4f}",
+        lambda: statistics.stdev(results("rounding.json")["val_acc"]["autograd"]),
+    ),
+    # The frozen stem
+    ("why its third regime fell to {:.4f}.", lambda: published("table 4.4")),
+    (
+        "of {:.3f} ± {:.3f} (BatchNorm frozen) and {:.3f} ± {:.3f} (adapting), with the random stem"
+        " {:.3f} ± {:.3f} and {:.3f} ± {:.3f} ([stem.py](benchmarks/stem.py), n=3)",
+        lambda: [
+            number
+            for kind in ("sum", "reset")
+            for batch_norm in ("frozen", "adapt")
+            for number in stem(kind, batch_norm)
+        ],
+    ),
+    # What did not help
+    (
+        "ResNet-18 at 28 pixels is {:.2f} times as fast in bf16 as in fp32",
+        lambda: times("resnet/seconds/28, bare, bf16", "resnet/seconds/28, bare"),
+    ),
+    (
+        "At 224 pixels bf16 and channels_last make `fit` {:.1f} times as fast as the naive step",
+        lambda: times("resnet/seconds/224, ours", "resnet/seconds/224, naive"),
+    ),
+]
+# Names and settings with digits in them; nothing that was measured.
+SETTINGS = [
+    *("(batch 8, 6,300 steps)", "the regimes at 224 pixels", "the digits 0 to 4", "digits 5 to 9"),
+    *("not the 4 times that were hoped for", "ResNet-18", "bf16", "float32"),
+]
+
+
+def filled(text: str, numbers: Any) -> str:
+    """The text with its numbers, as README writes them: 8.1e-7."""
+    values = numbers if isinstance(numbers, list) else [numbers]
+    return text.format(*values).replace("e-0", "e-")
+
+
+@pytest.mark.parametrize(("text", "numbers"), CLAIMS, ids=[text for text, _ in CLAIMS])
+def test_a_number_is_that_of_the_files(text: str, numbers: Callable[[], Any]) -> None:
+    assert filled(text, numbers()) in README
+
+
+def test_no_other_number_is_claimed() -> None:
+    """A number that is new in these sections needs a line above."""
+    speed = README.partition("**Speed.**")[2].partition("**Layer freezing**")[0]
+    rest = speed + README.partition("## Notes on what was found")[2]
+    for text in [filled(text, numbers()) for text, numbers in CLAIMS] + SETTINGS:
+        rest = rest.replace(text, "")
+    assert re.findall(r"\S*\d\S*", rest) == []
+
+
+def test_wider_and_deeper_is_in_the_order_that_is_said() -> None:
+    two = best("deep2_grid", "deep2_rates")
+    one = best("shallow_grid", "shallow_random", "shallow_refine", "shallow_wide")
+    assert best("deep3_grid") < min(one, two)
+    means = {kind: [stem(kind, bn)[0] for bn in ("frozen", "adapt")] for kind in ("sum", "reset")}
+    costs = [a - b for a, b in zip(means["sum"], means["reset"], strict=True)]
+    assert all(round(cost, 2) == 0.02 for cost in costs)
+    assert "the random stem costs two points" in README
