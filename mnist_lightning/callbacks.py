@@ -45,6 +45,12 @@ class EarlyStopping(callbacks.EarlyStopping):
         super().__init__(monitor, min_delta=min_delta, patience=patience, mode=mode)
         self.enabled = enabled
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not hasattr(trainer, "val_check_interval"):
+            # a time; Lightning 2.6 then looks for the attribute all the same
+            self._check_on_train_epoch_end = False
+        super().setup(trainer, pl_module, stage)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled:
             super().on_train_epoch_end(trainer, pl_module)

@@ -5,7 +5,9 @@ private name that goes away, say) fails here.
 """
 
 import json
+import logging
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +219,64 @@ def test_layer_table_counts_what_the_network_has() -> None:
     table = layer_table(model.net, torch.zeros(1, 1, 28, 28))
     assert [layer.output_shape for layer in table] == [(-1, 784), (-1, 30), (-1, 30), (-1, 10)]
     assert sum(layer.parameters for layer in table) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("", "steps per execution: 256, fused; 1 thread\n"),
+        ("--threads 2", "steps per execution: 256, fused; 2 threads\n"),
+        (
+            "--model.optimizer adam --data.steps_per_execution 9",
+            "steps per execution: 9, autograd: the optimizer is Adam; 1 thread\n",
+        ),
+        (
+            "--trainer.callbacks+=EMAWeightAveraging",
+            "one step at a time: EMAWeightAveraging acts on each mini-batch; 1 thread\n",
+        ),
+        (
+            "--trainer.val_check_interval=00:00:01:00",
+            "one step at a time: val_check_interval is a time, which may end after any mini-batch;",
+        ),
+    ],
+)
+def test_fit_says_how_it_steps(
+    flags: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    words = "fit --config shallow.yaml --data.source digits --trainer.max_epochs 1 "
+    assert main((words + flags).split()) == 0
+    assert said in capsys.readouterr().out
+    recorded = json.loads(
+        (tmp_path / "lightning_logs/shallow/version_0/provenance.json").read_text()
+    )
+    assert recorded[0]["threads"] == (2 if "--threads" in flags else 1)
+
+
+def test_a_command_leaves_the_process_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warnings, log levels and threads, also after an error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def state() -> tuple[object, ...]:
+        levels = [logging.getLogger(f"lightning.{name}").level for name in ("pytorch", "fabric")]
+        return warnings.filters[:], warnings.formatwarning, levels, torch.get_num_threads()
+
+    import mnist_lightning.cli  # noqa: F401 (importing Lightning itself changes the filters)
+
+    before = state()
+    for flags in ("", " --trainer.accumulate_grad_batches 2 --data.steps_per_execution 5"):
+        main(
+            f"fit --config shallow.yaml --data.source digits --trainer.max_epochs 1{flags}".split()
+        )
+        assert state() == before
 
 
 def test_inspect_reads_the_perceptrons_tensors_off_a_step(capsys: pytest.CaptureFixture) -> None:

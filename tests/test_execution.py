@@ -135,6 +135,20 @@ def test_refuses_many_steps_where_they_cannot_work(settings: dict, reason: str) 
         Run(lambda: ShallowNetwork(20), 4, **settings)
 
 
+def test_resumed_at_the_very_end_of_an_epoch(tmp_path: Path) -> None:
+    """Stopped by max_steps there: not one mini-batch of that epoch is left."""
+    half = Run(lambda: ShallowNetwork(20), None, max_epochs=-1, max_steps=2 * STEPS)
+    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = Run(
+        lambda: ShallowNetwork(20),
+        None,
+        max_epochs=-1,
+        max_steps=3 * STEPS,
+        ckpt_path=tmp_path / "half.ckpt",
+    )
+    assert resumed.trainer.global_step == 3 * STEPS
+
+
 class Plain(pl.LightningModule):
     """Knows nothing of this project."""
 
