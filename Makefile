@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: fit test test-slow lint bench bench-quick clean
+.PHONY: fit test test-slow lint bench bench-quick bench-fit clean
 
 fit: $(VENV)/ready
 	$(BIN)/python -m mnist_lightning fit --config shallow.yaml
@@ -22,6 +22,10 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/run.py
+
+# whole trainings: the loop, and the command as users run it, on an idle and on a loaded machine
+bench-fit: $(VENV)/ready
+	$(BIN)/python benchmarks/run.py --only fit command
 
 # a rough look in under five minutes
 bench-quick: $(VENV)/ready

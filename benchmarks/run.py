@@ -29,7 +29,7 @@ from mnist_lightning.provenance import provenance
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"
 BEGIN, END = "<!-- results -->\n", "<!-- end -->\n"
-PARTS = ("fit", "batches", "resnet", "growth", "grid", "stem")
+PARTS = ("fit", "batches", "resnet", "growth", "command", "grid", "stem")
 QUICK = PARTS[:4]  # the others take minutes with --quick too: --quick --only grid
 
 Results = dict[str, dict[str, Any]]
@@ -83,6 +83,17 @@ COMPARISONS = [
         "fit/seconds/deep, loop",
         "1.0 x",
         times(1),
+    ),
+    *(
+        Comparison(
+            f"the command `fit`, {SHALLOW}: an epoch, {state} machine{unit}",
+            f"command/{key}/{state}, ours",
+            against,
+            f"command/{key}/{state}, {theirs}",
+        )
+        for state in ("idle", "loaded")
+        for key, unit in (("seconds", ""), ("processor_seconds", ", processor time"))
+        for against, theirs in (("a thread for each core", "all cores"), (LOOP, "loop"))
     ),
     *(
         Comparison(
