@@ -420,6 +420,14 @@ CALLBACKS = {
         everywhere=True,
         but=("perceptron",),  # which has a single layer
     ),
+    "BackboneFinetuning": _with(
+        MANY,
+        lambda: lc.BackboneFinetuning(unfreeze_backbone_at_epoch=1),
+        methods={
+            "configure_optimizers": _trainable,
+            "backbone": property(lambda self: self.net[1]),
+        },
+    ),
     "ModelPruning": _with(
         FUSED,
         lambda: lc.ModelPruning("l1_unstructured", amount=0.3, parameter_names=["weight"]),
