@@ -26,7 +26,7 @@ from typing import Any
 
 from common import alternate
 
-EPOCHS = 5
+EPOCHS = 2
 LOOP = """
 import lightning.pytorch as pl
 from common import mnist
