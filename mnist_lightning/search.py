@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -102,7 +103,7 @@ class _Crew:
     def __init__(self, claims: Claims, arguments: tuple[Any, ...]) -> None:
         self.claims, self.arguments = claims, arguments
         self._pipes: dict[Any, tuple[SpawnProcess, str | None]] = {}
-        self._idle_deaths = 0  # since one last worked
+        self._idle_deaths = self._deaths_borne = 0  # since one last worked
 
     def work(self, workers: int, progress: "Progress") -> list[str]:
         """Runs workers until there is no more to do; a worker that its unit killed is replaced.
@@ -111,6 +112,7 @@ class _Crew:
             Why some of them could not go on.
         """
         errors = []
+        self._deaths_borne = ATTEMPTS * workers
         try:
             for _ in range(workers):
                 self._hire()
@@ -146,6 +148,7 @@ class _Crew:
         process = context.Process(
             target=_work_elsewhere, args=(sender, os.getpid(), *self.arguments), daemon=True
         )
+        resource_tracker.ensure_running()  # its start, inside the next one, would unblock them
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # which a new process inherits
         try:
             process.start()
@@ -162,7 +165,7 @@ class _Crew:
         held_unit = self.claims.note_death(cast(int, process.pid), started, reason)
         self._idle_deaths += not held_unit
         # killed while it had no unit: not by one
-        if held_unit or (code < 0 and self._idle_deaths <= ATTEMPTS):
+        if held_unit or (code < 0 and self._idle_deaths <= self._deaths_borne):
             self._hire()
             return []
         return [f"a worker ended: {reason}"]

@@ -14,7 +14,9 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import optuna
 import pytest
@@ -966,8 +968,16 @@ def test_load_results_of_no_search_is_refused(tmp_path):
 # Nothing lost
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "mnist_lightning", "search", "--config", "wanted.yaml"]
+def start(folder: Path, *words: str, within: Sequence[str] = ()) -> subprocess.Popen:
+    command = [
+        *within,
+        sys.executable,
+        "-m",
+        "mnist_lightning",
+        "search",
+        "--config",
+        "wanted.yaml",
+    ]
     return subprocess.Popen(
         [*command, "--folder", str(folder), *words],
         cwd=folder.parent,
@@ -1039,27 +1049,161 @@ def test_when_the_command_is_killed_its_workers_leave(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_clean_state(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("to_all", [True, False], ids=["to all", "to the command"])
+def test_a_signal_leaves_a_clean_state(tmp_path, number, code, to_all):
     wanted = {**WANTED, "space": {**WANTED["space"], "max_epochs": [5000]}}
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted, sort_keys=False))
     process = start(tmp_path / "found", "--workers", "2")
     while not list((tmp_path / "found" / "state").glob("*.pt")):
         assert process.poll() is None
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    # a terminal tells all of them, as systemd does; `kill` and `docker stop` tell one
+    (os.killpg if to_all else os.kill)(process.pid, number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "the same command goes on" in output
     assert "Traceback" not in output
     assert (tmp_path / "found" / "results.json").is_file()
 
 
-def two_machines(tmp_path: Path, storage: str) -> None:
-    """Two commands, each with a folder of its own, that know of each other through a storage."""
+@pytest.mark.slow
+@pytest.mark.parametrize("wait", [0.1, 0.8, 1.6])
+def test_ctrl_c_while_workers_import_prints_no_traceback(tmp_path, wait):
+    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED, sort_keys=False))
+    process = start(tmp_path / "found", "--workers", "2")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 2:  # the first is multiprocessing's own
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(wait)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    assert "the same command goes on" in output
+
+
+@pytest.mark.slow
+def test_workers_killed_at_random_are_replaced(tmp_path):
+    """One command, no rerun: each trial once, with the bits of an undisturbed search."""
+    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED, sort_keys=False))
+    process = start(tmp_path / "found", "--workers", "3")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    generator = random.Random(1)
+    killed = 0
+    written: dict[str, int] = {}
+    while process.poll() is None:
+        time.sleep(generator.uniform(0.5, 4))
+        for file in (tmp_path / "found").glob("trials/[!.]*.json"):
+            stamp = file.stat().st_mtime_ns
+            assert written.setdefault(file.stem, stamp) == stamp, "written twice"
+        workers = children.read_text().split()[1:] if process.poll() is None else []
+        if workers and killed < 6 and list((tmp_path / "found").glob("*/*.*")):
+            os.kill(int(generator.choice(workers)), signal.SIGKILL)
+            killed += 1
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert killed
+    undisturbed = run(Search(name="u", **WANTED), tmp_path / "undisturbed", workers=0)
+    assert without_time(of(tmp_path / "found")) == without_time(undisturbed)
+
+
+# What `two machines` of the tests below run: their own folder, a short lease, and a sleep in it.
+MACHINE = """
+import os, signal, sys, time
+from pathlib import Path
+from mnist_lightning import claims
+from mnist_lightning.__main__ import main
+from mnist_lightning.population import PopulationTraining
+
+claims.HEARTBEAT_SECONDS, claims.STALE_SECONDS = 0.2, 2.0
+name, frozen, *words = sys.argv[1:]
+process = claims._process
+claims._process = lambda: {**process(), "machine": name}
+run_epoch = PopulationTraining.run_epoch
+
+def freeze_once(self):
+    run_epoch(self)
+    if self.epoch >= 2 and not Path(frozen).exists():
+        Path(frozen).write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)  # until the test wakes it
+
+if frozen != "never":
+    PopulationTraining.run_epoch = freeze_once
+from mnist_lightning.search import read, run
+search, place = read(words)
+run(search, **{**place, "workers": 0})
+"""
+
+DRAWN = {
+    "model": "ShallowNetwork",
+    "data": {"source": "digits"},
+    "space": {"lr": {"low": 0.001, "high": 0.1, "log": True}},
+    "fixed": {"max_epochs": 20, "batch_size": 8},
+    "strategy": {"name": "optuna", "n": 6, "sampler": "RandomSampler"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", [WANTED, DRAWN], ids=["grid", "optuna"])
+def test_a_machine_that_was_frozen_beyond_its_lease_agrees_with_the_other(tmp_path, wanted):
+    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted, sort_keys=False))
+
+    def machine(name: str, frozen: str) -> subprocess.Popen:
+        words = f"--config wanted.yaml --folder {name} --storage journal.log".split()
+        return subprocess.Popen(
+            [sys.executable, "-c", MACHINE, name, frozen, *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    one = machine("one", "frozen")
+    os.waitpid(one.pid, os.WUNTRACED)  # until it is stopped
+    assert (tmp_path / "frozen").is_file()
+    two = machine("two", "never")
+    found = tmp_path / "two" / "trials"
+    count = 6 if wanted is DRAWN else 64
+    while len(list(found.glob("[!.]*.json"))) < count - 1:
+        assert two.poll() is None
+        time.sleep(0.1)
+    os.kill(one.pid, signal.SIGCONT)
+    for process in (one, two):
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        assert "Cannot tell" not in output
+    assert of(tmp_path / "one") == of(tmp_path / "two")  # the seconds too
+    assert {record["state"] for record in of(tmp_path / "two")} == {"COMPLETE"}
+    undisturbed = run(Search(name="u", **wanted), tmp_path / "undisturbed", workers=0)
+    assert without_time(of(tmp_path / "two")) == without_time(undisturbed)
+
+
+def two_machines(
+    tmp_path: Path,
+    storage: str,
+    within: Sequence[str] = (),
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    """Two commands, each with a folder of its own, that know of each other through a storage.
+
+    Args:
+        tmp_path: for the folders.
+        storage: where they meet.
+        within: the command that each is started by.
+        meanwhile: is called when both have begun.
+    """
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED, sort_keys=False))
     both = [
-        start(tmp_path / name, "--workers", "1", "--storage", storage) for name in ("one", "two")
+        start(tmp_path / name, "--workers", "1", "--storage", storage, within=within)
+        for name in ("one", "two")
     ]
+    while not all(list(tmp_path.glob(f"{name}/trials/[!.]*.json")) for name in ("one", "two")):
+        assert not any(process.poll() for process in both)
+        time.sleep(0.1)
+    meanwhile()
     for process in both:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
@@ -1081,6 +1225,15 @@ def test_two_machines_meet_in_a_journal_file(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_containers_with_one_hostname_share_the_trials(tmp_path):
+    """Process namespaces of their own, as in two containers: neither sees the other's workers."""
+    own = ["unshare", "--fork", "--pid", "--mount-proc"]
+    if subprocess.run([*own, "true"], capture_output=True).returncode:
+        pytest.skip("may make no process namespaces here")
+    two_machines(tmp_path, str(tmp_path / "journal.log"), own)
+
+
+@pytest.mark.slow
 def test_two_machines_meet_at_optunas_grpc_proxy(tmp_path):
     port = closed_port()
     code = (
@@ -1097,9 +1250,15 @@ def test_two_machines_meet_at_optunas_grpc_proxy(tmp_path):
         server.wait()
 
 
+class Server(NamedTuple):
+    address: str
+    stop: Callable[[], object]
+    start: Callable[[], object]
+
+
 @pytest.fixture
 def postgres():
-    """The address of a PostgreSQL server of our own, from the programs on this machine."""
+    """A PostgreSQL server of our own, from the programs on this machine."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     initdb = str(found[-1]) if found else shutil.which("initdb")
     if not initdb:
@@ -1115,7 +1274,13 @@ def postgres():
     try:
         subprocess.run([*shell, f"{initdb} -D {data} -A trust -U postgres"], check=True, cwd="/")
         subprocess.run([*shell, f'{control} -o "{options}" start'], check=True, cwd="/")
-        yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+        yield Server(
+            f"postgresql://postgres@127.0.0.1:{port}/postgres",
+            lambda: subprocess.run([*shell, f"{control} -m immediate stop"], check=True, cwd="/"),
+            lambda: subprocess.run(
+                [*shell, f'{control} -o "{options}" start'], check=True, cwd="/"
+            ),
+        )
         subprocess.run([*shell, f"{control} -m immediate stop"], check=True, cwd="/")
     finally:
         shutil.rmtree(data)
@@ -1123,4 +1288,14 @@ def postgres():
 
 @pytest.mark.postgres
 def test_two_machines_meet_in_postgresql(tmp_path, postgres):
-    two_machines(tmp_path, postgres)
+    two_machines(tmp_path, postgres.address)
+
+
+@pytest.mark.postgres
+def test_machines_wait_for_a_postgresql_that_is_restarted(tmp_path, postgres):
+    def restart() -> None:
+        postgres.stop()
+        time.sleep(10)
+        postgres.start()
+
+    two_machines(tmp_path, postgres.address, meanwhile=restart)
