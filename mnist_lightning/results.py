@@ -2,6 +2,7 @@
 
 search.json                 what was searched, on which data: another search is refused
 trials/<id>.json            one finished trial: the truth, written once, whole or not at all
+*.damaged                   damaged files, set aside; what they held is trained again
 checkpoints/<id>.ckpt       its weights, an ordinary checkpoint; best.ckpt is the winner's
 state/<unit>.pt             where unfinished trainings stand, to go on to the bit
 results.json, results.csv   all trials, without their curves
@@ -18,6 +19,7 @@ import io
 import json
 import math
 import os
+import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -188,11 +190,18 @@ class Results:
             values = [
                 record[n] for n in ("val_acc", "val_loss", "best_val_acc", "epochs", "seconds")
             ]
-            with SummaryWriter(str(folder)) as writer:
-                writer.file_writer.add_summary(start)
-                for metric, value in zip(metrics, values, strict=True):
-                    writer.add_scalar(metric, value, record["epochs"])
-                writer.file_writer.add_summary(end)
+            try:
+                with SummaryWriter(str(folder)) as writer:
+                    writer.file_writer.add_summary(start)
+                    for metric, value in zip(metrics, values, strict=True):
+                        writer.add_scalar(metric, value, record["epochs"])
+                    writer.file_writer.add_summary(end)
+            except OSError as error:
+                shutil.rmtree(folder, ignore_errors=True)  # else it would count as written
+                reason = (error.strerror or str(error)).lower()
+                raise ValueError(
+                    f"{folder} cannot be written: {reason}. Make room there."
+                ) from error
 
 
 def new_record(
