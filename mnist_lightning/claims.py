@@ -1,12 +1,15 @@
 """Who trains what: workers on any number of machines agree through an Optuna storage."""
 
 import contextlib
+import errno
+import functools
+import itertools
 import os
 import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +17,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import optuna
 
+Record = dict[str, Any]
+
 HEARTBEAT_SECONDS = 5.0
 # A worker on another machine that has shown no sign of life for so long is taken for dead.
 STALE_SECONDS = 60.0
+
+
+# A storage that does not answer is asked again for so long, before a worker gives up.
+PATIENCE_SECONDS = 60.0
+
+
+class ClaimLost(Exception):
+    """Another worker has the unit now: this one was taken for dead. What it has is not written."""
+
+
+class StorageLost(ValueError):
+    """The storage has not answered for ``PATIENCE_SECONDS``."""
 
 
 class Claims:
@@ -34,57 +51,157 @@ class Claims:
     def __init__(self, storage: "optuna.storages.BaseStorage", search: str) -> None:
         self.storage, self.search = storage, search
         self._seen: dict[str, tuple[Any, float]] = {}
+        self._looked = time.monotonic()
 
-    def take(
-        self, unit: str, ids: Sequence[str] = ()
-    ) -> "optuna.Study | list[dict[str, Any]] | None":
-        """The unit's claim, now ours; its records, if it is finished; ``None`` if it is taken.
+    def take(self, unit: str, ids: Sequence[str]) -> "Claim | dict[str, Record] | None":
+        """The unit's claim, now ours; its records by id, if it is finished; else ``None``.
 
         Args:
             unit: its name.
-            ids: of the trials that the records must have.
+            ids: of its trials.
         """
         import optuna
 
-        attempt = 0
-        while True:
+        records: dict[str, Record] = {}
+        deaths: list[str] = []
+        furthest = -1.0
+        for attempt in itertools.count():
             name = f"{self.search}/{unit}/{attempt}"
             try:
-                claim = optuna.create_study(
+                study = optuna.create_study(
                     storage=self.storage, study_name=name, direction="maximize"
                 )
             except optuna.exceptions.DuplicatedStudyError:
                 known = optuna.load_study(storage=self.storage, study_name=name).user_attrs
-                if set(ids) <= set(known.get("finished", ())) and "finished" in known:
-                    return [known[f"trial {id}"] for id in known["finished"]]
-                over = {"finished", "released"} & known.keys()
+                records |= _published(known, ids)
+                if "finished" in known and set(ids) <= records.keys():
+                    return records
+                over = {"finished", "released", "died"} & known.keys()
                 if not over and not self._dead(name, known.get("owner")):
                     return None
-                attempt += 1
+                if "died" in known:
+                    # only deaths since the last one that left something to go on from
+                    if known.get("from", 0.0) > furthest:
+                        furthest = known.get("from", 0.0)
+                        deaths = []
+                    deaths.append(known["died"])
             else:
-                claim.set_user_attr("owner", {**_process(), "beat": 0})
-                return claim
+                study.set_user_attr("owner", {**_process(), "beat": 0})
+                if attempt:  # what the one before published until we took the unit from it
+                    before = f"{self.search}/{unit}/{attempt - 1}"
+                    last = optuna.load_study(storage=self.storage, study_name=before).user_attrs
+                    records |= _published(last, ids)
+                follower = f"{self.search}/{unit}/{attempt + 1}"
+                return Claim(study, self.storage, follower, records, deaths)
+        raise AssertionError("there is always a next attempt")
 
     def _dead(self, name: str, owner: dict[str, Any] | None) -> bool:
         if owner and owner["machine"] == _process()["machine"]:
-            return _started(owner["pid"]) != owner["started"]
+            return start_of(owner["pid"]) != owner["started"]
         # by the observer's own clock: two machines need not agree on the time
+        now = time.monotonic()
+        if now - self._looked > STALE_SECONDS / 2:
+            self._seen.clear()  # we were away ourselves, or the storage was
+        self._looked = now
         seen = self._seen.get(name)
         if seen is None or seen[0] != owner:
-            self._seen[name] = (owner, time.monotonic())
+            self._seen[name] = (owner, now)
             return False
-        return time.monotonic() - seen[1] > STALE_SECONDS
+        return now - seen[1] > STALE_SECONDS
 
-    @staticmethod
-    def finish(claim: "optuna.Study", records: Sequence[dict[str, Any]]) -> None:
-        """Notes what came out of a unit, so that nobody takes it again."""
+    def note_death(self, pid: int, started: str | None, reason: str) -> bool:
+        """Notes on the unit that a process of this machine held, that the process died.
+
+        Returns:
+            Whether it held one.
+        """
+        who = {"machine": _process()["machine"], "pid": pid, "started": started}
+        for study in self.storage.get_all_studies():
+            known = study.user_attrs
+            if (
+                study.study_name.startswith(f"{self.search}/")
+                and who.items() <= known.get("owner", {}).items()
+                and not {"finished", "released", "died"} & known.keys()
+            ):
+                self.storage.set_study_user_attr(study._study_id, "died", reason)
+                return True
+        return False
+
+    def forget(self, ids: Collection[str]) -> None:
+        """Takes back what was published of these trials, so that they are trained again."""
+        for study in self.storage.get_all_studies():
+            if study.study_name.startswith(f"{self.search}/"):
+                for id in _published(study.user_attrs, ids):
+                    self.storage.set_study_user_attr(study._study_id, f"trial {id}", None)
+
+
+class Claim:
+    """A unit that is ours to train, until another worker takes us for dead.
+
+    Attributes:
+        records: of its trials that are finished already, by id.
+        deaths: how the workers ended that it killed without getting any further.
+    """
+
+    def __init__(
+        self,
+        study: "optuna.Study",
+        storage: "optuna.storages.BaseStorage",
+        follower: str,
+        records: dict[str, Record],
+        deaths: Sequence[str],
+    ) -> None:
+        self.records, self.deaths = records, deaths
+        self._study, self._storage, self._follower = study, storage, follower
+        self._published: set[str] = set()
+        self._lost = threading.Event()
+
+    def check(self) -> None:
+        """Makes sure that the unit is still ours.
+
+        Raises:
+            ClaimLost: it is not.
+        """
+        with contextlib.suppress(KeyError):
+            self._storage.get_study_id_from_name(self._follower)
+            self._lost.set()
+        self.check_quickly()
+
+    def check_quickly(self) -> None:
+        """As ``check``, but asks no storage: as of the last sign of life."""
+        if self._lost.is_set():
+            raise ClaimLost
+
+    def goes_on(self, part: float) -> None:
+        """Notes that training goes on from a state in which this part of it was done."""
+        self._study.set_user_attr("from", part)
+
+    def publish(self, record: Record) -> None:
+        """Shows a finished trial to the others.
+
+        Raises:
+            ClaimLost: the unit is no longer ours, and the record does not count: another worker's
+                may differ from it, and others may have that one.
+        """
+        self._study.set_user_attr(f"trial {record['id']}", record)
+        # Whoever takes the unit from now on reads the record first; whoever took it before has not.
+        self.check()
+        self._published.add(record["id"])
+
+    def finish(self, records: Sequence[Record]) -> None:
+        """Notes what came out of the unit, so that nobody takes it again.
+
+        Raises:
+            ClaimLost: it is no longer ours.
+        """
         for record in records:
-            claim.set_user_attr(f"trial {record['id']}", record)
-        claim.set_user_attr("finished", [record["id"] for record in records])
+            if record["id"] not in self._published and self.records.get(record["id"]) != record:
+                self.publish(record)
+        self.check()
+        self._study.set_user_attr("finished", [record["id"] for record in records])
 
-    @staticmethod
     @contextlib.contextmanager
-    def alive(claim: "optuna.Study") -> Iterator[None]:
+    def alive(self) -> Iterator[None]:
         """Shows signs of life while the unit is trained; releases it when that is cut off."""
         over = threading.Event()
 
@@ -93,7 +210,8 @@ class Claims:
             while not over.wait(HEARTBEAT_SECONDS):
                 number += 1
                 with contextlib.suppress(Exception):  # a storage out of reach may come back
-                    claim.set_user_attr("owner", {**_process(), "beat": number})
+                    self._study.set_user_attr("owner", {**_process(), "beat": number})
+                    self.check()
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -101,20 +219,32 @@ class Claims:
             yield
         except BaseException:
             with contextlib.suppress(Exception):
-                claim.set_user_attr("released", True)
+                self._study.set_user_attr("released", True)
             raise
         finally:
             over.set()
-            thread.join()
+            thread.join(HEARTBEAT_SECONDS)  # it may be waiting for the storage
+
+
+def _published(attributes: Mapping[str, Any], ids: Collection[str]) -> dict[str, Record]:
+    """Records among the attributes of a study, of these trials."""
+    found = {id: attributes.get(f"trial {id}") for id in ids}
+    return {id: record for id, record in found.items() if record is not None}
 
 
 def _process() -> dict[str, Any]:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    machine = f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''}"
-    return {"machine": machine, "pid": os.getpid(), "started": _started(os.getpid())}
+    """Who we are. A machine is one where a process number means the same to all.
+
+    So containers are different machines, even those with one hostname.
+    """
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    facts = [socket.gethostname()]
+    facts += [boot.read_text().strip()] if boot.is_file() else []
+    facts += [os.readlink(namespace)] if namespace.is_symlink() else []
+    return {"machine": " ".join(facts), "pid": os.getpid(), "started": start_of(os.getpid())}
 
 
-def _started(pid: int) -> str | None:
+def start_of(pid: int) -> str | None:
     """When a process of this machine started; ``None`` where there is none.
 
     Without ``/proc`` only whether there is one: a number that was used again then counts as alive.
@@ -157,18 +287,66 @@ def open_storage(url: str | None, folder: Path) -> "optuna.storages.BaseStorage"
     try:
         storage = _connect(url or str(journal))
         storage.get_all_studies()
+        patient: Any = _Patient(storage, f"storage {_without_password(url or str(journal))}")
+        return patient
     except Exception as error:  # each backend has exceptions of its own
         if url is None and journal.is_file():
             # ours alone, and no more than an index: the trials hold all that matters
             os.replace(journal, folder / "journal.damaged")
             return open_storage(None, folder)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"storage {_without_password(url)} cannot be reached: {reason}") from error
-    return storage
+        place = _without_password(url or str(journal))
+        raise ValueError(f"storage {place} cannot be reached: {_reason(error)}") from error
+
+
+class _Patient:
+    """A storage that is asked again where it does not answer: a database may be restarted.
+
+    What it is asked may have reached it before the answer was lost. All that is asked may be asked
+    twice, but for the creation of a study: that then looks like another's, with no sign of life.
+    """
+
+    def __init__(self, storage: "optuna.storages.BaseStorage", name: str) -> None:
+        self._storage, self._name = storage, name
+
+    def __getattr__(self, attribute: str) -> Any:
+        value = getattr(self._storage, attribute)
+        return functools.partial(self._insist, value) if callable(value) else value
+
+    def _insist(self, ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        deadline, pause = time.monotonic() + PATIENCE_SECONDS, 0.1
+        while True:
+            try:
+                return ask(*args, **kwargs)
+            except Exception as error:
+                if not _may_come_back(error):
+                    raise
+                full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+                if full or time.monotonic() + pause > deadline:
+                    does = "cannot be written" if full else "does not answer"
+                    raise StorageLost(f"{self._name} {does}: {_reason(error)}") from error
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+
+def _may_come_back(error: BaseException) -> bool:
+    """Whether a storage's error says that it is out of reach, whatever the kind of storage."""
+    if isinstance(error, OSError):
+        return True
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"StorageInternalError", "OperationalError", "InterfaceError", "RpcError"})
+
+
+def _reason(error: BaseException) -> str:
+    """In a line, what is behind an error of a storage."""
+    if type(error).__name__ == "StorageInternalError" and error.__cause__:
+        error = error.__cause__  # its own text is about something else
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _connect(url: str) -> "optuna.storages.BaseStorage":
-    from optuna.storages import GrpcStorageProxy, JournalStorage, RDBStorage
+    from optuna.storages import GrpcStorageProxy, JournalStorage, RDBStorage, get_storage
     from optuna.storages.journal import JournalFileBackend
 
     if "://" not in url:
@@ -184,7 +362,8 @@ def _connect(url: str) -> "optuna.storages.BaseStorage":
     tries = 5
     while True:
         try:
-            return RDBStorage(url, engine_kwargs={"connect_args": limit})
+            # with the cache that Optuna gives a database
+            return get_storage(RDBStorage(url, engine_kwargs={"connect_args": limit}))
         except Exception as error:
             tries -= 1
             if not tries or "already exists" not in str(error):

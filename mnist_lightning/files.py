@@ -10,6 +10,7 @@ import io
 import json
 import os
 import uuid
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,31 @@ def write_torch(path: Path, content: Any) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_bytes(path, buffer.getvalue())
+
+
+def read_torch(path: Path) -> Any:
+    """The content of a file of ``write_torch``, as it was written.
+
+    Raises:
+        ValueError: it cannot be read, or a bit of it has changed.
+    """
+    import torch
+
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself ignores the checksums in there
+            if changed := archive.testzip():
+                raise ValueError(f"{changed} in it has changed")
+        return torch.load(path, weights_only=True)
+    except Exception as error:  # whatever a damaged file makes of the two
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged: {reason}") from error
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged file, for its owner to look at, and returns its new name."""
+    aside = path.with_name(f"{path.name}.damaged")
+    os.replace(path, aside)
+    return aside
 
 
 def create_json(path: Path, content: Any) -> bool:

@@ -350,10 +350,14 @@ def rounds(search: Search, records: Mapping[str, Record]) -> list[list[Trial]]:
     )
 
 
+def all_units(search: Search, records: Mapping[str, Record], images: int) -> list[Unit]:
+    """Units of all rounds, up to the first that is not finished."""
+    if search.sampled:
+        return [Unit(f"draw{i:04d}", (), False, 1.0, i) for i in range(search.strategy["n"])]
+    return [unit for trials in rounds(search, records) for unit in units(search, trials, images)]
+
+
 def open_units(search: Search, records: Mapping[str, Record], images: int) -> list[Unit]:
     """Units of the first round that is not finished, without those that are."""
-    if search.sampled:
-        found = [Unit(f"draw{i:04d}", (), False, 1.0, i) for i in range(search.strategy["n"])]
-    else:
-        found = units(search, rounds(search, records)[-1], images)
+    found = all_units(search, records, images)
     return [unit for unit in found if any(id not in records for id in unit.ids)]

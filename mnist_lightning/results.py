@@ -2,6 +2,7 @@
 
 search.json                 what was searched, on which data: another search is refused
 trials/<id>.json            one finished trial: the truth, written once, whole or not at all
+*.damaged                   damaged files, set aside; what they held is trained again
 checkpoints/<id>.ckpt       its weights, an ordinary checkpoint; best.ckpt is the winner's
 state/<unit>.pt             where unfinished trainings stand, to go on to the bit
 results.json, results.csv   all trials, without their curves
@@ -18,12 +19,21 @@ import io
 import json
 import math
 import os
+import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_lightning.files import create_json, read_json, write_bytes, write_json, write_text
+from mnist_lightning.files import (
+    create_json,
+    read_json,
+    read_torch,
+    set_aside,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from mnist_lightning.provenance import provenance
 from mnist_lightning.space import Score, Trial
 
@@ -56,21 +66,53 @@ class Results:
             identity: all that the results depend on, as JSON types.
 
         Raises:
-            ValueError: it holds another search, or a damaged file.
+            ValueError: it holds another search, or a damaged ``search.json``.
         """
         for folder in (self.trials, self.checkpoints, self.state):
             folder.mkdir(parents=True, exist_ok=True)
         about = self.path / "search.json"
         if not about.is_file():
             create_json(about, {**identity, "provenance": provenance()})
-        held = read_json(about, "delete the folder to start anew")
+        held = read_json(
+            about,
+            "delete this file if the folder's trials are of this search, and it is written anew;"
+            " else choose another folder with --name",
+        )
         for key, value in identity.items():
             if held.get(key) != value:
                 raise ValueError(
                     f"{self.path} holds another search: {_difference(key, held.get(key), value)}."
                     " Choose another folder with --name, or delete this one"
                 )
-        self.records()
+
+    def heal(self) -> list[str]:
+        """Sets damaged files aside: trials, and checkpoints with their trials.
+
+        Returns:
+            The trials whose weights are gone, which must be trained again.
+        """
+        for file in sorted(self.trials.glob("[!.]*.json")):
+            try:
+                self.record(file.stem)
+            except ValueError as error:
+                set_aside(file)
+                reason = str(error).rpartition(": ")[0]
+                print(f"{reason}: set aside as {file.name}.damaged", flush=True)
+        without_weights = []
+        for id in list(self._records):
+            weights = self.checkpoints / f"{id}.ckpt"
+            if not weights.is_file():
+                continue  # on the machine that trained it
+            try:
+                read_torch(weights)
+            except ValueError as error:
+                set_aside(weights)
+                (self.trials / f"{id}.json").unlink()
+                del self._records[id]
+                without_weights.append(id)
+                aside = f"{weights.name}.damaged"
+                print(f"{error}: set aside as {aside}, trial {id} is trained again", flush=True)
+        return without_weights
 
     def record(self, id: str) -> Record | None:
         """A finished trial, or ``None``.
@@ -80,10 +122,10 @@ class Results:
         """
         file = self.trials / f"{id}.json"
         if id not in self._records and file.is_file():
-            remedy = "delete it, and the trial is trained again"
+            remedy = "run the search again, which sets it aside and trains the trial again"
             record = read_json(file, remedy)
-            if record.get("id") != id or not {"state", "params", "val_acc"} <= record.keys():
-                raise ValueError(f"{file} is damaged (not trial {id}): {remedy}")
+            if wrong := fault(record, id):
+                raise ValueError(f"{file} is damaged ({wrong}): {remedy}")
             self._records[id] = record
         return self._records.get(id)
 
@@ -100,6 +142,12 @@ class Results:
     def add(self, record: Record) -> None:
         """Writes a finished trial; whoever finishes it first stays."""
         create_json(self.trials / f"{record['id']}.json", record)
+
+    def adopt(self, record: Record) -> None:
+        """Writes a finished trial as the storage has it, so that all folders have it so."""
+        if self.record(record["id"]) != record:
+            write_json(self.trials / f"{record['id']}.json", record)
+            self._records[record["id"]] = record
 
     def write_tables(self) -> list[Record]:
         """Writes ``results.json``, ``results.csv`` and ``curves.json.gz``; returns the trials."""
@@ -142,11 +190,18 @@ class Results:
             values = [
                 record[n] for n in ("val_acc", "val_loss", "best_val_acc", "epochs", "seconds")
             ]
-            with SummaryWriter(str(folder)) as writer:
-                writer.file_writer.add_summary(start)
-                for metric, value in zip(metrics, values, strict=True):
-                    writer.add_scalar(metric, value, record["epochs"])
-                writer.file_writer.add_summary(end)
+            try:
+                with SummaryWriter(str(folder)) as writer:
+                    writer.file_writer.add_summary(start)
+                    for metric, value in zip(metrics, values, strict=True):
+                        writer.add_scalar(metric, value, record["epochs"])
+                    writer.file_writer.add_summary(end)
+            except OSError as error:
+                shutil.rmtree(folder, ignore_errors=True)  # else it would count as written
+                reason = (error.strerror or str(error)).lower()
+                raise ValueError(
+                    f"{folder} cannot be written: {reason}. Make room there."
+                ) from error
 
 
 def new_record(
@@ -190,6 +245,49 @@ def new_record(
             for name in CURVES
         },
     }
+
+
+def fault(record: Any, id: str) -> str | None:
+    """What is wrong with a record that should be of this trial; ``None`` if nothing is.
+
+    Files get damaged, and other machines may send anything.
+    """
+    if not isinstance(record, dict) or record.get("id") != id:
+        return f"not trial {id}"
+    curves, epochs = record.get("curves"), record.get("epochs")
+    numbers = [record.get(name) for name in ("number", "round", "seed", "epochs")]
+    if not all(type(number) is int for number in numbers) or not _is_number(record.get("seconds")):
+        return "number, round, seed, epochs and seconds must be numbers"
+    if not isinstance(record.get("params"), dict) or not isinstance(curves, dict):
+        return "params and curves must be dictionaries"
+    if set(curves) != set(CURVES):
+        return f"the curves are {sorted(curves)}, not {sorted(CURVES)}"
+    for curve in curves.values():
+        if not isinstance(curve, list) or len(curve) != epochs:
+            return "a curve has not as many values as the trial has epochs"
+        if not all(value is None or _is_number(value) for value in curve):
+            return "a curve holds something else than numbers"
+    if record.get("state") == "FAIL":
+        return None if isinstance(record.get("error"), str) else "it failed for no reason"
+    if record.get("state") not in ("COMPLETE", "PRUNED"):
+        return f"unknown state {record.get('state')!r}"
+    accuracies = curves["val_acc"]
+    if not accuracies or not all(_is_number(v) and 0 <= v <= 1 for v in accuracies):
+        return "val_acc must be between 0 and 1 in each epoch"
+    best = max(accuracies)
+    expected = {
+        **{name: curve[-1] for name, curve in curves.items()},
+        "best_val_acc": best,
+        "best_epoch": 1 + accuracies.index(best),
+    }
+    for name, value in expected.items():
+        if record.get(name) != value:
+            return f"{name} is {record.get(name)!r}, but {value!r} by its curves"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def score(record: Record, objective: str) -> Score | None:

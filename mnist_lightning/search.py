@@ -10,15 +10,18 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from mnist_lightning import space
-from mnist_lightning.claims import open_storage
+from mnist_lightning.claims import Claim, ClaimLost, Claims, open_storage, start_of
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.files import write_bytes
 from mnist_lightning.names import SearchByName
@@ -29,15 +32,25 @@ from mnist_lightning.plan import (
     UNIT_BYTES,
     Search,
     Unit,
+    all_units,
     check_count,
     networks,
     open_units,
     rounds,
 )
 from mnist_lightning.results import Record, Results, score
-from mnist_lightning.worker import Report, Worker, fill_index, sampler_and_pruner
+from mnist_lightning.worker import (
+    ATTEMPTS,
+    Report,
+    Worker,
+    adopt,
+    fill_index,
+    make_trainer,
+    sampler_and_pruner,
+)
 
 ROOT = Path("lightning_logs") / "search"
+STOPS = {signal.SIGINT, signal.SIGTERM}
 
 
 def _work_here(
@@ -63,58 +76,99 @@ def _work_elsewhere(pipe: Connection, parent: int, *arguments: Any) -> None:
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
     try:
+        signal.signal(signal.SIGTERM, _stop)
+        # held back while the modules were imported, where it would print a long traceback
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         _work_here(lambda unit, part: pipe.send((unit, part)), *arguments)
     except (KeyboardInterrupt, SystemExit):  # the Trainer turns the one into the other
-        sys.exit(0)
+        os._exit(128 + signal.SIGTERM)  # not even a traceback of a thread
     except Exception as error:
         # as words: not every exception can be sent
         wrong = isinstance(error, ValueError)
         pipe.send(str(error) if wrong else f"a worker failed: {type(error).__name__}: {error}")
 
 
-def _work_in_processes(workers: int, arguments: tuple[Any, ...], progress: "Progress") -> None:
-    """Runs workers and waits for all of them.
+def _stop(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
-    Raises:
-        ValueError: one of them could not go on.
+
+class _Crew:
+    """The workers of this machine, each in a process of its own.
+
+    Args:
+        claims: of the search; a worker that dies leaves its unit to the others there.
+        arguments: of ``_work_here``, all but the first.
     """
-    context = multiprocessing.get_context("spawn")
-    pipes: dict[Any, Any] = {}
-    errors = []
-    try:
-        for _ in range(workers):
-            # a pipe for each: a worker that is killed takes no lock with it
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_work_elsewhere, args=(sender, os.getpid(), *arguments), daemon=True
-            )
+
+    def __init__(self, claims: Claims, arguments: tuple[Any, ...]) -> None:
+        self.claims, self.arguments = claims, arguments
+        self._pipes: dict[Any, tuple[SpawnProcess, str | None]] = {}
+        self._idle_deaths = self._deaths_borne = 0  # since one last worked
+
+    def work(self, workers: int, progress: "Progress") -> list[str]:
+        """Runs workers until there is no more to do; a worker that its unit killed is replaced.
+
+        Returns:
+            Why some of them could not go on.
+        """
+        errors = []
+        self._deaths_borne = ATTEMPTS * workers
+        try:
+            for _ in range(workers):
+                self._hire()
+            while self._pipes:
+                for pipe in cast(list[Connection], wait(list(self._pipes), timeout=0.5)):
+                    try:
+                        message = pipe.recv()
+                    except EOFError:
+                        process, started = self._pipes.pop(pipe)
+                        process.join()
+                        if process.exitcode:
+                            errors += self._bury(process, started)
+                        continue
+                    if isinstance(message, str):
+                        errors.append(message)
+                    else:
+                        progress.note(*message)
+                        self._idle_deaths = 0
+                progress.show()
+        finally:
+            for process, _ in self._pipes.values():  # those left when this is interrupted
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(cast(int, process.pid), signal.SIGINT)
+            for process, _ in self._pipes.values():
+                process.join(10)
+                process.kill()
+        return errors
+
+    def _hire(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        # a pipe for each: a worker that is killed takes no lock with it
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_work_elsewhere, args=(sender, os.getpid(), *self.arguments), daemon=True
+        )
+        resource_tracker.ensure_running()  # its start, inside the next one, would unblock them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # which a new process inherits
+        try:
             process.start()
-            sender.close()
-            pipes[receiver] = process
-        while pipes:
-            for pipe in cast(list[Connection], wait(list(pipes), timeout=0.5)):
-                try:
-                    message = pipe.recv()
-                except EOFError:
-                    process = pipes.pop(pipe)
-                    process.join()
-                    if process.exitcode:
-                        errors.append(f"a worker died (exit code {process.exitcode})")
-                    continue
-                if isinstance(message, str):
-                    errors.append(message)
-                else:
-                    progress.note(*message)
-            progress.show()
-    finally:
-        for process in pipes.values():  # those that are left when this is interrupted
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGINT)
-        for process in pipes.values():
-            process.join(10)
-            process.kill()
-    if errors:
-        raise ValueError(f"{errors[0]} (what is finished stays; the same command goes on)")
+            self._pipes[receiver] = process, start_of(cast(int, process.pid))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        sender.close()
+
+    def _bury(self, process: SpawnProcess, started: str | None) -> list[str]:
+        code = cast(int, process.exitcode)
+        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if code == -signal.SIGKILL:
+            reason += ", as where memory runs out"
+        held_unit = self.claims.note_death(cast(int, process.pid), started, reason)
+        self._idle_deaths += not held_unit
+        # killed while it had no unit: not by one
+        if held_unit or (code < 0 and self._idle_deaths <= self._deaths_borne):
+            self._hire()
+            return []
+        return [f"a worker ended: {reason}"]
 
 
 class Progress:
@@ -193,7 +247,8 @@ def run(
     Args:
         search: what to search.
         folder: for its results; by default ``lightning_logs/search/<name>``.
-        workers: processes; by default one for each core, or one where all want the same GPU.
+        workers: processes; by default one for each core, or one where all want the same GPU. 0
+            trains in this process, which then must not be killed by a trial.
         storage: where workers on several machines meet; see ``claims.open_storage``.
         device: on which populations are trained.
 
@@ -203,17 +258,27 @@ def run(
     Raises:
         ValueError: the search cannot work, or the folder is of another one.
         KeyboardInterrupt: Ctrl-C; the same call goes on.
+        SystemExit: a signal handler's; the same.
     """
     search.check()
+    # what is unknown, or not on this machine, is found out now
     if search.sampled:
-        sampler_and_pruner(search)  # an unknown one is found out now
+        sampler_and_pruner(search)
+    if search.trainer or search.model_class not in SMALL:
+        make_trainer(search, max_epochs=1)
+    _check_device(device)
     results = Results(folder or ROOT / search.name)
     data = search.load_data()
     identity = search.identity(data)
     results.open(identity)
     key = f"{search.name}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]}"
     meeting_point = open_storage(storage, results.path)
+    claims = Claims(meeting_point, key)
     images = len(data.train_set)
+    if without_weights := results.heal():
+        claims.forget(without_weights)
+    if storage is not None:
+        _agree(search, results, claims, images)
     print(f"{search.name}: {search.model}, {data.describe()}")
     if left := open_units(search, results.records(), images):
         if workers is None:
@@ -222,17 +287,18 @@ def run(
             workers = 1 if alone and torch.cuda.is_available() else os.cpu_count() or 1
         if search.second_round is None and search.strategy["name"] != "refine":
             workers = min(workers, len(left))  # no further round will need more
-        _say_plan(search, left, workers)
+        _say_plan(search, left, max(workers, 1))
         if search.sampled:
             # what the sampler learns from
             fill_index(search, meeting_point, key, results.in_order())
-        threads = max(1, (os.cpu_count() or 1) // workers)
+        threads = max(1, (os.cpu_count() or 1) // max(workers, 1))
         arguments = (search, key, results.path, storage, device, threads)
         progress = Progress(search, results, images)
         threads_before = torch.get_num_threads()
+        errors: list[str] = []
         try:
-            if workers > 1:
-                _work_in_processes(workers, arguments, progress)
+            if workers:
+                errors = _Crew(claims, arguments).work(workers, progress)
             else:
 
                 def report(unit: str, part: float) -> None:
@@ -240,19 +306,51 @@ def run(
                     progress.show()
 
                 _work_here(report, *arguments)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit) as stop:
             progress.close()
             done = len(results.write_tables())
             print(f"\n{done} of {progress.total} trials are done; the same command goes on")
-            raise KeyboardInterrupt from None
+            if isinstance(stop, SystemExit) and stop.code != 1:
+                raise
+            raise KeyboardInterrupt from None  # the Trainer makes of it an exit with 1
         finally:
             progress.close()
             torch.set_num_threads(threads_before)
+        if errors and open_units(search, results.records(), images):
+            results.write_tables()
+            raise ValueError(f"{errors[0]} (what is finished stays; the same command goes on)")
     found = results.write_tables()
     fill_index(search, meeting_point, key, found)
     results.write_tensorboard(search.model)
     _crown(search, results, found)
     return found
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"there is no device {device!r}: name cpu, cuda or cuda:1") from error
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind != "cpu" and (there is None or there.type != kind):
+        raise ValueError(f"device {device!r} is not on this machine; there is {there or 'cpu'}")
+
+
+def _agree(search: Search, results: Results, claims: Claims, images: int) -> None:
+    """Shows the units that are finished here to other machines, or adopts theirs.
+
+    A unit whose worker lost the storage is finished here, but nobody knows.
+    """
+    records = results.records()
+    for unit in all_units(search, records, images):
+        if not all(id in records for id in unit.ids):
+            continue
+        claim = claims.take(unit.name, unit.ids)
+        if isinstance(claim, Claim):
+            with contextlib.suppress(ClaimLost):
+                claim.finish([records[id] for id in unit.ids])
+        elif claim:
+            adopt(search, results, claims, unit, claim)
 
 
 def _say_plan(search: Search, left: Sequence[Unit], workers: int) -> None:
@@ -356,8 +454,15 @@ def main(argv: Sequence[str]) -> int:
     """``python -m mnist_lightning search --config NAME [options]``.
 
     Raises:
-        ValueError: what was asked for cannot be understood, or cannot work.
+        ValueError: what was asked for cannot be understood, or cannot work, or no trial succeeded.
     """
     search, place = read(argv)
-    run(search, **place)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        records = run(search, **place)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if not any(record["state"] == "COMPLETE" for record in records):
+        error = records[0]["error"]
+        raise ValueError(f"no trial of {len(records)} succeeded, the first: {error}")
     return 0

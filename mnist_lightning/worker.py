@@ -5,6 +5,7 @@ training: there it is taken up again.
 """
 
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -18,21 +19,38 @@ import torch
 from torch import Tensor
 
 from mnist_lightning import space
-from mnist_lightning.claims import Claims
+from mnist_lightning.claims import Claim, ClaimLost, Claims, StorageLost
 from mnist_lightning.data import ImageSet
 from mnist_lightning.execution import kept_memory
-from mnist_lightning.files import write_torch
+from mnist_lightning.files import read_torch, set_aside, write_torch
 from mnist_lightning.models import Classifier
 from mnist_lightning.names import hint
 from mnist_lightning.plan import SMALL, STRATEGIES, Search, Unit, member, networks, open_units
 from mnist_lightning.population import PopulationTraining
-from mnist_lightning.results import CURVES, Record, Results, new_record
+from mnist_lightning.results import CURVES, Record, Results, fault, new_record
 from mnist_lightning.space import Trial
 
 if TYPE_CHECKING:
     import optuna
+    from lightning.pytorch import Callback, Trainer
 
 SNAPSHOT_SECONDS = 5.0
+# A unit that has killed so many workers, one after the other, without getting any further, fails.
+ATTEMPTS = 3
+# in what PyTorch says where memory or a device is missing, for which it has no exception
+LACKS = (
+    "can't allocate memory",
+    "out of memory",
+    "DataLoader worker",
+    "CUDA",
+    "NVIDIA",
+    "No space left",
+)
+
+
+class Lack(ValueError):
+    """A training cannot be done here and now: what is missing says nothing about the trial."""
+
 
 Report = Callable[[str, float], None]
 
@@ -77,7 +95,12 @@ class Worker:
     def _work(self) -> None:
         claims = Claims(self.storage, self.key)
         images = len(self.data.train_set)
-        while left := open_units(self.search, self.results.records(), images):
+        lacks: dict[str, Lack] = {}
+        while left := [
+            unit
+            for unit in open_units(self.search, self.results.records(), images)
+            if unit.name not in lacks
+        ]:
             moved = False
             for unit in left:
                 if all(self.results.record(id) for id in unit.ids):
@@ -86,30 +109,84 @@ class Worker:
                 if claim is None:
                     continue
                 moved = True
-                if isinstance(claim, list):  # on another machine
-                    for record in claim:
-                        self.results.add(record)
-                    continue
-                with claims.alive(claim):
-                    self.train(unit)
-                records = [self.results.record(id) for id in unit.ids]
-                claims.finish(claim, [record for record in records if record])
+                try:
+                    if isinstance(claim, Claim):
+                        self._train_claimed(unit, claim, claims)
+                    else:  # on another machine
+                        adopt(self.search, self.results, claims, unit, claim)
+                except ClaimLost:
+                    continue  # what its new owner finds is adopted when it is there
+                except Lack as lack:
+                    lacks[unit.name] = lack  # another worker may be able to
             if not moved:
                 time.sleep(0.5)
+        if lacks:
+            raise next(iter(lacks.values()))
 
-    def train(self, unit: Unit) -> None:
-        """Trains a unit's trials and writes what came out."""
+    def _train_claimed(self, unit: Unit, claim: Claim, claims: Claims) -> None:
+        with claim.alive():
+            adopt(self.search, self.results, claims, unit, claim.records)
+            if not all(self.results.record(id) for id in unit.ids):
+                self.train(unit, claim)
+            claim.finish([self.results.records()[id] for id in unit.ids])
+
+    def train(self, unit: Unit, claim: Claim) -> None:
+        """Trains a unit's trials and writes what came out.
+
+        Raises:
+            ClaimLost: the unit was given to another worker.
+            Lack: there is no memory or no device for it.
+            ValueError: a file cannot be written, or the storage does not answer.
+        """
         small = unit.together or self.search.model_class in SMALL
         # The bits of a sum depend on how many threads share it. Small networks gain nothing from
         # more than one anyway.
         torch.set_num_threads(1 if small else self.threads)
-        if unit.together:
-            with kept_memory():
-                self._train_together(unit)
+        if len(claim.deaths) >= ATTEMPTS:
+            self._give_up(unit, claim)
+        elif unit.together:
+            try:
+                with kept_memory():
+                    self._train_together(unit, claim)
+            except Exception as error:
+                _raise_lack(unit.name, error)
+                raise
         elif unit.trials:
-            self._train_alone(unit.trials[0], unit.ids[0], lambda epoch, val_acc: False)
+            self._train_alone(unit.trials[0], unit.ids[0], claim, lambda epoch, val_acc: False)
         else:
-            self._train_drawn(unit)
+            self._train_drawn(unit, claim)
+
+    def _give_up(self, unit: Unit, claim: Claim) -> None:
+        """Notes that the trials of a unit failed: they ended every worker that trained them."""
+        reason = f"its worker died {len(claim.deaths)} times; the last one: {claim.deaths[-1]}"
+        trials = unit.trials or [self._draw(unit)[0]]
+        curves: dict[str, list[float]] = {name: [] for name in CURVES}
+        for trial, id in zip(trials, unit.ids, strict=True):
+            if not self.results.record(id):
+                self._write(claim, new_record(trial, id, curves, 0.0, "FAIL", reason))
+
+    def _write(self, claim: Claim, record: Record, save: Callable[[], None] | None = None) -> None:
+        """Writes a finished trial, its weights first, and shows it to the others.
+
+        Raises:
+            ClaimLost: they have another one's; nothing was written.
+            StorageLost: they cannot be told now; all was written.
+        """
+        lost = None
+        try:
+            claim.check()
+        except StorageLost as error:
+            lost = error
+        if save:
+            save()
+        try:
+            if not lost:
+                claim.publish(record)
+        except StorageLost as error:
+            lost = error
+        self.results.add(record)
+        if lost:
+            raise lost
 
     @cached_property
     def _train_set(self) -> tuple[Tensor, Tensor]:
@@ -124,44 +201,67 @@ class Worker:
         rows = self.data.preprocess(part.images).flatten(1)
         return rows.to(self.device), part.labels.to(self.device)
 
-    def _train_together(self, unit: Unit) -> None:
+    def _train_together(self, unit: Unit, claim: Claim) -> None:
         together = networks(self.search, unit.trials)
-        params = unit.trials[0].params
-        training = PopulationTraining(
-            [member(key, trials) for key, trials in together.items()],
-            train=self._train_set,
-            val=self._val_set,
-            batch_size=self.search.batch_size(params),
-            seed=params["seed"],
-        )
+        training, spent = self._training(unit, claim)
         file = self.results.state / f"{unit.name}.pt"
-        spent = 0.0
-        if file.is_file():
-            state = torch.load(file, weights_only=True)
-            missing = [t for t in unit.trials if not self.results.record(t.id)]
-            # unless a trial that was written before has been deleted since
-            if all(t.params["max_epochs"] > state["training"]["epoch"] for t in missing):
-                training.load_state_dict(state["training"])
-                spent = state["seconds"]
+        # once it has killed a worker, each epoch counts
+        snapshot_seconds = 0.0 if claim.deaths else SNAPSHOT_SECONDS
         epochs = max(m.max_epochs for m in training.members)
         started = saved = time.monotonic()
         while True:
             seconds = spent + time.monotonic() - started
             for number, trials in enumerate(together.values()):
                 for trial in trials:
-                    self._keep(training, number, trial, seconds / len(together))
+                    self._keep(training, number, trial, seconds / len(together), claim)
             if training.done:
                 break
-            if time.monotonic() - saved > SNAPSHOT_SECONDS:
+            if time.monotonic() - saved > snapshot_seconds:
+                claim.check_quickly()  # the state may be another's by now
                 state = {"training": training.state_dict(), "seconds": seconds}
                 write_torch(file, state)
                 saved = time.monotonic()
             self.report(unit.name, training.epoch / epochs)
+            claim.check_quickly()
             training.run_epoch()
         file.unlink(missing_ok=True)
 
+    def _training(self, unit: Unit, claim: Claim) -> tuple[PopulationTraining, float]:
+        """A unit's training, as its last worker left it, and the seconds spent on it."""
+        file = self.results.state / f"{unit.name}.pt"
+        training = self._new_training(unit)
+        if not file.is_file():
+            return training, 0.0
+        try:
+            state = read_torch(file)
+            missing = [t for t in unit.trials if not self.results.record(t.id)]
+            if any(t.params["max_epochs"] <= state["training"]["epoch"] for t in missing):
+                return training, 0.0  # a trial that was written before has been deleted since
+            training.load_state_dict(state["training"])
+            claim.goes_on(training.epoch / max(m.max_epochs for m in training.members))
+            return training, float(state["seconds"])
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            aside = set_aside(file)
+            print(f"{error}: set aside as {aside.name}, trained from the start", flush=True)
+            return self._new_training(unit), 0.0
+
+    def _new_training(self, unit: Unit) -> PopulationTraining:
+        params = unit.trials[0].params
+        return PopulationTraining(
+            [member(key, trials) for key, trials in networks(self.search, unit.trials).items()],
+            train=self._train_set,
+            val=self._val_set,
+            batch_size=self.search.batch_size(params),
+            seed=params["seed"],
+        )
+
     def _keep(
-        self, training: PopulationTraining, number: int, trial: Trial, seconds: float
+        self,
+        training: PopulationTraining,
+        number: int,
+        trial: Trial,
+        seconds: float,
+        claim: Claim,
     ) -> None:
         """Writes a trial at the end of its last epoch, or of the one in which it failed."""
         epochs, failed = trial.params["max_epochs"], training.failed[number]
@@ -171,24 +271,30 @@ class Worker:
             return  # finished before the state that this training went on from
         curves = {name: curve[number] for name, curve in training.curves.items()}
         if failed:
-            record = new_record(trial, trial.id, curves, seconds, "FAIL", failed)
-        else:
-            record = new_record(trial, trial.id, curves, seconds)
-            best = self.search.objective == "best_val_acc"
-            model = self.search.build(trial.params)
-            weights = training.best_parameters(number) if best else training.parameters(number)
-            _copy(weights, model.net.parameters())
-            self._save(trial, trial.id, model, record["best_epoch"] if best else epochs)
-        self.results.add(record)
+            self._write(claim, new_record(trial, trial.id, curves, seconds, "FAIL", failed))
+            return
+        record = new_record(trial, trial.id, curves, seconds)
+        best = self.search.objective == "best_val_acc"
+        model = self.search.build(trial.params)
+        weights = training.best_parameters(number) if best else training.parameters(number)
+        _copy(weights, model.net.parameters())
+        epoch = record["best_epoch"] if best else epochs
+        self._write(claim, record, lambda: self._save(trial, trial.id, model, epoch))
 
-    def _train_drawn(self, unit: Unit) -> None:
+    def _draw(self, unit: Unit) -> "tuple[Trial, optuna.Study, optuna.Trial]":
+        """What a sampler draws for a unit; for a unit that was drawn before, the same again."""
         import optuna
 
         study = optuna_study(self.search, self.storage, self.key, unit.number)
-        for old in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            if old.user_attrs.get("number") == unit.number:  # its worker died
-                study.tell(old.number, state=optuna.trial.TrialState.FAIL)
         axes = self.search.space
+        for old in study.get_trials(deepcopy=False):
+            if old.user_attrs.get("number") != unit.number:
+                continue
+            if old.state == optuna.trial.TrialState.RUNNING:  # its worker died, or we thought so
+                study.tell(old.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+            if old.params.keys() == axes.keys():
+                sampler = sampler_and_pruner(self.search, unit.number)[0]
+                study.sampler = optuna.samplers.PartialFixedSampler(old.params, sampler)
         drawn = study.ask({name: _distribution(axis) for name, axis in axes.items()})
         drawn.set_user_attr("number", unit.number)
         params = {**self.search.fixed, **drawn.params, "seed": self.search.seeds[0]}
@@ -196,14 +302,26 @@ class Worker:
             if not isinstance(axis, Mapping):
                 params[name] = next(v for v in axis if _word(v) == drawn.params[name])
 
+        return Trial(params, unit.number), study, drawn
+
+    def _train_drawn(self, unit: Unit, claim: Claim) -> None:
+        import optuna
+
+        trial, study, drawn = self._draw(unit)
+
         def prune(epoch: int, val_acc: float) -> bool:
-            drawn.report(val_acc, epoch)
+            try:
+                drawn.report(val_acc, epoch)
+            except optuna.exceptions.UpdateFinishedTrialError as error:
+                raise ClaimLost from error  # another worker has ended the trial
             return drawn.should_prune()
 
-        record = self._train_alone(Trial(params, unit.number), unit.ids[0], prune)
-        study.tell(drawn, **_outcome(record, self.search.objective))
+        record = self._train_alone(trial, unit.ids[0], claim, prune)
+        study.tell(drawn, **_outcome(record, self.search.objective), skip_if_finished=True)
 
-    def _train_alone(self, trial: Trial, id: str, prune: Callable[[int, float], bool]) -> Record:
+    def _train_alone(
+        self, trial: Trial, id: str, claim: Claim, prune: Callable[[int, float], bool]
+    ) -> Record:
         started = time.monotonic()
         curves: dict[str, list[float]] = {name: [] for name in CURVES}
         best: list[Tensor] = []
@@ -219,6 +337,7 @@ class Worker:
                 curves[name].append(value)
             if not all(math.isfinite(loss) for loss in values[:2]):
                 raise FloatingPointError(f"the loss is not finite in epoch {len(accuracies)}")
+            claim.check_quickly()
             self.report(id, len(accuracies) / trial.params["max_epochs"])
             if prune(len(accuracies), values[2]):
                 state = "PRUNED"
@@ -227,14 +346,19 @@ class Worker:
         try:
             small = self.search.hidden_units(trial.params) is not None
             model, weights = (self._fit_small if small else self._fit)(trial, epoch_done)
+        except (ClaimLost, StorageLost, Lack):
+            raise
         except Exception as reason:  # a trial that fails is a result too
+            _raise_lack(id, reason)
             state, error = "FAIL", f"{type(reason).__name__}: {reason}"
         record = new_record(trial, id, curves, time.monotonic() - started, state, error)
-        if state != "FAIL":
-            if best:
-                _copy(best, weights)
-            self._save(trial, id, model, record["best_epoch" if best else "epochs"])
-        self.results.add(record)
+        if state == "FAIL":
+            self._write(claim, record)
+            return record
+        if best:
+            _copy(best, weights)
+        epoch = record["best_epoch" if best else "epochs"]
+        self._write(claim, record, lambda: self._save(trial, id, model, epoch))
         return record
 
     def _fit_small(
@@ -271,22 +395,10 @@ class Worker:
                 if epoch_done(values, lambda: list(module.state_dict().values())):
                     trainer.should_stop = True
 
-        # a search says what is worth saying itself
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-        for advice in (".*does not have many workers.*", ".*LeafSpec.*"):
-            warnings.filterwarnings("ignore", advice)
         seed_everything(trial.params["seed"], verbose=False)
         model, data = self.search.build(trial.params), self.search.data_module(trial.params)
-        settings = {
-            "max_epochs": trial.params["max_epochs"],
-            "callbacks": [Epochs()],
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-        }
-        Trainer(**{**settings, **self.search.trainer}).fit(model, data)
+        trainer = make_trainer(self.search, trial.params["max_epochs"], Epochs())
+        trainer.fit(model, data)
         return model.cpu(), list(model.state_dict().values())
 
     def _save(self, trial: Trial, id: str, model: Classifier, epochs: int) -> None:
@@ -310,6 +422,90 @@ class Worker:
         model.on_save_checkpoint(checkpoint)
         file = self.results.checkpoints / f"{id}.ckpt"
         write_torch(file, checkpoint)
+
+
+def adopt(
+    search: Search, results: Results, claims: Claims, unit: Unit, records: Mapping[str, Any]
+) -> None:
+    """Writes the trials of a unit that other machines finished, but for those that cannot be true.
+
+    These are taken out of the storage, and said, so that they are trained again.
+    """
+    trials = dict(itertools.zip_longest(unit.ids, unit.trials))
+    for id, record in records.items():
+        if wrong := fault(record, id) or _foreign(search, unit, trials[id], record):
+            print(f"the storage has a false trial {id} ({wrong}): set aside", flush=True)
+            claims.forget([id])
+        else:
+            results.adopt(record)
+
+
+def _foreign(search: Search, unit: Unit, trial: Trial | None, record: Record) -> str | None:
+    """Why a record cannot be of this search; ``None`` if it can."""
+    params = {**record["params"], "seed": record["seed"]}
+    if trial:
+        number, round, expected = trial.number, trial.round, dict(trial.params)
+    else:  # a sampler drew it
+        fixed = {**search.fixed, "seed": search.seeds[0]}
+        number, round, expected = unit.number, 0, {**params, **fixed}
+        for name, axis in search.space.items():
+            if not _lies_on(axis, params.get(name)):
+                return f"{name} is {params.get(name)!r}"
+    if params != json.loads(json.dumps(expected)):
+        return f"its parameters are {params}"
+    if (record["number"], record["round"]) != (number, round):
+        return f"it is number {record['number']} of round {record['round']}"
+    if record["state"] == "COMPLETE" and record["epochs"] != params["max_epochs"]:
+        return f"it has {record['epochs']} of {params['max_epochs']} epochs"
+    return None
+
+
+def make_trainer(search: Search, max_epochs: int, *callbacks: "Callback") -> "Trainer":
+    """The Trainer of one trial.
+
+    Raises:
+        Lack: it does not take the search's options, or not on this machine.
+    """
+    from lightning.pytorch import Trainer
+
+    # a search says what is worth saying itself
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for advice in (".*does not have many workers.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", advice)
+    known = list(inspect.signature(Trainer.__init__).parameters)[1:]
+    if wrong := space.unknown(search.trainer, known):
+        raise Lack(f"the Trainer has no option {wrong[0]}; {hint(wrong[0], known)}")
+    settings = {
+        "max_epochs": max_epochs,
+        "callbacks": list(callbacks),
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    try:
+        return Trainer(**{**settings, **search.trainer})
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise Lack(f"the Trainer refuses {dict(search.trainer)}: {reason}") from error
+
+
+def _raise_lack(name: str, error: Exception) -> None:
+    """Raises ``Lack`` if an error tells of the machine, and not of the trial."""
+    missing = isinstance(error, MemoryError | OSError | torch.OutOfMemoryError | ImportError)
+    if missing or (isinstance(error, RuntimeError) and any(w in str(error) for w in LACKS)):
+        reason = (str(error).strip().splitlines() or ["no memory"])[0]
+        raise Lack(
+            f"{name} was not trained: {type(error).__name__}: {reason}. Make room for it (fewer"
+            " --workers, a larger machine)"
+        ) from error
+
+
+def _lies_on(axis: space.Axis, value: Any) -> bool:
+    if not isinstance(axis, Mapping):
+        return value in axis
+    return isinstance(value, int | float) and axis["low"] <= value <= axis["high"]
 
 
 @torch.no_grad()

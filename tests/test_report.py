@@ -42,7 +42,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         seeds=[0, 1],
         data={"source": "digits"},
     )
-    run(search, folder, workers=1)
+    run(search, folder, workers=0)
     assert main(["test", "--ckpt_path", str(folder)]) == 0
     return folder
 

@@ -1,5 +1,6 @@
 """Searches, on the digits: quick, and small enough to be known in every detail."""
 
+import errno
 import gzip
 import json
 import os
@@ -11,8 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import optuna
 import pytest
@@ -22,7 +26,7 @@ from conftest import trainer
 
 from mnist_lightning import MNISTDataModule, claims, plan, space, worker
 from mnist_lightning.__main__ import main
-from mnist_lightning.claims import Claims, open_storage
+from mnist_lightning.claims import Claim, ClaimLost, Claims, StorageLost, open_storage
 from mnist_lightning.models import Perceptron, ShallowNetwork
 from mnist_lightning.plan import Search, rounds, units
 from mnist_lightning.population import PopulationTraining
@@ -62,7 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an undisturbed search with one worker; to be read only."""
     folder = tmp_path_factory.mktemp("finished") / "small"
-    run(small(), folder, workers=1)
+    run(small(), folder, workers=0)
     return folder
 
 
@@ -102,7 +106,7 @@ def test_short_trainings_are_read_off_the_long_ones(finished):
 
 
 def test_a_search_of_short_trainings_alone_finds_the_same_bits(finished, folder):
-    alone = run(small(space={**AXES, "max_epochs": [1]}), folder, workers=1)
+    alone = run(small(space={**AXES, "max_epochs": [1]}), folder, workers=0)
     nested = {record["id"]: record["curves"] for record in of(finished)}
     assert len(alone) == 8
     for record in alone:
@@ -152,7 +156,7 @@ def test_the_winner_is_the_best_and_can_be_tested(finished, tmp_path, monkeypatc
 def test_with_best_val_acc_the_weights_are_those_of_the_best_epoch(folder):
     axes = {"lr": [0.5, 0.9], "batch_size": [4]}  # unsteady: the last epoch is rarely the best
     wanted = small(space=axes, fixed={"max_epochs": 6}, objective="best_val_acc")
-    records = run(wanted, folder, workers=1)
+    records = run(wanted, folder, workers=0)
     assert any(record["best_epoch"] < 6 for record in records)
     for record in records:
         checkpoint = folder / "checkpoints" / f"{record['id']}.ckpt"
@@ -177,7 +181,7 @@ def test_tensorboard_gets_a_few_numbers_and_the_hyper_parameters(finished):
 
 
 def test_seeds_are_trials_of_their_own_and_the_best_mean_wins(folder, capsys):
-    records = run(small(seeds=(0, 1, 2), space={**AXES, "max_epochs": [1]}), folder, workers=1)
+    records = run(small(seeds=(0, 1, 2), space={**AXES, "max_epochs": [1]}), folder, workers=0)
     assert len(records) == 24
     assert Counter(record["seed"] for record in records) == {0: 8, 1: 8, 2: 8}
     means = load_results(folder).groupby(["batch_size", "lr", "hidden_units"])["val_acc"].mean()
@@ -212,9 +216,9 @@ def test_an_interrupted_search_goes_on_where_it_stopped(finished, folder, monkey
     monkeypatch.setattr(PopulationTraining, "run_epoch", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            run(small(), folder, workers=1)
+            run(small(), folder, workers=0)
         assert "the same command goes on" in capsys.readouterr().out
-    run(small(), folder, workers=1)
+    run(small(), folder, workers=0)
     assert without_time(of(folder)) == without_time(of(finished))
     assert epochs == [0, 1, 2, 2, 0, 0, 1, 2]  # two units of three epochs, and two that were cut
     assert not list((folder / "state").iterdir())
@@ -231,13 +235,13 @@ def test_a_deleted_trial_is_trained_again(finished, folder, monkeypatch):
 
     monkeypatch.setattr(PopulationTraining, "run_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(small(), folder, workers=1)
+        run(small(), folder, workers=0)
     monkeypatch.undo()
     monkeypatch.chdir(folder.parent)
     for _ in range(2):  # in the middle of its unit, and after the end
         next((folder / "trials").iterdir()).unlink()
         (folder / "journal.log").unlink()
-        run(small(), folder, workers=1)
+        run(small(), folder, workers=0)
         assert without_time(of(folder)) == without_time(of(finished))
 
 
@@ -275,9 +279,9 @@ def test_a_lost_or_damaged_journal_is_made_anew(finished, tmp_path, monkeypatch)
     copy = shutil.copytree(finished, tmp_path / "copy")
     monkeypatch.setattr(PopulationTraining, "run_epoch", lambda self: pytest.fail("trained"))
     (copy / "journal.log").write_text("not a journal\nat all\n")
-    run(small(), copy, workers=1)
+    run(small(), copy, workers=0)
     (copy / "journal.log").unlink()
-    run(small(), copy, workers=1)
+    run(small(), copy, workers=0)
     study = optuna.load_study(
         study_name=None, storage=open_storage(None, copy)
     )  # the only one: nothing was claimed
@@ -290,48 +294,221 @@ def storage(tmp_path):
 
 
 def test_a_unit_that_was_cut_off_is_free_at_once(storage):
-    claim = Claims(storage, "s").take("unit")
-    with pytest.raises(KeyboardInterrupt), Claims.alive(claim):
+    claim = Claims(storage, "s").take("unit", ["a"])
+    with pytest.raises(KeyboardInterrupt), claim.alive():
         raise KeyboardInterrupt
-    assert isinstance(Claims(storage, "s").take("unit"), optuna.Study)
+    assert isinstance(Claims(storage, "s").take("unit", ["a"]), Claim)
 
 
 def test_a_unit_is_taken_once(storage):
     one, other = Claims(storage, "s"), Claims(storage, "s")
-    claim = one.take("unit")
-    assert isinstance(claim, optuna.Study)
-    assert other.take("unit") is None
+    claim = one.take("unit", ["a"])
+    assert isinstance(claim, Claim)
+    assert other.take("unit", ["a"]) is None
     record = {"id": "a", "val_acc": 0.5}
-    one.finish(claim, [record])
-    assert other.take("unit") == [record]
+    claim.finish([record])
+    assert other.take("unit", ["a"]) == {"a": record}
+
+
+def owned(storage, **changes) -> None:
+    """Another owner for the one unit that is taken."""
+    (study,) = storage.get_all_studies()
+    owner = {**study.user_attrs["owner"], **changes}
+    storage.set_study_user_attr(study._study_id, "owner", owner)
 
 
 def test_the_unit_of_a_dead_process_is_free_again(storage):
-    claim = Claims(storage, "s").take("unit")
+    Claims(storage, "s").take("unit", ["a"])
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    owner = {**claim.user_attrs["owner"], "pid": child.pid, "started": "1"}
-    claim.set_user_attr("owner", owner)
-    assert isinstance(Claims(storage, "s").take("unit"), optuna.Study)
-    assert Claims(storage, "s").take("unit") is None
+    owned(storage, pid=child.pid, started="1")
+    assert isinstance(Claims(storage, "s").take("unit", ["a"]), Claim)
+    assert Claims(storage, "s").take("unit", ["a"]) is None
 
 
-def test_the_unit_of_a_silent_machine_is_free_after_a_while(storage, monkeypatch):
-    claim = Claims(storage, "s").take("unit")
-    claim.set_user_attr("owner", {"machine": "elsewhere", "pid": 1, "started": "1", "beat": 1})
-    watcher = Claims(storage, "s")
-    now = time.monotonic()
-    clock = {"now": now}
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is told to go on."""
+    clock = {"now": 1000.0}
     monkeypatch.setattr(claims.time, "monotonic", lambda: clock["now"])
-    assert watcher.take("unit") is None
-    clock["now"] += claims.STALE_SECONDS - 1
-    owner = {**claim.user_attrs["owner"], "beat": 2}  # a sign of life
-    claim.set_user_attr("owner", owner)
-    assert watcher.take("unit") is None
-    clock["now"] += claims.STALE_SECONDS - 1
-    assert watcher.take("unit") is None
-    clock["now"] += 2
-    assert isinstance(watcher.take("unit"), optuna.Study)
+    return clock
+
+
+def test_the_unit_of_a_silent_machine_is_free_after_a_while(storage, clock):
+    Claims(storage, "s").take("unit", ["a"])
+    owned(storage, machine="elsewhere")
+    watcher = Claims(storage, "s")
+    third = claims.STALE_SECONDS / 3
+    for beat in (1, 1, 1, 2, 2, 2):  # a sign of life in between
+        owned(storage, beat=beat)
+        assert watcher.take("unit", ["a"]) is None
+        clock["now"] += third
+    assert watcher.take("unit", ["a"]) is None
+    clock["now"] += 1
+    assert isinstance(watcher.take("unit", ["a"]), Claim)
+
+
+def test_an_observer_that_was_away_watches_anew(storage, clock):
+    """After a break of the storage, nobody has shown signs of life for long: all are alive."""
+    Claims(storage, "s").take("unit", ["a"])
+    owned(storage, machine="elsewhere")
+    watcher = Claims(storage, "s")
+    assert watcher.take("unit", ["a"]) is None
+    clock["now"] += 2 * claims.STALE_SECONDS
+    assert watcher.take("unit", ["a"]) is None
+
+
+def test_a_container_with_the_same_hostname_is_another_machine(storage, monkeypatch):
+    """Its processes are not ours: that we do not see them does not mean that they are dead."""
+    readlink = os.readlink
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(
+            claims.os, "readlink", lambda p: "pid:[1]" if "ns/pid" in str(p) else readlink(p)
+        )
+        Claims(storage, "s").take("unit", ["a"])
+    owned(storage, pid=2**22 + 1)  # a number that no process here has
+    assert Claims(storage, "s").take("unit", ["a"]) is None
+
+
+def test_a_worker_that_returns_from_the_dead_writes_nothing(storage):
+    """The other has read what it had shown until then, and shows the rest itself."""
+    one, other = {"id": "a", "by": "one"}, {"id": "b", "by": "other"}
+    late = Claims(storage, "s").take("unit", ["a", "b"])
+    late.publish(one)
+    owned(storage, pid=2**22 + 1)
+    taken = Claims(storage, "s").take("unit", ["a", "b"])
+    assert taken.records == {"a": one}
+    with pytest.raises(ClaimLost):
+        late.check()
+    with pytest.raises(ClaimLost):
+        late.publish({"id": "b", "by": "one"})
+    with pytest.raises(ClaimLost):
+        late.finish([one, {"id": "b", "by": "one"}])
+    taken.publish(other)
+    taken.finish([one, other])
+    assert Claims(storage, "s").take("unit", ["a", "b"]) == {"a": one, "b": other}
+
+
+def test_a_late_worker_hears_that_its_unit_is_gone(finished, folder, monkeypatch):
+    """Between two epochs, and adopts what the other found instead of its own."""
+    first = of(finished)[0]
+    unit = next(u for u in units(small(), rounds(small(), {})[0], 1) if first["id"] in u.ids)
+    records = {r["id"]: r for r in of(finished) if r["id"] in unit.ids}
+    run_epoch, others = PopulationTraining.run_epoch, []
+
+    def taken_meanwhile(self):
+        run_epoch(self)
+        if not others and self.batch_size == first["params"]["batch_size"]:
+            storage = open_storage(None, folder)
+            name = next(
+                n.study_name for n in storage.get_all_studies() if unit.name in n.study_name
+            )
+            with monkeypatch.context() as dead:
+                dead.setattr(Claims, "_dead", lambda *_: True)
+                others.append(Claims(storage, name.split("/")[0]).take(unit.name, unit.ids))
+            others[0].finish(list(records.values()))
+
+    monkeypatch.setattr(PopulationTraining, "run_epoch", taken_meanwhile)
+    found = run(small(), folder, workers=0)
+    assert others
+    assert without_time(found) == without_time(of(finished))
+    assert {r["id"]: r for r in found if r["id"] in records} == records  # the seconds too
+
+
+def death_of(claim: Claim, part: float = 0.0) -> None:
+    if part:
+        claim.goes_on(part)
+    me = claims._process()
+    assert Claims(claim._storage, "s").note_death(me["pid"], me["started"], "killed by SIGKILL")
+
+
+def test_deaths_count_from_the_last_that_left_something_to_go_on_from(storage):
+    seen = []
+    for part in (0.0, 0.0, 0.25, 0.25, 0.25):
+        claim = Claims(storage, "s").take("unit", ["a"])
+        seen.append(len(claim.deaths))
+        death_of(claim, part)
+    assert seen == [0, 1, 2, 1, 2]
+    assert len(Claims(storage, "s").take("unit", ["a"]).deaths) == 3
+
+
+class Flaky:
+    """A storage that fails a number of times."""
+
+    def __init__(self, error: Exception, times: int) -> None:
+        self.error, self.times = error, times
+
+    def get_all_studies(self) -> list:
+        self.times -= 1
+        if self.times >= 0:
+            raise self.error
+        return []
+
+
+def test_a_storage_that_comes_back_within_a_minute_is_waited_for(monkeypatch, clock):
+    monkeypatch.setattr(claims.time, "sleep", lambda s: clock.update(now=clock["now"] + s))
+    error = optuna.exceptions.StorageInternalError("This is about something else.")
+    error.__cause__ = OSError(errno.ECONNREFUSED, "Connection refused")
+    assert claims._Patient(Flaky(error, 10), "storage x").get_all_studies() == []
+    started = clock["now"]
+    with pytest.raises(StorageLost, match="storage x does not answer: connection refused"):
+        claims._Patient(Flaky(error, 1000), "storage x").get_all_studies()
+    assert 50 < clock["now"] - started <= claims.PATIENCE_SECONDS
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(StorageLost, match="storage x cannot be written: no space left on device"):
+        claims._Patient(Flaky(full, 1), "storage x").get_all_studies()
+    with pytest.raises(KeyError):  # an answer
+        claims._Patient(Flaky(KeyError(1), 1), "storage x").get_all_studies()
+
+
+def test_what_a_worker_finished_while_the_storage_was_away_is_shown_later(
+    finished, folder, monkeypatch
+):
+    storage = str(folder.parent / "journal.log")
+
+    def away(self, record):
+        raise StorageLost("storage x does not answer")
+
+    with monkeypatch.context() as lost:
+        lost.setattr(Claim, "publish", away)
+        with pytest.raises(StorageLost):
+            run(small(space={**AXES, "batch_size": [16]}), folder / "one", workers=0)
+        assert len(list((folder / "one" / "trials").iterdir())) == 1  # it was written all the same
+    run(small(), folder / "two", workers=0)  # all done, in a storage of its own
+    run(small(), folder / "two", workers=0, storage=storage)
+    monkeypatch.setattr(PopulationTraining, "run_epoch", lambda self: pytest.fail("trained"))
+    run(small(), folder / "three", workers=0, storage=storage)
+    assert of(folder / "three") == of(folder / "two")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id": "../../x"}, "not trial"),
+        ({"val_acc": 1.0, "best_val_acc": 1.0}, "val_acc is 1.0, but"),
+        ({"curves": {}}, "the curves are"),
+        ({"epochs": 7}, "a curve has not as many values"),
+        ({"state": "DONE"}, "unknown state"),
+        ({"params": {}}, "its parameters are"),
+        ({"number": 100}, "it is number 100"),
+        (None, "not trial"),
+    ],
+)
+def test_a_false_trial_from_another_machine_is_trained_again(
+    finished, folder, changes, message, capsys
+):
+    storage = str(folder.parent / "journal.log")
+    run(small(), folder / "one", workers=0, storage=storage)
+    id = of(finished)[0]["id"]
+    shared = open_storage(storage, folder)
+    for study in shared.get_all_studies():
+        if record := study.user_attrs.get(f"trial {id}"):
+            false = "a word" if changes is None else {**record, **changes}
+            shared.set_study_user_attr(study._study_id, f"trial {id}", false)
+    run(small(), folder / "two", workers=0, storage=storage)
+    assert f"a false trial {id} ({message}" in capsys.readouterr().out
+    assert without_time(of(folder / "two")) == without_time(of(finished))
+    assert not list(folder.rglob("x.json"))
 
 
 # Other strategies, other models
@@ -339,7 +516,7 @@ def test_the_unit_of_a_silent_machine_is_free_after_a_while(storage, monkeypatch
 
 def test_the_second_round_starts_from_the_best_of_the_first(folder):
     again = small(space={**AXES, "max_epochs": [1]}, second_round={"best": 2, "max_epochs": 3})
-    records = run(again, folder, workers=1)
+    records = run(again, folder, workers=0)
     first = sorted((r for r in records if r["round"] == 0), key=lambda r: -r["val_acc"])
     second = [r for r in records if r["round"] == 1]
     assert len(first) == 8
@@ -373,7 +550,7 @@ def test_random_points_of_three_layers(folder):
         strategy=strategy,
         fixed={"max_epochs": 1, "batch_size": 64},
     )
-    records = run(wanted, folder, workers=1)
+    records = run(wanted, folder, workers=0)
     assert [{k: r["params"][k] for k in axes} for r in records] == space.random(axes, 5, 1)
     checkpoint = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
     assert len(checkpoint["hyper_parameters"]["hidden_units"]) == 2
@@ -389,7 +566,7 @@ def test_optunas_samplers_draw_and_its_pruners_give_up(folder):
         "pruner_args": {"n_startup_trials": 2},
     }
     wanted = small(space=axes, strategy=strategy, fixed={"max_epochs": 3, "batch_size": 64})
-    records = run(wanted, folder, workers=1)
+    records = run(wanted, folder, workers=0)
     assert [r["number"] for r in records] == list(range(8))
     assert len({r["params"]["lr"] for r in records}) == 8
     pruned = [r for r in records if r["state"] == "PRUNED"]
@@ -402,7 +579,7 @@ def test_optunas_samplers_draw_and_its_pruners_give_up(folder):
     assert Counter(t.state.name for t in study.trials) == Counter(r["state"] for r in records)
     # a lost index is rebuilt, and the search is still finished
     (folder / "journal.log").unlink()
-    assert run(wanted, folder, workers=1) == records
+    assert run(wanted, folder, workers=0) == records
 
 
 @pytest.mark.parametrize(
@@ -412,7 +589,7 @@ def test_optunas_samplers_draw_and_its_pruners_give_up(folder):
 def test_other_models_are_what_the_trainer_makes_of_them(folder, model, args):
     axes = {name: [value] for name, value in args.items()}
     fixed = {"max_epochs": 2, "batch_size": 16}
-    (record,) = run(small(model=model, space=axes, fixed=fixed), folder, workers=1)
+    (record,) = run(small(model=model, space=axes, fixed=fixed), folder, workers=0)
     import lightning.pytorch as pl
 
     pl.seed_everything(0, verbose=False)
@@ -431,7 +608,7 @@ def test_other_models_are_what_the_trainer_makes_of_them(folder, model, args):
 @pytest.mark.parametrize("model", ["ShallowNetwork", "Perceptron"])
 def test_a_diverging_trial_is_a_row_with_its_reason(folder, model, capsys):
     wanted = small(model=model, space={"lr": [0.001, 1e30]}, fixed={"max_epochs": 3})
-    good, bad = run(wanted, folder, workers=1)
+    good, bad = run(wanted, folder, workers=0)
     assert good["state"] == "COMPLETE"
     assert bad["state"] == "FAIL"
     assert "loss" in bad["error"]
@@ -441,9 +618,106 @@ def test_a_diverging_trial_is_a_row_with_its_reason(folder, model, capsys):
 
 
 def test_a_search_where_all_fails_says_so(folder, capsys):
-    run(small(space={"lr": [1e30]}, fixed={"max_epochs": 2}), folder, workers=1)
+    run(small(space={"lr": [1e30]}, fixed={"max_epochs": 2}), folder, workers=0)
     assert "no trial succeeded" in capsys.readouterr().out
     assert not (folder / "checkpoints" / "best.ckpt").exists()
+
+
+def test_a_command_where_all_fails_exits_with_1(folder, capsys):
+    words = "search --model ShallowNetwork --space.lr [1e30] --fixed.max_epochs 2 --workers 1"
+    assert main([*words.split(), "--data.source", "digits"]) == 1
+    assert "no trial of 1 succeeded, the first: diverged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("Found no NVIDIA driver on your system"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("model", ["ShallowNetwork", "Perceptron"])
+def test_a_lack_of_memory_or_of_a_device_is_no_result(folder, model, error, monkeypatch):
+    """What can be trained is, and the same command trains the rest once there is room."""
+    axes = {"lr": [0.002, 0.001], "batch_size": [16, 64]}
+    wanted = small(model=model, space=axes, fixed={"max_epochs": 1})
+
+    class Lacking:
+        def __init__(self, function):
+            self.function = function
+
+        def __call__(self, *args, **kwargs):
+            if 16 in args or kwargs.get("batch_size") == 16:
+                raise error
+            return self.function(*args, **kwargs)
+
+    def fit(self, trial, epoch_done):
+        if trial.params["batch_size"] == 16:
+            raise error
+        return Worker_fit(self, trial, epoch_done)
+
+    Worker_fit = worker.Worker._fit
+    with monkeypatch.context() as lacking:
+        lacking.setattr(worker.Worker, "_fit", fit)
+        lacking.setattr(worker, "PopulationTraining", Lacking(PopulationTraining))
+        with pytest.raises(ValueError, match="was not trained") as caught:
+            run(wanted, folder, workers=0)
+    assert len(str(caught.value).splitlines()) == 1
+    records = load_results(folder)
+    assert records["batch_size"].tolist() == [64, 64]
+    assert set(records["state"]) == {"COMPLETE"}
+    assert {r["state"] for r in run(wanted, folder, workers=0)} == {"COMPLETE"}
+
+
+@pytest.mark.parametrize(
+    ("trainer_options", "device", "message"),
+    [
+        ({"acelerator": "cpu"}, "cpu", "no option acelerator; did you mean accelerator"),
+        ({"accelerator": "tpu"}, "cpu", "the Trainer refuses .*'tpu'"),
+        ({"precision": 7}, "cpu", "the Trainer refuses .*7"),
+        ({}, "cuda:99x", "no device 'cuda:99x'"),
+        ({}, "xpu", "device 'xpu' is not on this machine"),
+    ],
+)
+def test_a_trainer_or_device_that_is_not_there_is_refused_at_once(
+    folder, trainer_options, device, message
+):
+    wanted = one_trial(model="Perceptron", trainer=trainer_options)
+    with pytest.raises(ValueError, match=message) as caught:
+        run(wanted, folder, workers=0, device=device)
+    assert len(str(caught.value).splitlines()) <= 2
+    assert not folder.exists()
+
+
+POISON = """
+import os
+import signal
+from mnist_lightning.models import Perceptron
+
+class Poison(Perceptron):
+    def training_step(self, batch, batch_idx):
+        if self.lr == 0.5:
+            with open("deaths", "a") as file:
+                file.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, batch_idx)
+"""
+
+
+def test_a_trial_that_kills_its_workers_fails_after_three(folder, monkeypatch):
+    """And the others are finished by the same command."""
+    (folder.parent / "poison.py").write_text(POISON)
+    monkeypatch.syspath_prepend(folder.parent)
+    wanted = small(model="poison.Poison", space={"lr": [0.5, 0.001]}, fixed={"max_epochs": 1})
+    bad, good = run(wanted, folder, workers=2)
+    assert good["state"] == "COMPLETE"
+    assert bad["state"] == "FAIL"
+    assert bad["error"].startswith("its worker died 3 times; the last one: killed by SIGKILL")
+    assert (folder.parent / "deaths").read_text() == "xxx"
 
 
 def test_the_test_images_are_never_touched(folder, monkeypatch):
@@ -461,9 +735,9 @@ def test_the_test_images_are_never_touched(folder, monkeypatch):
         self.test_set = Untouchable(len(self.test_set))
 
     monkeypatch.setattr(MNISTDataModule, "setup", without_test_images)
-    trained = run(small(), folder / "population", workers=1)
+    trained = run(small(), folder / "population", workers=0)
     perceptron = small(model="Perceptron", space={"lr": [0.001]}, fixed={"max_epochs": 1})
-    trained += run(perceptron, folder / "fit", workers=1)
+    trained += run(perceptron, folder / "fit", workers=0)
     # an error within a training would not come out of run: it makes the trial a FAIL
     assert {record["state"] for record in trained} == {"COMPLETE"}
 
@@ -580,18 +854,82 @@ def test_another_search_or_other_data_may_not_use_the_folder(finished, tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", '{"id": "', "[]", '{"id": "other"}'])
-def test_a_damaged_trial_is_named_and_the_others_stay(finished, tmp_path, content):
+@pytest.mark.parametrize("shown", [True, False], ids=["others have it", "nobody has it"])
+def test_a_damaged_trial_is_set_aside_and_the_others_stay(
+    finished, tmp_path, content, shown, capsys
+):
     copy = shutil.copytree(finished, tmp_path / "copy")
     victim = sorted((copy / "trials").iterdir())[0]
     kept = {file: file.read_bytes() for file in (copy / "trials").iterdir() if file != victim}
     victim.write_text(content)
-    with pytest.raises(ValueError, match=f"{victim.name} is damaged") as caught:
-        run(small(), copy, workers=1)
-    assert len(str(caught.value).splitlines()) <= 2
+    with pytest.raises(ValueError, match=f"{victim.name} is damaged.*run the search again"):
+        load_results(copy)  # a reader changes nothing
+    assert victim.read_text() == content
+    if not shown:
+        (copy / "journal.log").unlink()
+    run(small(), copy, workers=0)
+    assert f"{victim.name} is damaged" in capsys.readouterr().out
+    assert victim.with_name(f"{victim.name}.damaged").read_text() == content
     assert kept == {file: file.read_bytes() for file in kept}
-    victim.unlink()  # the remedy that the message names
-    run(small(), copy, workers=1)
     assert without_time(of(copy)) == without_time(of(finished))
+
+
+def flip(file: Path) -> None:
+    """Turns one bit of a tensor."""
+    content = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as archive:
+        tensor = archive.read(max(archive.infolist(), key=lambda entry: entry.file_size))
+    content[content.index(tensor) + len(tensor) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty])
+def test_a_winner_with_damaged_weights_is_trained_again(finished, tmp_path, damage, capsys):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    best = copy / "checkpoints" / "best.ckpt"
+    winner = torch.load(best, weights_only=True)
+    weights = copy / "checkpoints" / f"{winner['search']['trial']}.ckpt"
+    damage(weights)
+    run(small(), copy, workers=0)
+    said = capsys.readouterr().out
+    assert f"{weights} is damaged" in said
+    assert len(said.partition(f"{weights} is damaged")[2].splitlines()[0]) < 200
+    for file in (weights, best):
+        again = torch.load(file, weights_only=True)["state_dict"]
+        assert all(torch.equal(again[name], old) for name, old in winner["state_dict"].items())
+    assert without_time(of(copy)) == without_time(of(finished))
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty])
+def test_a_damaged_state_is_set_aside_and_trained_from_the_start(
+    finished, folder, damage, monkeypatch, capsys
+):
+    monkeypatch.setattr(worker, "SNAPSHOT_SECONDS", 0.0)
+    run_epoch = PopulationTraining.run_epoch
+
+    def interrupted(self):
+        if self.epoch == 2:
+            raise KeyboardInterrupt
+        run_epoch(self)
+
+    with monkeypatch.context() as once:
+        once.setattr(PopulationTraining, "run_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(small(), folder, workers=0)
+    (state,) = (folder / "state").iterdir()
+    damage(state)
+    run(small(), folder, workers=0)
+    assert f"{state} is damaged" in capsys.readouterr().out
+    assert without_time(of(folder)) == without_time(of(finished))
+    assert [file.name for file in (folder / "state").iterdir()] == [f"{state.name}.damaged"]
 
 
 def test_a_damaged_search_json_is_named(finished, tmp_path):
@@ -630,8 +968,16 @@ def test_load_results_of_no_search_is_refused(tmp_path):
 # Nothing lost
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "mnist_lightning", "search", "--config", "wanted.yaml"]
+def start(folder: Path, *words: str, within: Sequence[str] = ()) -> subprocess.Popen:
+    command = [
+        *within,
+        sys.executable,
+        "-m",
+        "mnist_lightning",
+        "search",
+        "--config",
+        "wanted.yaml",
+    ]
     return subprocess.Popen(
         [*command, "--folder", str(folder), *words],
         cwd=folder.parent,
@@ -678,7 +1024,7 @@ def test_killed_at_twenty_moments_and_resumed_nothing_is_lost_nor_done_twice(tmp
     assert last.returncode == 0, output
     for file in folder.glob("trials/[!.]*.json"):
         assert written.setdefault(file.stem, file.stat().st_mtime_ns) == file.stat().st_mtime_ns
-    undisturbed = run(Search(name="u", **WANTED), tmp_path / "undisturbed", workers=1)
+    undisturbed = run(Search(name="u", **WANTED), tmp_path / "undisturbed", workers=0)
     found = of(folder)
     assert len(found) == len({record["id"] for record in found}) == 64
     assert without_time(found) == without_time(undisturbed)
@@ -703,33 +1049,167 @@ def test_when_the_command_is_killed_its_workers_leave(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_clean_state(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("to_all", [True, False], ids=["to all", "to the command"])
+def test_a_signal_leaves_a_clean_state(tmp_path, number, code, to_all):
     wanted = {**WANTED, "space": {**WANTED["space"], "max_epochs": [5000]}}
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted, sort_keys=False))
     process = start(tmp_path / "found", "--workers", "2")
     while not list((tmp_path / "found" / "state").glob("*.pt")):
         assert process.poll() is None
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    # a terminal tells all of them, as systemd does; `kill` and `docker stop` tell one
+    (os.killpg if to_all else os.kill)(process.pid, number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "the same command goes on" in output
     assert "Traceback" not in output
     assert (tmp_path / "found" / "results.json").is_file()
 
 
-def two_machines(tmp_path: Path, storage: str) -> None:
-    """Two commands, each with a folder of its own, that know of each other through a storage."""
+@pytest.mark.slow
+@pytest.mark.parametrize("wait", [0.1, 0.8, 1.6])
+def test_ctrl_c_while_workers_import_prints_no_traceback(tmp_path, wait):
+    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED, sort_keys=False))
+    process = start(tmp_path / "found", "--workers", "2")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 2:  # the first is multiprocessing's own
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(wait)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    assert "the same command goes on" in output
+
+
+@pytest.mark.slow
+def test_workers_killed_at_random_are_replaced(tmp_path):
+    """One command, no rerun: each trial once, with the bits of an undisturbed search."""
+    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED, sort_keys=False))
+    process = start(tmp_path / "found", "--workers", "3")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    generator = random.Random(1)
+    killed = 0
+    written: dict[str, int] = {}
+    while process.poll() is None:
+        time.sleep(generator.uniform(0.5, 4))
+        for file in (tmp_path / "found").glob("trials/[!.]*.json"):
+            stamp = file.stat().st_mtime_ns
+            assert written.setdefault(file.stem, stamp) == stamp, "written twice"
+        workers = children.read_text().split()[1:] if process.poll() is None else []
+        if workers and killed < 6 and list((tmp_path / "found").glob("*/*.*")):
+            os.kill(int(generator.choice(workers)), signal.SIGKILL)
+            killed += 1
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert killed
+    undisturbed = run(Search(name="u", **WANTED), tmp_path / "undisturbed", workers=0)
+    assert without_time(of(tmp_path / "found")) == without_time(undisturbed)
+
+
+# What `two machines` of the tests below run: their own folder, a short lease, and a sleep in it.
+MACHINE = """
+import os, signal, sys, time
+from pathlib import Path
+from mnist_lightning import claims
+from mnist_lightning.__main__ import main
+from mnist_lightning.population import PopulationTraining
+
+claims.HEARTBEAT_SECONDS, claims.STALE_SECONDS = 0.2, 2.0
+name, frozen, *words = sys.argv[1:]
+process = claims._process
+claims._process = lambda: {**process(), "machine": name}
+run_epoch = PopulationTraining.run_epoch
+
+def freeze_once(self):
+    run_epoch(self)
+    if self.epoch >= 2 and not Path(frozen).exists():
+        Path(frozen).write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)  # until the test wakes it
+
+if frozen != "never":
+    PopulationTraining.run_epoch = freeze_once
+from mnist_lightning.search import read, run
+search, place = read(words)
+run(search, **{**place, "workers": 0})
+"""
+
+DRAWN = {
+    "model": "ShallowNetwork",
+    "data": {"source": "digits"},
+    "space": {"lr": {"low": 0.001, "high": 0.1, "log": True}},
+    "fixed": {"max_epochs": 20, "batch_size": 8},
+    "strategy": {"name": "optuna", "n": 6, "sampler": "RandomSampler"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", [WANTED, DRAWN], ids=["grid", "optuna"])
+def test_a_machine_that_was_frozen_beyond_its_lease_agrees_with_the_other(tmp_path, wanted):
+    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted, sort_keys=False))
+
+    def machine(name: str, frozen: str) -> subprocess.Popen:
+        words = f"--config wanted.yaml --folder {name} --storage journal.log".split()
+        return subprocess.Popen(
+            [sys.executable, "-c", MACHINE, name, frozen, *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    one = machine("one", "frozen")
+    os.waitpid(one.pid, os.WUNTRACED)  # until it is stopped
+    assert (tmp_path / "frozen").is_file()
+    two = machine("two", "never")
+    found = tmp_path / "two" / "trials"
+    count = 6 if wanted is DRAWN else 64
+    while len(list(found.glob("[!.]*.json"))) < count - 1:
+        assert two.poll() is None
+        time.sleep(0.1)
+    os.kill(one.pid, signal.SIGCONT)
+    for process in (one, two):
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        assert "Cannot tell" not in output
+    assert of(tmp_path / "one") == of(tmp_path / "two")  # the seconds too
+    assert {record["state"] for record in of(tmp_path / "two")} == {"COMPLETE"}
+    undisturbed = run(Search(name="u", **wanted), tmp_path / "undisturbed", workers=0)
+    assert without_time(of(tmp_path / "two")) == without_time(undisturbed)
+
+
+def two_machines(
+    tmp_path: Path,
+    storage: str,
+    within: Sequence[str] = (),
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    """Two commands, each with a folder of its own, that know of each other through a storage.
+
+    Args:
+        tmp_path: for the folders.
+        storage: where they meet.
+        within: the command that each is started by.
+        meanwhile: is called when both have begun.
+    """
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED, sort_keys=False))
     both = [
-        start(tmp_path / name, "--workers", "1", "--storage", storage) for name in ("one", "two")
+        start(tmp_path / name, "--workers", "1", "--storage", storage, within=within)
+        for name in ("one", "two")
     ]
+    while not all(list(tmp_path.glob(f"{name}/trials/[!.]*.json")) for name in ("one", "two")):
+        assert not any(process.poll() for process in both)
+        time.sleep(0.1)
+    meanwhile()
     for process in both:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
     one, two = of(tmp_path / "one"), of(tmp_path / "two")
     assert one == two  # the seconds too: no trial was trained by both
-    undisturbed = run(Search(name="u", **WANTED), tmp_path / "undisturbed", workers=1)
+    undisturbed = run(Search(name="u", **WANTED), tmp_path / "undisturbed", workers=0)
     assert without_time(one) == without_time(undisturbed)
     weights = [
         {f.name for f in (tmp_path / n / "checkpoints").glob("*.ckpt")} for n in ("one", "two")
@@ -742,6 +1222,15 @@ def two_machines(tmp_path: Path, storage: str) -> None:
 @pytest.mark.slow
 def test_two_machines_meet_in_a_journal_file(tmp_path):
     two_machines(tmp_path, str(tmp_path / "journal.log"))
+
+
+@pytest.mark.slow
+def test_two_containers_with_one_hostname_share_the_trials(tmp_path):
+    """Process namespaces of their own, as in two containers: neither sees the other's workers."""
+    own = ["unshare", "--fork", "--pid", "--mount-proc"]
+    if subprocess.run([*own, "true"], capture_output=True).returncode:
+        pytest.skip("may make no process namespaces here")
+    two_machines(tmp_path, str(tmp_path / "journal.log"), own)
 
 
 @pytest.mark.slow
@@ -761,9 +1250,15 @@ def test_two_machines_meet_at_optunas_grpc_proxy(tmp_path):
         server.wait()
 
 
+class Server(NamedTuple):
+    address: str
+    stop: Callable[[], object]
+    start: Callable[[], object]
+
+
 @pytest.fixture
 def postgres():
-    """The address of a PostgreSQL server of our own, from the programs on this machine."""
+    """A PostgreSQL server of our own, from the programs on this machine."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     initdb = str(found[-1]) if found else shutil.which("initdb")
     if not initdb:
@@ -779,7 +1274,13 @@ def postgres():
     try:
         subprocess.run([*shell, f"{initdb} -D {data} -A trust -U postgres"], check=True, cwd="/")
         subprocess.run([*shell, f'{control} -o "{options}" start'], check=True, cwd="/")
-        yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+        yield Server(
+            f"postgresql://postgres@127.0.0.1:{port}/postgres",
+            lambda: subprocess.run([*shell, f"{control} -m immediate stop"], check=True, cwd="/"),
+            lambda: subprocess.run(
+                [*shell, f'{control} -o "{options}" start'], check=True, cwd="/"
+            ),
+        )
         subprocess.run([*shell, f"{control} -m immediate stop"], check=True, cwd="/")
     finally:
         shutil.rmtree(data)
@@ -787,4 +1288,14 @@ def postgres():
 
 @pytest.mark.postgres
 def test_two_machines_meet_in_postgresql(tmp_path, postgres):
-    two_machines(tmp_path, postgres)
+    two_machines(tmp_path, postgres.address)
+
+
+@pytest.mark.postgres
+def test_machines_wait_for_a_postgresql_that_is_restarted(tmp_path, postgres):
+    def restart() -> None:
+        postgres.stop()
+        time.sleep(10)
+        postgres.start()
+
+    two_machines(tmp_path, postgres.address, meanwhile=restart)
