@@ -127,8 +127,8 @@ def model_class(checkpoint: dict[str, Any]) -> type[Classifier]:
     found = getattr(sys.modules.get(module), name, None)
     if not (isinstance(found, type) and issubclass(found, Classifier)):
         raise ValueError(
-            f"the checkpoint is of {checkpoint['model_class']}, which is not known here."
-            f" If it is yours, name it: --model {checkpoint['model_class']}"
+            f"of the class {checkpoint['model_class']}, not known here"
+            f" (if it is yours: --model {checkpoint['model_class']})"
         )
     return found
 

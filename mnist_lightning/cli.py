@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import warnings
@@ -41,7 +42,16 @@ from mnist_lightning.data import MNISTDataModule, in_image_order
 from mnist_lightning.execution import Execution
 from mnist_lightning.files import write_text
 from mnist_lightning.models import Classifier, Perceptron, ResNet18
-from mnist_lightning.names import ConfigByName, hint, shipped_configs
+from mnist_lightning.names import (
+    ConfigByName,
+    allow_classes,
+    classes_in,
+    classes_in_option,
+    hint,
+    import_class,
+    read_config,
+    shipped_configs,
+)
 
 LOGS = "lightning_logs"
 
@@ -98,6 +108,8 @@ class Parser(LightningArgumentParser):
 
 def _shorten(message: str, parser: LightningArgumentParser) -> str:
     """The core of a jsonargparse message, and what was probably meant."""
+    if denied := re.search(r"Importing '[\w.]+' is not allowed", message):
+        return denied[0]
     given = "".join(re.findall(r"^ *Given value: (.*)$", message, re.MULTILINE)[-1:])
     noise = r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value"
     lines = [line.strip(" -") for line in message.splitlines()]
@@ -203,15 +215,24 @@ class CLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        words = cast(list[str], args)
+        given = cast(list[str], args)
+        words = [word for word in given if word != "--trust"]
         options = dict(_options(words))
+        named = {c for name, value in _options(words) for c in classes_in_option(name, value)}
+        allow_classes(named)
         if "config" in options:
             self.run_name = Path(options["config"]).stem
         self.root = Path(options.get("trainer.default_root_dir", ".")) / LOGS
         if where := options.get("ckpt_path"):
             name = self.run_name if "config" in options else None
-            self.checkpoint_path = checkpoints.find(where, self.root, name)
-            words = self._start_from(self.checkpoint_path, words, options)
+            self.checkpoint_path = path = checkpoints.find(where, self.root, name)
+            self.checkpoint = checkpoints.read(path)
+            recorded = checkpoints.run_folder(path) / "config.yaml"
+            if "--trust" in given:
+                named.add(self.checkpoint["model_class"])
+                named |= set(classes_in(read_config(recorded) if recorded.is_file() else None))
+                allow_classes(named)
+            words = self._start_from(path, recorded, words, options, named)
         elif (
             words[:1] in (["validate"], ["test"], ["predict"])
             and not {"h", "help"} & options.keys()
@@ -219,29 +240,46 @@ class CLI(LightningCLI):
             raise ValueError(
                 f"{words[0]} needs trained weights: --ckpt_path FILE, or the folder of a run"
             )
-        self.config = parser.parse_args(words)
+        try:
+            self.config = parser.parse_args(words)
+        except ValueError as error:
+            if denied := re.search(r"Importing '([\w.]+)' is not allowed", str(error)):
+                raise ValueError(self._untrusted(f"a file names {denied[1]}", given)) from error
+            raise
         if "config" not in options and self.checkpoint is None:
             settings = self.config.get(self.config.get("subcommand", ""), self.config)
             self.run_name = settings.model.class_path.rpartition(".")[2]
 
-    def _start_from(self, path: Path, words: list[str], options: dict[str, str]) -> list[str]:
+    def _untrusted(self, what: str, words: list[str]) -> str:
+        again = shlex.join(["python", "-m", "mnist_lightning", *words, "--trust"])
+        return (
+            f"{what}, which is neither ours, PyTorch's nor Lightning's: its code would be run."
+            f" If you trust the file:\n{again}"
+        )
+
+    def _start_from(
+        self, path: Path, recorded: Path, words: list[str], options: dict[str, str], named: set[str]
+    ) -> list[str]:
         """Makes what the checkpoint holds the default of what the words leave unsaid."""
-        if "model" in options and "." in options["model"]:
-            # a class of the user's own: import it, as the parser would
-            __import__(options["model"].rpartition(".")[0])
-        self.checkpoint = checkpoint = checkpoints.read(path)
+        assert self.checkpoint is not None
+        checkpoint = self.checkpoint
         if words[0] == "fit" and "optimizer_states" not in checkpoint:
             raise ValueError(
                 f"{path} holds weights only: no training can go on from it, where its optimizer was"
             )
-        recorded = checkpoints.run_folder(path) / "config.yaml"
         if recorded.is_file():
             if options["ckpt_path"] in ("best", "last"):
                 # the configuration named the run: take what that run was really made with
                 words = [words[0], "--config", str(recorded), *_without(words, "config")[1:]]
             elif words[0] == "fit" and "config" not in options:
                 words = [words[0], "--config", str(recorded), *words[1:]]
-        model = checkpoints.model_class(checkpoint)
+        for name in named & {options.get("model"), checkpoint["model_class"]}:
+            if not name.startswith("mnist_lightning."):
+                import_class(name)
+        try:
+            model = checkpoints.model_class(checkpoint)
+        except ValueError as error:
+            raise ValueError(self._untrusted(f"{path}: {error}", words)) from error
         if (asked := options.get("model", "").rpartition(".")[2]) not in ("", model.__name__):
             raise ValueError(f"{path} holds a {model.__name__}, not a {asked}")
         data = dict(checkpoint.get("datamodule_hyper_parameters", {}))

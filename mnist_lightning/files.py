@@ -83,6 +83,24 @@ def read_json(path: Path, remedy: str, kind: type = dict) -> Any:
     return content
 
 
+def read_bytes(path: Path, most: int, remedy: str) -> bytes:
+    """The content of a file that has at most ``most`` bytes.
+
+    Raises:
+        ValueError: it is larger, no regular file (reading a pipe may never end), or unreadable.
+    """
+    try:
+        if not path.is_file():
+            raise ValueError(f"{path} is no file: {remedy}")
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from error
+    if len(content) > most:
+        raise ValueError(f"{path} has more than {most:,} bytes: {remedy}")
+    return content
+
+
 def _as_json(content: Any) -> str:
     return json.dumps(content, indent=1) + "\n"
 

@@ -1,11 +1,15 @@
 """Files from elsewhere: nothing that one holds is run, removed, or allowed to stop the machine."""
 
 import shutil
+import sys
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from mnist_lightning.__main__ import main
 
@@ -108,3 +112,125 @@ def test_a_further_checkpoint_callback_removes_nothing_of_others(further: Path, 
     assert main(["fit", "--ckpt_path", str(further), "--trainer.max_epochs", "3"]) == 0
     assert (folder / "thesis.txt").read_text() == "years of work"
     assert further.is_file()
+
+
+# ---- files that name classes
+
+
+STRANGER = """
+import pathlib
+
+import mnist_lightning
+from lightning.pytorch import Callback
+
+pathlib.Path(__file__).with_name("code-was-run").touch()
+
+
+class Net(mnist_lightning.ShallowNetwork):
+    pass
+
+
+class Watcher(Callback):
+    pass
+"""
+
+
+@pytest.fixture
+def stranger(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a module in the working folder that leaves a trace when it is imported."""
+    name = f"stranger{next(COUNT)}"
+    Path(f"{name}.py").write_text(STRANGER)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    yield name
+    sys.modules.pop(name, None)
+
+
+COUNT = count()
+
+
+def name_in_run(run: Path, key: str, value: Any) -> None:
+    """Has the run's config.yaml say so."""
+    config = part = yaml.safe_load((run / "config.yaml").read_text())
+    *path, last = key.split(".")
+    for name in path:
+        part = part[name]
+    part[last] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+PLACES: dict[str, Any] = {
+    "model": ("model", lambda m: {"class_path": f"{m}.Net", "init_args": {}}),
+    "callback": ("trainer.callbacks", lambda m: [{"class_path": f"{m}.Watcher"}]),
+    "callback as text": ("trainer.callbacks", lambda m: f"{m}.Watcher"),
+    "logger": ("trainer.logger", lambda m: {"class_path": f"{m}.Watcher"}),
+    "strategy": ("trainer.strategy", lambda m: {"class_path": f"{m}.Watcher"}),
+    "profiler": ("trainer.profiler", lambda m: {"class_path": f"{m}.Watcher"}),
+    "plugins": ("trainer.plugins", lambda m: [{"class_path": f"{m}.Watcher"}]),
+    "accelerator": ("trainer.accelerator", lambda m: {"class_path": f"{m}.Watcher"}),
+    "within a callback": (
+        "trainer.callbacks",
+        lambda m: [
+            {
+                "class_path": "lightning.pytorch.callbacks.LambdaCallback",
+                "init_args": {"on_fit_start": f"{m}.Watcher"},
+            }
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_configuration_of_a_run_names_no_class_of_a_stranger(
+    run: Path, stranger: str, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, value = PLACES[place]
+    name_in_run(run, key, value(stranger))
+    words = ["fit", "--ckpt_path", f"{run}/last", "--trainer.max_epochs", "2"]
+    assert main(words) == 1
+    text = capsys.readouterr().err
+    assert not Path("code-was-run").exists()
+    assert f"{stranger}." in text
+    assert text.endswith(f"python -m mnist_lightning {' '.join(words)} --trust\n")
+
+
+@pytest.mark.parametrize("words", [["--trust"], ["--trainer.callbacks+={stranger}.Watcher"]])
+def test_what_the_user_trusts_or_names_is_imported(
+    run: Path, stranger: str, words: list[str]
+) -> None:
+    name_in_run(run, "trainer.callbacks", [{"class_path": f"{stranger}.Watcher"}])
+    words = [word.format(stranger=stranger) for word in words]
+    assert main(["fit", "--ckpt_path", f"{run}/last", "--trainer.max_epochs", "2", *words]) == 0
+    assert Path("code-was-run").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["--trust"], ["--model", "{stranger}.Net"]])
+def test_a_checkpoint_names_no_class_of_a_stranger(
+    run: Path, stranger: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run / "checkpoints" / "best.ckpt"
+    torch.save({**torch.load(file, weights_only=True), "model_class": f"{stranger}.Net"}, file)
+    words = [word.format(stranger=stranger) for word in words]
+    assert main(["test", "--ckpt_path", str(file), *words]) == (0 if words else 1)
+    assert Path("code-was-run").exists() == bool(words)
+    text = capsys.readouterr().err
+    assert words or f"test --ckpt_path {file} --trust" in text
+
+
+@pytest.mark.parametrize("path", ["os.Net", "antigravity.Net", "sys.exit", "jsonargparse.CLI"])
+def test_nobody_imports_the_standard_library_as_a_model(
+    path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.yaml").write_text(f"model: {path}\nspace: {{lr: [0.1]}}\nfixed: {{max_epochs: 1}}\n")
+    for command in ("fit", "search"):
+        assert main([command, "--config", "mine.yaml"]) == 1
+        assert path in capsys.readouterr().err
+    assert "antigravity" not in sys.modules
+
+
+def test_a_configuration_of_the_user_names_the_users_classes(stranger: str) -> None:
+    config = {
+        "model": {"class_path": f"{stranger}.Net", "init_args": {"hidden_units": 4}},
+        "trainer": {"callbacks": [{"class_path": f"{stranger}.Watcher"}]},
+    }
+    Path("mine.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "mine.yaml", *QUICK, "--trainer.max_epochs", "1"]) == 0
