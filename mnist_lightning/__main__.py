@@ -82,7 +82,9 @@ def _guarded(words: list[str], debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"error: {_explain(error)}", file=sys.stderr)
+        from mnist_lightning.files import printable
+
+        print(f"error: {printable(_explain(error))}", file=sys.stderr)
         return 1
     finally:
         threading.excepthook = hook

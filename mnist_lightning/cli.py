@@ -40,7 +40,7 @@ from mnist_lightning.checkpoints import ModelCheckpoint
 from mnist_lightning.dashboard import Dashboard, RunLogger
 from mnist_lightning.data import MNISTDataModule, in_image_order
 from mnist_lightning.execution import Execution
-from mnist_lightning.files import write_text
+from mnist_lightning.files import csv_cell, printable, write_text
 from mnist_lightning.models import Classifier, Perceptron, ResNet18
 from mnist_lightning.names import (
     ConfigByName,
@@ -126,7 +126,9 @@ def _shorten(message: str, parser: LightningArgumentParser) -> str:
         return f"which model? --config NAME ({', '.join(configs)}), or --model CLASS"
     if match := re.search(r"Expected a dot import path string: (\S+)", core):
         return f"no model {match[1]!r}; {hint(match[1], models)}"
-    if "does not correspond to a subclass of" in core:
+    if match := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", core):
+        if match[2] != "Classifier":
+            return f"{core.partition(':')[0]}: {match[1]} is no {match[2]}"
         return f"--model {given}: no Classifier; {hint(given, models)}"
     if match := re.search(r"argument (?:\S+/)?(\S+): expected one argument", core):
         return f"{match[1]} needs a value after it"
@@ -263,10 +265,8 @@ class CLI(LightningCLI):
         """Makes what the checkpoint holds the default of what the words leave unsaid."""
         assert self.checkpoint is not None
         checkpoint = self.checkpoint
-        if words[0] == "fit" and "optimizer_states" not in checkpoint:
-            raise ValueError(
-                f"{path} holds weights only: no training can go on from it, where its optimizer was"
-            )
+        if words[0] == "fit":
+            checkpoints.check_resumable(checkpoint, path)
         if recorded.is_file():
             if options["ckpt_path"] in ("best", "last"):
                 # the configuration named the run: take what that run was really made with
@@ -282,6 +282,8 @@ class CLI(LightningCLI):
             raise ValueError(self._untrusted(f"{path}: {error}", words)) from error
         if (asked := options.get("model", "").rpartition(".")[2]) not in ("", model.__name__):
             raise ValueError(f"{path} holds a {model.__name__}, not a {asked}")
+        said = {name.removeprefix("data.") for name in options}
+        checkpoints.check_facts(checkpoint, said, path)
         data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
         if data.get("data_dir") and not Path(data["data_dir"]).is_dir():
             del data["data_dir"]  # a folder of another machine
@@ -391,6 +393,13 @@ class CLI(LightningCLI):
                 _say(f"\ninterrupted; to go on: {again}")
             raise
         except Exception as error:
+            restoring = bool(trainer._checkpoint_connector._loaded_checkpoint)
+            if restoring:  # what is in the checkpoint does not fit
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                raise ValueError(
+                    f"{self.checkpoint_path} cannot be resumed: {kind}{error}."
+                    " Another one: --ckpt_path FILE"
+                ) from error
             if trainer.global_step == 0:
                 self._take_back_run()
             full = isinstance(error, OSError) and not isinstance(error, BrokenPipeError)
@@ -492,7 +501,11 @@ class CLI(LightningCLI):
             return
         files = data.predict_files() if data.predict_dir else None
         rows = [
-            (files[image].name if files else f"val[{image}]", str(digit), f"{probability:.4f}")
+            (
+                printable(files[image].name) if files else f"val[{image}]",
+                str(digit),
+                f"{probability:.4f}",
+            )
             for image, probability, digit in zip(
                 images.tolist(), *(column.tolist() for column in answers.max(1)), strict=True
             )
@@ -501,7 +514,7 @@ class CLI(LightningCLI):
         _say(inspection.format_table(header, rows[:10], right=(1, 2)))
         target = checkpoints.run_folder(self.checkpoint_path) / "predictions.csv"
         text = io.StringIO(newline="")
-        csv.writer(text).writerows([header, *rows])
+        csv.writer(text).writerows([header, *([csv_cell(cell) for cell in row] for row in rows)])
         write_text(target, text.getvalue())
         _say(f"{len(rows):,} predictions in {_short(target)}")
 
@@ -575,7 +588,7 @@ def _short(path: Path) -> str:
 
 @rank_zero_only
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(printable(text), flush=True)
 
 
 @contextmanager

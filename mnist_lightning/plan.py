@@ -106,6 +106,8 @@ class Search:
         Raises:
             ValueError: what is wrong, and what would be right.
         """
+        if self.name in ("", ".", "..") or set("/\\\0") & set(self.name):
+            raise ValueError(f"--name must be the name of a folder, not a path, got {self.name!r}")
         options = dict(self.strategy)
         strategy = options.pop("name", None)
         if strategy not in STRATEGIES:
