@@ -126,9 +126,10 @@ def _shorten(message: str, parser: LightningArgumentParser) -> str:
         return f"which model? --config NAME ({', '.join(configs)}), or --model CLASS"
     if match := re.search(r"Expected a dot import path string: (\S+)", core):
         return f"no model {match[1]!r}; {hint(match[1], models)}"
-    if match := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", core):
-        if match[2] != "Classifier":
-            return f"{core.partition(':')[0]}: {match[1]} is no {match[2]}"
+    if match := re.search(r"does not correspond to a subclass of (\w+)", core):
+        if match[1] != "Classifier":
+            wrong = re.search(r"Import path (\S+) does not", core)
+            return f"{core.partition(':')[0]}: {wrong[1] if wrong else given} is no {match[1]}"
         return f"--model {given}: no Classifier; {hint(given, models)}"
     if match := re.search(r"argument (?:\S+/)?(\S+): expected one argument", core):
         return f"{match[1]} needs a value after it"
