@@ -1,5 +1,6 @@
 """Files from elsewhere: nothing that one holds is run, removed, or allowed to stop the machine."""
 
+import csv
 import gzip
 import json
 import math
@@ -22,6 +23,7 @@ from PIL import Image
 from test_bad_input import BAD_CHECKPOINTS, RunsCode, changed, saved
 
 from mnist_lightning.__main__ import main
+from mnist_lightning.files import csv_cell
 
 SEARCH = Path(__file__).parent.parent / "lightning_logs" / "study" / "shallow_random"
 # a file to append what each input got to, as rows of the table in benchmarks/reliability.md
@@ -641,3 +643,31 @@ def test_a_hostile_or_damaged_file_is_refused(
     assert before.keys() == after.keys() or kind == "resumed checkpoint"
     assert not Path("code-was-run").exists()
     assert not [run for run in tmp_path.rglob("version_*") if not any(run.iterdir())]
+
+
+def test_names_of_images_are_no_formulas_and_steer_no_terminal(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("pictures").mkdir()
+    image = Image.new("L", (28, 28))
+    image.putpixel((14, 14), 255)
+    for name in ("=1+1.png", "@x.png", "\x1b[2J.png", "\udcff.png"):
+        image.save(Path("pictures") / "a.png")
+        (Path("pictures") / "a.png").rename(Path("pictures") / name)
+    assert main(["predict", "--ckpt_path", str(run), "--data.predict_dir", "pictures"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    with (run / "predictions.csv").open(newline="") as file:
+        names = {row["image"] for row in csv.DictReader(file)}
+    assert names == {"'=1+1.png", "'@x.png", "\\x1b[2J.png", "\\udcff.png"}
+
+
+def test_cells_of_tables_are_no_formulas() -> None:
+    cells = ["=1+1", "+1", "-0.5", "-cmd", "@x", "\t=1", 3, None, "lr"]
+    kept = [csv_cell(cell) for cell in cells]
+    assert kept == ["'=1+1", "+1", "-0.5", "'-cmd", "'@x", "'\t=1", 3, None, "lr"]
+
+
+def test_a_folder_that_only_looks_like_a_run_is_passed_over(run: Path) -> None:
+    (run.parent / "version_²").mkdir()
+    assert main([*FIT, "--trainer.max_epochs", "1"]) == 0
+    assert (run.parent / "version_1").is_dir()
