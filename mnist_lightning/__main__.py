@@ -31,6 +31,7 @@ options:
   -h, --help   this page; after a COMMAND, its options
   --version    the version: {__version__}
   --debug      with any command: show where an error comes from
+  --trust      with --ckpt_path: import what the run's files name, which runs its code
 
 A first training, its dashboard, its test:
   mnist-lightning fit --config shallow.yaml
@@ -81,7 +82,9 @@ def _guarded(words: list[str], debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"error: {_explain(error)}", file=sys.stderr)
+        from mnist_lightning.files import printable
+
+        print(f"error: {printable(_explain(error))}", file=sys.stderr)
         return 1
     finally:
         threading.excepthook = hook

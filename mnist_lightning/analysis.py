@@ -5,7 +5,6 @@ their seeds. Accuracies are of validation images, by the search's objective, unl
 """
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from mnist_lightning import evaluations, space
+from mnist_lightning.files import read_json
 from mnist_lightning.published import PUBLISHED, Published
 from mnist_lightning.results import load_results
 
@@ -162,16 +162,14 @@ def read(path: Path) -> list[Found]:
             " Searches are in lightning_logs/search"
         )
     return [
-        Found(folder, _json(folder / "search.json"), load_results(folder), evaluations.read(folder))
+        Found(
+            folder,
+            read_json(folder / "search.json", "restore it, or move it away"),
+            load_results(folder),
+            evaluations.read(folder),
+        )
         for folder in folders
     ]
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({error}): restore it, or move it away") from error
 
 
 def _varies(column: pd.Series) -> bool:

@@ -4,17 +4,20 @@ A run's folder is ``lightning_logs/<config name>/version_N/``; its checkpoints l
 ``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``.
 """
 
+import inspect
 import pickle
+import re
 import sys
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule, callbacks
+from lightning.pytorch import LightningModule, Trainer, callbacks
 
-from mnist_lightning.models import Classifier
+from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.files import check_archive
+from mnist_lightning.models import Classifier, check_tensors
 
 # A model that learned from one split must not be scored on another: its training images would be
 # among the test images. Nor on pixels that were scaled in another way.
@@ -63,7 +66,7 @@ def find(where: str, root: Path, run_name: str | None = None) -> Path:
 
 def newest_first(folder: Path) -> list[Path]:
     """The runs ``version_N`` in a folder, the highest N first."""
-    runs = [run for run in folder.glob("version_*") if run.name[8:].isdigit()]
+    runs = [run for run in folder.glob("version_*") if run.name[8:].isdecimal()]
     return sorted(runs, key=lambda run: int(run.name[8:]), reverse=True)
 
 
@@ -86,16 +89,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: damaged, no checkpoint of this project, or one that would run code.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # torch.load reads altered weights without a word: it compares no checksums
-            damaged = archive.testzip()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}. {_REMEDY}") from error
-    except Exception as error:  # BadZipFile, EOFError, NotImplementedError ...
-        raise ValueError(f"{path} is truncated, or not a checkpoint at all. {_REMEDY}") from error
-    if damaged:
-        raise ValueError(f"{path} is damaged: wrong checksum (CRC) of {damaged}. {_REMEDY}")
+    check_archive(path, _REMEDY)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -114,10 +108,99 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path} is not of a Classifier of mnist_lightning: it has no {key}. {_REMEDY}"
             )
+    version = checkpoint.get("pytorch-lightning_version")
+    if not isinstance(version, str) or not re.match(r"\d+\.\d[\w.+]*$", version):
+        raise ValueError(f"{path} is of no version of Lightning: {version!r}. {_REMEDY}")
+    check_tensors(checkpoint["state_dict"], f"{path}", _REMEDY)
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        settings = checkpoint.get(key, {})
+        if not isinstance(settings, Mapping) or not _is_plain(settings):
+            raise ValueError(f"{path} is not of this project: its {key} are no settings. {_REMEDY}")
     return cast(dict[str, Any], checkpoint)
 
 
-def model_class(checkpoint: dict[str, Any]) -> type[Classifier]:
+def _is_plain(value: Any, depth: int = 3) -> bool:
+    """Whether it is a mapping, list or value as settings are, and small."""
+    if isinstance(value, Mapping | list | tuple):
+        parts = value.values() if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
+            return False
+        return depth > 0 and len(value) < 100 and all(_is_plain(part, depth - 1) for part in parts)
+    if isinstance(value, str):
+        return len(value) < 5000
+    return value is None or type(value) in (bool, int, float)
+
+
+def check_resumable(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Refuses a checkpoint that a training cannot go on from as if it had not stopped.
+
+    Raises:
+        ValueError: part of the state is missing; names it.
+    """
+    if not checkpoint.get("optimizer_states"):
+        raise ValueError(f"{path} holds weights only, no optimizer state: training cannot resume")
+    kinds: dict[str, Any] = {"epoch": int, "global_step": int, "loops": Mapping}
+    kinds |= {"callbacks": Mapping, "optimizer_states": list, "lr_schedulers": list}
+    for key, kind in kinds.items():
+        value = checkpoint.get(key)
+        empty = key in ("loops", "callbacks") and not value
+        if not isinstance(value, kind) or empty or (key == "loops" and not value.get("fit_loop")):
+            raise ValueError(f"{path} has no usable {key}: training cannot resume. {_REMEDY}")
+    states = checkpoint["optimizer_states"]
+    if not all(isinstance(state, Mapping) and state.get("param_groups") for state in states):
+        raise ValueError(f"{path} has an empty optimizer state: training cannot resume. {_REMEDY}")
+
+
+def check_facts(checkpoint: Mapping[str, Any], said: Collection[str], path: Path) -> None:
+    """Refuses a checkpoint that says neither which data nor which network it is of.
+
+    Args:
+        checkpoint: as ``read``.
+        said: the arguments of the data module that the user gives.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        ValueError: a fact of the data is missing or unknown; or its hyper-parameters make another
+            network than its weights are of, perhaps one that does not fit into memory.
+    """
+    data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
+    known = inspect.signature(MNISTDataModule.__init__).parameters
+    for key in data:
+        if key not in known:
+            raise ValueError(f"{path} says {key} of its data, which nothing here knows. {_REMEDY}")
+    try:
+        MNISTDataModule(**data)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is of data that cannot be: {error}. {_REMEDY}") from error
+    if missing := [key for key in BINDING_DATA if key not in data and key not in said]:
+        options = " ".join(f"--data.{key} ..." for key in missing)
+        raise ValueError(
+            f"{path} does not say on which data it was trained: its training images may be among"
+            f" the test images. Say it: {options}"
+        )
+    model = model_class(checkpoint)
+    if not model.__module__.startswith("mnist_lightning."):
+        return
+    try:
+        with torch.device("meta"):  # shapes without memory
+            made = model(**checkpoint["hyper_parameters"]).state_dict()
+    except Exception as error:
+        raise ValueError(
+            f"{path}: {model.__name__} refuses its hyper_parameters ({_first_line(error)})."
+            f" {_REMEDY}"
+        ) from error
+    if _kinds(made) != _kinds(checkpoint["state_dict"]):
+        raise ValueError(
+            f"{path} contradicts itself: its hyper_parameters make other weights than it holds."
+            f" {_REMEDY}"
+        )
+
+
+def _kinds(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    return {name: (t.shape, t.is_floating_point()) for name, t in tensors.items()}
+
+
+def model_class(checkpoint: Mapping[str, Any]) -> type[Classifier]:
     """The class that wrote the checkpoint; only among modules that are imported already.
 
     Raises:
@@ -127,8 +210,8 @@ def model_class(checkpoint: dict[str, Any]) -> type[Classifier]:
     found = getattr(sys.modules.get(module), name, None)
     if not (isinstance(found, type) and issubclass(found, Classifier)):
         raise ValueError(
-            f"the checkpoint is of {checkpoint['model_class']}, which is not known here."
-            f" If it is yours, name it: --model {checkpoint['model_class']}"
+            f"of the class {checkpoint['model_class']}, not known here"
+            f" (if it is yours: --model {checkpoint['model_class']})"
         )
     return found
 
@@ -151,9 +234,7 @@ def check_agrees(
     if name != checkpoint["model_class"]:
         saved = checkpoint["model_class"].rpartition(".")[2]
         raise ValueError(f"{path} holds a {saved}, not a {type(model).__name__}")
-    saved_shapes = {key: value.shape for key, value in checkpoint["state_dict"].items()}
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
-    if saved_shapes != shapes:
+    if _kinds(checkpoint["state_dict"]) != _kinds(model.state_dict()):
         raise ValueError(
             f"{path} does not fit the model asked for: "
             + _differences(dict(model.hparams), checkpoint["hyper_parameters"], "model")
@@ -183,27 +264,65 @@ class ModelCheckpoint(callbacks.ModelCheckpoint):
     """Lightning's own, for a run that goes on in its folder whatever path now leads there.
 
     Lightning forgets what was best as soon as the path is spelled in another way: the first epoch
-    after would then pass for the best one, and earlier files for other files, to be removed.
+    after would then pass for the best one, and earlier files for other files, to be removed. And it
+    removes what a checkpoint names as its earlier file, be it a whole folder of the user's: no
+    ``ModelCheckpoint`` of the training takes over more than the files in its own folder.
     """
 
     steps_known = True  # see execution.HARMLESS
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        folder = self.dirpath
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Lightning calls this hook of all callbacks before any of them takes its state
+        states = checkpoint.get("callbacks") or {}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, callbacks.ModelCheckpoint) and callback.state_key in states:
+                states[callback.state_key] = _own_files(callback, states[callback.state_key])
 
-        def here(path: str) -> str:
-            return str(Path(folder or "", Path(path).name)) if path else path
 
-        best = state_dict["best_model_path"]
-        if folder and (not best or Path(here(best)).is_file()):
-            state_dict = {
-                **state_dict,
-                "dirpath": folder,
-                "best_k_models": {here(k): v for k, v in state_dict["best_k_models"].items()},
-            }
-            for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-                state_dict[key] = here(state_dict[key])
-        super().load_state_dict(state_dict)
+def _own_files(callback: callbacks.ModelCheckpoint, state: Any) -> dict[str, Any]:
+    """The state of a ModelCheckpoint, with checkpoints that lie in its folder and no other path."""
+    state = state if isinstance(state, Mapping) else {}
+    folder = Path(callback.dirpath or "").absolute()
+
+    def own(path: Any) -> str:
+        try:
+            if isinstance(callback, ModelCheckpoint):  # keeps one file, wherever it was before
+                file = folder / Path(path).name
+                fits = file.name == f"{callback.filename}.ckpt"
+            else:
+                file = folder / Path(path).relative_to(state["dirpath"])
+                fits = file.suffix == ".ckpt"
+            # a link, or ".." on the way, could lead to a file of somebody else
+            inside = file.resolve() == folder.resolve() / file.relative_to(folder)
+            return str(file) if fits and inside and file.is_file() else ""
+        except (TypeError, ValueError, KeyError, OSError):  # no path at all, or of elsewhere
+            return ""
+
+    scores = state.get("best_k_models")
+    scores = scores if isinstance(scores, Mapping) else {}
+    kept = {own(path): score for path, score in scores.items() if own(path) and _is_score(score)}
+    best, worst = own(state.get("best_model_path")), own(state.get("kth_best_model_path"))
+    full = 0 < callback.save_top_k <= len(kept)
+    if len(kept) < len(scores) or best not in kept or (full and worst not in kept):
+        kept = {}  # what is left would not be the best k
+    if callback.monitor and (not kept or state.get("monitor") != callback.monitor):
+        kept, best = {}, ""
+    return {
+        "monitor": callback.monitor,
+        "dirpath": callback.dirpath,
+        "best_model_path": best,
+        "best_model_score": kept.get(best),
+        "best_k_models": kept,
+        "kth_best_model_path": worst if full and kept else "",
+        "kth_value": kept.get(worst, callback.kth_value),
+        "last_model_path": own(state.get("last_model_path")),
+    }
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() == 1 and not value.isnan().any()
 
 
 def _first_line(error: Exception) -> str:

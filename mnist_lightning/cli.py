@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import warnings
@@ -40,9 +41,18 @@ from mnist_lightning.checkpoints import ModelCheckpoint
 from mnist_lightning.dashboard import Dashboard, RunLogger
 from mnist_lightning.data import MNISTDataModule, in_image_order
 from mnist_lightning.execution import Execution
-from mnist_lightning.files import write_text
+from mnist_lightning.files import csv_cell, printable, write_text
 from mnist_lightning.models import Classifier, Perceptron, ResNet18
-from mnist_lightning.names import ConfigByName, hint, shipped_configs
+from mnist_lightning.names import (
+    ConfigByName,
+    allow_classes,
+    classes_in,
+    classes_in_option,
+    hint,
+    import_class,
+    read_config,
+    shipped_configs,
+)
 
 LOGS = "lightning_logs"
 
@@ -99,6 +109,8 @@ class Parser(LightningArgumentParser):
 
 def _shorten(message: str, parser: LightningArgumentParser) -> str:
     """The core of a jsonargparse message, and what was probably meant."""
+    if denied := re.search(r"Importing '[\w.]+' is not allowed", message):
+        return denied[0]
     given = "".join(re.findall(r"^ *Given value: (.*)$", message, re.MULTILINE)[-1:])
     noise = r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value"
     lines = [line.strip(" -") for line in message.splitlines()]
@@ -115,7 +127,10 @@ def _shorten(message: str, parser: LightningArgumentParser) -> str:
         return f"which model? --config NAME ({', '.join(configs)}), or --model CLASS"
     if match := re.search(r"Expected a dot import path string: (\S+)", core):
         return f"no model {match[1]!r}; {hint(match[1], models)}"
-    if "does not correspond to a subclass of" in core:
+    if match := re.search(r"does not correspond to a subclass of (\w+)", core):
+        if match[1] != "Classifier":
+            wrong = re.search(r"Import path (\S+) does not", core)
+            return f"{core.partition(':')[0]}: {wrong[1] if wrong else given} is no {match[1]}"
         return f"--model {given}: no Classifier; {hint(given, models)}"
     if match := re.search(r"argument (?:\S+/)?(\S+): expected one argument", core):
         return f"{match[1]} needs a value after it"
@@ -204,15 +219,24 @@ class CLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        words = cast(list[str], args)
+        given = cast(list[str], args)
+        words = [word for word in given if word != "--trust"]
         options = dict(_options(words))
+        named = {c for name, value in _options(words) for c in classes_in_option(name, value)}
+        allow_classes(named)
         if "config" in options:
             self.run_name = Path(options["config"]).stem
         self.root = Path(options.get("trainer.default_root_dir", ".")) / LOGS
         if where := options.get("ckpt_path"):
             name = self.run_name if "config" in options else None
-            self.checkpoint_path = checkpoints.find(where, self.root, name)
-            words = self._start_from(self.checkpoint_path, words, options)
+            self.checkpoint_path = path = checkpoints.find(where, self.root, name)
+            self.checkpoint = checkpoints.read(path)
+            recorded = checkpoints.run_folder(path) / "config.yaml"
+            if "--trust" in given:
+                named.add(self.checkpoint["model_class"])
+                named |= set(classes_in(read_config(recorded) if recorded.is_file() else None))
+                allow_classes(named)
+            words = self._start_from(path, recorded, words, options, named)
         elif (
             words[:1] in (["validate"], ["test"], ["predict"])
             and not {"h", "help"} & options.keys()
@@ -220,31 +244,48 @@ class CLI(LightningCLI):
             raise ValueError(
                 f"{words[0]} needs trained weights: --ckpt_path FILE, or the folder of a run"
             )
-        self.config = parser.parse_args(words)
+        try:
+            self.config = parser.parse_args(words)
+        except ValueError as error:
+            if denied := re.search(r"Importing '([\w.]+)' is not allowed", str(error)):
+                raise ValueError(self._untrusted(f"a file names {denied[1]}", given)) from error
+            raise
         if "config" not in options and self.checkpoint is None:
             settings = self.config.get(self.config.get("subcommand", ""), self.config)
             self.run_name = settings.model.class_path.rpartition(".")[2]
 
-    def _start_from(self, path: Path, words: list[str], options: dict[str, str]) -> list[str]:
+    def _untrusted(self, what: str, words: list[str]) -> str:
+        again = shlex.join(["python", "-m", "mnist_lightning", *words, "--trust"])
+        return (
+            f"{what}, which is neither ours, PyTorch's nor Lightning's: its code would be run."
+            f" If you trust the file:\n{again}"
+        )
+
+    def _start_from(
+        self, path: Path, recorded: Path, words: list[str], options: dict[str, str], named: set[str]
+    ) -> list[str]:
         """Makes what the checkpoint holds the default of what the words leave unsaid."""
-        if "model" in options and "." in options["model"]:
-            # a class of the user's own: import it, as the parser would
-            __import__(options["model"].rpartition(".")[0])
-        self.checkpoint = checkpoint = checkpoints.read(path)
-        if words[0] == "fit" and "optimizer_states" not in checkpoint:
-            raise ValueError(
-                f"{path} holds weights only: no training can go on from it, where its optimizer was"
-            )
-        recorded = checkpoints.run_folder(path) / "config.yaml"
+        assert self.checkpoint is not None
+        checkpoint = self.checkpoint
+        if words[0] == "fit":
+            checkpoints.check_resumable(checkpoint, path)
         if recorded.is_file():
             if options["ckpt_path"] in ("best", "last"):
                 # the configuration named the run: take what that run was really made with
                 words = [words[0], "--config", str(recorded), *_without(words, "config")[1:]]
             elif words[0] == "fit" and "config" not in options:
                 words = [words[0], "--config", str(recorded), *words[1:]]
-        model = checkpoints.model_class(checkpoint)
+        for name in named & {options.get("model"), checkpoint["model_class"]}:
+            if not name.startswith("mnist_lightning."):
+                import_class(name)
+        try:
+            model = checkpoints.model_class(checkpoint)
+        except ValueError as error:
+            raise ValueError(self._untrusted(f"{path}: {error}", words)) from error
         if (asked := options.get("model", "").rpartition(".")[2]) not in ("", model.__name__):
             raise ValueError(f"{path} holds a {model.__name__}, not a {asked}")
+        said = {name.removeprefix("data.") for name in options}
+        checkpoints.check_facts(checkpoint, said, path)
         data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
         if data.get("data_dir") and not Path(data["data_dir"]).is_dir():
             del data["data_dir"]  # a folder of another machine
@@ -364,6 +405,13 @@ class CLI(LightningCLI):
                 _say(f"\ninterrupted; to go on: {again}")
             raise
         except Exception as error:
+            restoring = bool(trainer._checkpoint_connector._loaded_checkpoint)
+            if restoring:  # what is in the checkpoint does not fit
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                raise ValueError(
+                    f"{self.checkpoint_path} cannot be resumed: {kind}{error}."
+                    " Another one: --ckpt_path FILE"
+                ) from error
             if trainer.global_step == 0:
                 self._take_back_run()
             full = isinstance(error, OSError) and not isinstance(error, BrokenPipeError)
@@ -465,7 +513,11 @@ class CLI(LightningCLI):
             return
         files = data.predict_files() if data.predict_dir else None
         rows = [
-            (files[image].name if files else f"val[{image}]", str(digit), f"{probability:.4f}")
+            (
+                printable(files[image].name) if files else f"val[{image}]",
+                str(digit),
+                f"{probability:.4f}",
+            )
             for image, probability, digit in zip(
                 images.tolist(), *(column.tolist() for column in answers.max(1)), strict=True
             )
@@ -474,7 +526,7 @@ class CLI(LightningCLI):
         _say(inspection.format_table(header, rows[:10], right=(1, 2)))
         target = checkpoints.run_folder(self.checkpoint_path) / "predictions.csv"
         text = io.StringIO(newline="")
-        csv.writer(text).writerows([header, *rows])
+        csv.writer(text).writerows([header, *([csv_cell(cell) for cell in row] for row in rows)])
         write_text(target, text.getvalue())
         _say(f"{len(rows):,} predictions in {_short(target)}")
 
@@ -548,7 +600,7 @@ def _short(path: Path) -> str:
 
 @rank_zero_only
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(printable(text), flush=True)
 
 
 @contextmanager

@@ -62,6 +62,7 @@ _MNIST_MD5 = dict(
         strict=True,
     )
 )
+_MOST_PIXELS = 50_000_000  # a photo: unpacked, each takes some 20 bytes
 _REACH_SECONDS = 8  # for a mirror to answer at all
 _STALL_SECONDS = 10  # without a single byte, once it has
 
@@ -211,6 +212,7 @@ class MNISTDataModule(LightningDataModule):
             ("steps_per_execution", 1 if steps_per_execution is None else steps_per_execution),
         ):
             _check(key, count, count >= 1, "must be at least 1")
+        _check("image_size", image_size, image_size <= 1024, "must be at most 1024")
         for key, value, allowed in (
             ("name", name, SetName),
             ("source", source, Source),
@@ -447,8 +449,14 @@ def _decode(path: Path) -> np.ndarray:
     """An image file as float32 gray values from 0 to 255, shape ``(height, width)``."""
     from PIL import Image, ImageOps
 
+    if not path.is_file():  # a pipe, say, which might never end
+        raise ValueError(f"{path} cannot be read as an image: it is no file. Remove it")
+    pixels = 0
     try:
         with Image.open(path) as file:
+            pixels = file.width * file.height
+            if pixels > _MOST_PIXELS:
+                raise ValueError
             picture = ImageOps.exif_transpose(file)
             if picture.mode.startswith("I;16"):
                 return np.asarray(picture, np.float32) / 257
@@ -456,6 +464,10 @@ def _decode(path: Path) -> np.ndarray:
             paper.alpha_composite(picture.convert("RGBA"))
             return np.array(paper.convert("L"), np.float32)
     except Exception as error:  # of many kinds, for the many ways to be damaged
+        if pixels > _MOST_PIXELS or isinstance(error, Image.DecompressionBombError):
+            raise ValueError(
+                f"{path} has more than {_MOST_PIXELS:,} pixels: scale it down, or remove it"
+            ) from error
         raise ValueError(
             f"{path} cannot be read as an image: put a good copy there, or remove it"
         ) from error

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that is read as data.
+"""Files that are written whole or not at all, and files that are read as data, within bounds.
 
 Every file of a run and of a search is written here: beside its target under a temporary name,
 synced to the disk, renamed into place, and the folder synced. A crash, a full disk or a power cut
@@ -14,6 +14,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+JSON_BYTES = 2**27  # far above what any search leaves
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -100,13 +102,75 @@ def read_json(path: Path, remedy: str, kind: type = dict) -> Any:
         ValueError: it cannot be read, is no JSON, or holds something else.
     """
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"{path} is damaged ({reason}): {remedy}") from error
+        content = json.loads(read_bytes(path, JSON_BYTES, remedy))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged (no JSON): {remedy}") from error
     if not isinstance(content, kind):
         raise ValueError(f"{path} is damaged (no JSON {kind.__name__}): {remedy}")
     return content
+
+
+def read_bytes(path: Path, most: int, remedy: str) -> bytes:
+    """The content of a file that has at most ``most`` bytes.
+
+    Raises:
+        ValueError: it is larger, no regular file (reading a pipe may never end), or unreadable.
+    """
+    try:
+        if not path.is_file():
+            raise ValueError(f"{path} is no file: {remedy}")
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from error
+    if len(content) > most:
+        raise ValueError(f"{path} has more than {most:,} bytes: {remedy}")
+    return content
+
+
+def check_archive(path: Path, remedy: str) -> None:
+    """Refuses a file of ``torch.save`` with other bytes than were written.
+
+    ``torch.load`` compares no checksums: it reads altered weights without a word. And it unpacks
+    what is compressed, a file of a megabyte to a terabyte; ``torch.save`` never compresses.
+
+    Raises:
+        ValueError: it is damaged, compressed, or no such file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            stored &= sum(entry.file_size for entry in entries) <= path.stat().st_size
+            damaged = archive.testzip() if stored else None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}. {remedy}") from error
+    except Exception as error:  # BadZipFile, EOFError, NotImplementedError ...
+        raise ValueError(f"{path} is truncated, or not a checkpoint at all. {remedy}") from error
+    if not stored:
+        raise ValueError(f"{path} is compressed, as PyTorch saves no file: refused. {remedy}")
+    if damaged:
+        raise ValueError(f"{path} is damaged: wrong checksum (CRC) of {damaged}. {remedy}")
+
+
+def printable(text: str) -> str:
+    """The text, with escapes for what would steer a terminal or cannot be encoded."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: ``=1+1`` gets an apostrophe before it."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def _as_json(content: Any) -> str:

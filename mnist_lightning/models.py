@@ -5,6 +5,7 @@ Hyper-parameters are plain types, so every checkpoint records them and loads as 
 """
 
 import copy
+import zipfile
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
@@ -25,6 +26,7 @@ from torchvision.models import ResNet18_Weights, resnet18
 from mnist_lightning.callbacks import LayerFreezing
 from mnist_lightning.data import answering
 from mnist_lightning.execution import Execution, hooked
+from mnist_lightning.files import check_archive
 
 PIXELS = 28 * 28
 CLASSES = 10
@@ -547,8 +549,43 @@ def _cached(weights: ResNet18_Weights) -> Path:
     return file
 
 
+def check_tensors(tensors: Mapping[str, Any], name: str, remedy: str) -> None:
+    """Refuses what cannot be the weights of a network.
+
+    Args:
+        tensors: by name.
+        name: of what holds them, for the message.
+        remedy: what the user can do, for the message.
+
+    Raises:
+        ValueError: one is no dense tensor of real numbers, is not a number somewhere, or is larger
+            than the memory that the file gave it.
+    """
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} holds no tensors by name. {remedy}")
+        kind = tensor.dtype
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            fault = "no dense tensor"
+        elif tensor.numel() * kind.itemsize > tensor.untyped_storage().nbytes():
+            fault = f"larger than its data: {tuple(tensor.shape)}"
+        elif not (kind.is_floating_point or kind == torch.int64):
+            fault = f"of the type {kind}, no weights"
+        elif kind.is_floating_point and tensor.isnan().any():
+            fault = "not a number (NaN): the training that wrote it diverged"
+        else:
+            continue
+        raise ValueError(f"{name} is refused: its {key} is {fault}. {remedy}")
+
+
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """A file of tensors by name; nothing that it holds is executed."""
+    names = ", ".join(known.name for known in ResNet18_Weights)
+    if not path.is_file():  # also a pipe, which might never end
+        raise ValueError(f"weights must be {names} or a file; there is no file {path}")
+    remedy = f"Give other weights: --model.weights FILE, or {names}."
+    if zipfile.is_zipfile(path):
+        check_archive(path, remedy)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -558,9 +595,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise ValueError(f"{path} needs a package: pip install safetensors") from error
-    except FileNotFoundError as error:
-        names = ", ".join(known.name for known in ResNet18_Weights)
-        raise ValueError(f"weights must be {names} or a file; there is no file {path}") from error
     except UnpicklingError as error:
         if "nsupported" not in str(error):  # neither an unsupported global, nor operand
             raise ValueError(f"{path} is damaged, or no file of weights") from error
@@ -569,6 +603,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged, or no file of weights") from error
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{path} is not a state dict: it does not hold tensors by name")
+    check_tensors(content, f"{path}", remedy)
     return dict(content)
 
 

@@ -1,12 +1,31 @@
-"""Names that users type: what was probably meant, and where a configuration lies."""
+"""Names in commands and files: what was meant, where a configuration lies, what it may name.
+
+A class in a file is code that runs. A file may name those of ``OURS``; every other one has to be
+named by the user: on the command line, or in a configuration that was given there.
+"""
 
 import os
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, set_parsing_settings
+
+from mnist_lightning.files import read_bytes
+
+OURS = (
+    "mnist_lightning",
+    "torch.nn",
+    "torch.optim",
+    *(f"lightning.pytorch.{part}" for part in ("callbacks", "loggers", "strategies", "profilers")),
+)
+_CLASS = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
+_CONFIG_BYTES, _CONFIG_VALUES = 2**18, 20_000
 
 
 def hint(word: str, known: Iterable[str], otherwise: str = "") -> str:
@@ -45,18 +64,107 @@ def find_config(name: str, folder: str = ".") -> Path:
 
 def _checked(file: Path) -> Path:
     """The same file; what jsonargparse says about one that holds no YAML does not name it."""
+    read_config(file)
+    return file
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """What a configuration says.
+
+    Raises:
+        ValueError: it is no YAML, holds no settings, or is too large to be a configuration.
+    """
+    content = read_bytes(file, _CONFIG_BYTES, "that is no configuration")
     try:
-        content = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = content.decode()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        # a few lines of aliases of aliases stand for more values than fit into memory
+        bomb = _values(root, {}) > _CONFIG_VALUES
+        settings = None if bomb else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}" if mark else "it is no text"
         raise ValueError(f"--config {file}: not a YAML file ({where})") from error
-    if not isinstance(content, dict):
+    if bomb:
+        raise ValueError(f"--config {file}: it stands for more than {_CONFIG_VALUES:,} values")
+    if not isinstance(settings, dict):
         raise ValueError(
             f"--config {file}: no settings in it; --print_config after a command shows how"
             " they are written"
         )
-    return file
+    return settings
+
+
+def _values(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """How many values a YAML node stands for, with all aliases written out."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = _CONFIG_VALUES + 1  # if it holds itself
+        parts: Iterable[Any] = node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = (part for pair in node.value for part in pair)
+        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(node)]
+
+
+def classes_in(content: Any) -> Iterator[str]:
+    """The texts within settings that can be dotted paths of classes."""
+    if isinstance(content, str):
+        yield from [content] if _CLASS.fullmatch(content) else []
+    elif isinstance(content, dict | list):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from classes_in(part)
+
+
+def classes_in_option(name: str, value: str) -> Iterator[str]:
+    """The same for an option of the command line; of one that names a file, those in it."""
+    if name == "config" and value:
+        yield from classes_in(read_config(find_config(value)))
+    elif re.match(r"model|trainer\.(?!default_root_dir)", name):
+        if value.endswith((".yaml", ".yml", ".json")) and os.path.isfile(value):
+            yield from classes_in(read_config(Path(value)))
+        elif not os.path.exists(value):
+            yield from _CLASS.findall(value)
+
+
+def allow_classes(named: Iterable[str]) -> None:
+    """From now on, parsers import nothing for a file but from ``OURS`` and with these classes.
+
+    A module of the user's own is allowed as a whole, nothing of the standard library is.
+    """
+    modules = set()
+    for path in named:
+        root, _, _ = path.partition(".")
+        if root in ("torch", "lightning"):  # not all of it
+            modules.add(path.rpartition(".")[0])
+        elif _is_users(root):
+            modules.add(root)
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=[*OURS, *sorted(modules)],
+        instantiate_subclass_spec_in_any=False,
+        config_read_mode_fsspec_enabled=False,  # Lightning has every text tried as an address
+    )
+
+
+def import_class(path: str) -> Any:
+    """The class of the user's own at a dotted path that the user named.
+
+    Raises:
+        ValueError: there is none.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        if not _is_users(module.partition(".")[0]):
+            raise ImportError("no module of the user's own")
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"no class {path}: {error}") from error
+
+
+def _is_users(root: str) -> bool:
+    return root not in sys.stdlib_module_names and root != "jsonargparse"
 
 
 class ConfigByName(ActionConfigFile):

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from mnist_lightning import models, space
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.models import CLASSES, PIXELS, Classifier, DeepNetwork, ShallowNetwork
-from mnist_lightning.names import hint
+from mnist_lightning.names import hint, import_class
 from mnist_lightning.population import Member, training_bytes
 from mnist_lightning.results import Record, score
 from mnist_lightning.space import Trial
@@ -82,8 +81,8 @@ class Search:
     def model_class(self) -> type[Classifier]:
         module, _, name = self.model.rpartition(".")
         try:
-            found = getattr(import_module(module) if module else models, name)
-        except (ImportError, AttributeError):
+            found = import_class(self.model) if module else getattr(models, name)
+        except (ValueError, AttributeError):
             found = None
         if not (isinstance(found, type) and issubclass(found, Classifier)) or found is Classifier:
             known = [
@@ -107,6 +106,8 @@ class Search:
         Raises:
             ValueError: what is wrong, and what would be right.
         """
+        if self.name in ("", ".", "..") or set("/\\\0") & set(self.name):
+            raise ValueError(f"--name must be the name of a folder, not a path, got {self.name!r}")
         options = dict(self.strategy)
         strategy = options.pop("name", None)
         if strategy not in STRATEGIES:

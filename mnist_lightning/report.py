@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_lightning.files import write_bytes, write_text
+from mnist_lightning.files import csv_cell, write_bytes, write_text
 from mnist_lightning.provenance import provenance
 
 if TYPE_CHECKING:
@@ -91,7 +91,9 @@ class Table:
     def markdown(self) -> str:
         lines = [self.headings, ["---"] * len(self.headings)]
         lines += [[text for text, _ in row] for row in self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        lines = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
+        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return text.replace("<", "&lt;")  # Markdown passes HTML on
 
 
 def _text(column: str, value: Any) -> str:
@@ -184,7 +186,8 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
         raise ValueError(f"{out} cannot be written: {(error.strerror or '').lower()}") from error
     blocks = [*overall, *(block for section in sections for block in section.blocks)]
     for table in (table for block in blocks for table in block.tables):
-        write_text(tables / f"{table.name}.csv", table.frame.to_csv(index=False))
+        cells = table.frame.astype(object).map(csv_cell)
+        write_text(tables / f"{table.name}.csv", cells.to_csv(index=False))
         write_text(tables / f"{table.name}.md", table.markdown() + "\n")
     write_text(tables / "results.md", findings.results_table(searches))
     from mnist_lightning import figures

@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mnist_lightning.files import (
+    JSON_BYTES,
     create_json,
+    csv_cell,
     read_json,
     read_torch,
     set_aside,
@@ -165,7 +167,7 @@ class Results:
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
         table.writeheader()
-        table.writerows(rows)
+        table.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
         write_text(self.path / "results.csv", text.getvalue())
         return found
 
@@ -335,12 +337,33 @@ def _read_tables(folder: Path) -> list[Record]:
     """The trials as ``write_tables`` left them, of a folder that may hold nothing else."""
     remedy = "run the search again, which writes it anew"
     records = read_json(folder / "results.json", remedy, list)
+    for record in records:
+        if not isinstance(record, dict) or not _is_accuracy(record.get("val_acc")):
+            what = f"val_acc {record['val_acc']!r}" if isinstance(record, dict) else "no trials"
+            raise ValueError(f"{folder / 'results.json'} is damaged ({what}): {remedy}")
     file = folder / "curves.json.gz"
     try:
-        curves = json.loads(gzip.decompress(file.read_bytes()))
+        with gzip.open(file) as packed:
+            text = packed.read(JSON_BYTES + 1)
+        if len(text) > JSON_BYTES:
+            raise ValueError(f"it unpacks to more than {JSON_BYTES:,} bytes")
+        curves = json.loads(text)
         return [{**record, "curves": curves[record["id"]]} for record in records]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RecursionError,
+        zlib.error,
+    ) as error:
         raise ValueError(f"{file} is damaged, or of another search ({error}): {remedy}") from error
+
+
+def _is_accuracy(value: Any) -> bool:
+    """Of a finished trial, or none, of one that failed."""
+    return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
 
 
 def _flat(record: Record) -> Record:

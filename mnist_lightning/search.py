@@ -24,7 +24,7 @@ from mnist_lightning import space
 from mnist_lightning.claims import Claim, ClaimLost, Claims, open_storage, start_of
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.files import write_bytes
-from mnist_lightning.names import SearchByName
+from mnist_lightning.names import SearchByName, allow_classes
 from mnist_lightning.plan import (
     OBJECTIVES,
     SMALL,
@@ -433,6 +433,7 @@ def read(argv: Sequence[str]) -> tuple[Search, dict[str, Any]]:
         ValueError: they, or the configuration that they name, cannot be understood.
     """
     try:
+        allow_classes([])  # only the model's is imported, and not by the parser
         settings = _parser().parse_args(list(argv))
     except (ArgumentError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

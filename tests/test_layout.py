@@ -14,7 +14,7 @@ FLOORS = {
     "__init__": 0,
     "files": 0,
     "provenance": 0,
-    "names": 0,
+    "names": 1,
     "memory": 0,
     "data": 0,
     "space": 0,
