@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, callbacks
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, callbacks
 
+from mnist_lightning.files import write_torch
 from mnist_lightning.models import Classifier
 
 # A model that learned from one split must not be scored on another: its training images would be
@@ -117,6 +119,15 @@ def read(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], checkpoint)
 
 
+def progress(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """How far the training was: whole epochs, and mini-batches of the one begun after them."""
+    loops = checkpoint["loops"]["fit_loop"]
+    epochs = loops["epoch_progress"]["current"]
+    within = epochs["ready"] > epochs["processed"]
+    batches = loops["epoch_loop.batch_progress"]["current"]["completed"] if within else 0
+    return epochs["processed"], batches
+
+
 def model_class(checkpoint: dict[str, Any]) -> type[Classifier]:
     """The class that wrote the checkpoint; only among modules that are imported already.
 
@@ -183,64 +194,45 @@ class ModelCheckpoint(callbacks.ModelCheckpoint):
     """Lightning's own, for a run that goes on in its folder whatever path now leads there.
 
     Lightning forgets what was best as soon as the path is spelled in another way: the first epoch
-    after would then pass for the best one, and earlier files for other files, to be removed. And it
-    removes what a checkpoint names as its earlier file, be it a whole folder of the user's: no
-    ``ModelCheckpoint`` of the training takes over more than the files in its own folder.
+    after would then pass for the best one, and earlier files for other files, to be removed.
     """
 
     steps_known = True  # see execution.HARMLESS
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        folder = self.dirpath
+
+        def here(path: str) -> str:
+            return str(Path(folder or "", Path(path).name)) if path else path
+
+        best = state_dict["best_model_path"]
+        if folder and (not best or Path(here(best)).is_file()):
+            state_dict = {
+                **state_dict,
+                "dirpath": folder,
+                "best_k_models": {here(k): v for k, v in state_dict["best_k_models"].items()},
+            }
+            for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                state_dict[key] = here(state_dict[key])
+        super().load_state_dict(state_dict)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Has a Trainer write its checkpoints whole or not at all; see ``files``.
+
+    Lightning stages a checkpoint in TMPDIR and moves it. From another file system that is a copy
+    over the old file, and whatever ends it half way leaves neither.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        # Lightning calls this hook of all callbacks before any of them takes its state
-        states = checkpoint.get("callbacks") or {}
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, callbacks.ModelCheckpoint) and callback.state_key in states:
-                states[callback.state_key] = _own_files(callback, states[callback.state_key])
-
-
-def _own_files(callback: callbacks.ModelCheckpoint, state: Any) -> dict[str, Any]:
-    """The state of a ModelCheckpoint, with checkpoints that lie in its folder and no other path."""
-    state = state if isinstance(state, Mapping) else {}
-    folder = Path(callback.dirpath or "").absolute()
-
-    def own(path: Any) -> str:
-        try:
-            if isinstance(callback, ModelCheckpoint):  # keeps one file, wherever it was before
-                file = folder / Path(path).name
-                fits = file.name == f"{callback.filename}.ckpt"
-            else:
-                file = folder / Path(path).relative_to(state["dirpath"])
-                fits = file.suffix == ".ckpt"
-            # a link, or ".." on the way, could lead to a file of somebody else
-            inside = file.resolve() == folder.resolve() / file.relative_to(folder)
-            return str(file) if fits and inside and file.is_file() else ""
-        except (TypeError, ValueError, KeyError, OSError):  # no path at all, or of elsewhere
-            return ""
-
-    scores = state.get("best_k_models")
-    scores = scores if isinstance(scores, Mapping) else {}
-    kept = {own(path): score for path, score in scores.items() if own(path) and _is_score(score)}
-    best, worst = own(state.get("best_model_path")), own(state.get("kth_best_model_path"))
-    full = 0 < callback.save_top_k <= len(kept)
-    if len(kept) < len(scores) or best not in kept or (full and worst not in kept):
-        kept = {}  # what is left would not be the best k
-    if callback.monitor and (not kept or state.get("monitor") != callback.monitor):
-        kept, best = {}, ""
-    return {
-        "dirpath": callback.dirpath,
-        "best_model_path": best,
-        "best_model_score": kept.get(best),
-        "best_k_models": kept,
-        "kth_best_model_path": worst if full and kept else "",
-        "kth_value": kept.get(worst, callback.kth_value),
-        "last_model_path": own(state.get("last_model_path")),
-    }
-
-
-def _is_score(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.numel() == 1 and not value.isnan().any()
+        """Raises ValueError if the file cannot be written; the one before is unchanged."""
+        if "://" in str(path):  # an object store: it puts whole objects in place by itself
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_torch(Path(path), checkpoint)
 
 
 def _first_line(error: Exception) -> str:

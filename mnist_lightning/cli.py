@@ -13,7 +13,9 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,10 +24,12 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mnist_lightning import checkpoints, evaluations, inspection
 from mnist_lightning.callbacks import (
@@ -34,8 +38,9 @@ from mnist_lightning.callbacks import (
     LayerFreezing,
     Mistakes,
     ProgressBar,
+    SafePoints,
 )
-from mnist_lightning.checkpoints import ModelCheckpoint
+from mnist_lightning.checkpoints import ModelCheckpoint, WholeFiles
 from mnist_lightning.dashboard import Dashboard, RunLogger
 from mnist_lightning.data import MNISTDataModule, in_image_order
 from mnist_lightning.execution import Execution
@@ -143,11 +148,31 @@ def _subclasses(base: type) -> Iterator[type]:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run's folder, of trainings only."""
+    """Writes ``config.yaml`` into the run's folder, of trainings only.
+
+    That of a resumed run is replaced with the first checkpoint that the new settings led to: a
+    training that fails before leaves a run that can go on as it was.
+    """
+
+    _file: Path | None = None  # to be written
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if stage == "fit" and trainer.loggers:
-            super().setup(trainer, pl_module, stage)
+        folder = trainer.log_dir  # asks all processes
+        if stage == "fit" and trainer.loggers and folder and trainer.is_global_zero:
+            self._file = Path(folder, self.config_filename)
+            if not self._file.exists():
+                self._write()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._file, self.parser.dump(self.config, skip_none=False))
+            self._file = None
 
 
 class CLI(LightningCLI):
@@ -200,6 +225,13 @@ class CLI(LightningCLI):
             default=None,
             help="Of the processor. By default OMP_NUM_THREADS, or else one for small networks and"
             " all for convolutions. Another number gives other roundings.",
+        )
+        parser.add_argument(
+            "--save_every_minutes",
+            type=float,
+            default=5.0,
+            help="Within an epoch, last.ckpt is written after so many minutes of training: what a"
+            " kill costs at most.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -290,6 +322,9 @@ class CLI(LightningCLI):
         threads = self._get(self.config_init, "threads")
         extra += [Dashboard(), Execution(threads=threads, say=_say)]
         if self.subcommand == "fit":
+            self._check_goes_on()
+            self.safe_points = SafePoints(self._get(self.config_init, "save_every_minutes"))
+            extra.append(self.safe_points)
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
             if isinstance(self.model, ResNet18) and self.checkpoint is None:
@@ -308,6 +343,10 @@ class CLI(LightningCLI):
                 }
                 extra.append(ModelCheckpoint(filename="best", monitor="val/acc", mode="max", **how))
                 extra.append(ModelCheckpoint(filename="last", **how))
+        plugins = settings.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeFiles()]
         kwargs["callbacks"] = [*(settings.get("callbacks") or []), *extra]
         try:
             return super().instantiate_trainer(**kwargs)
@@ -315,14 +354,23 @@ class CLI(LightningCLI):
             self._take_back_run()
             raise
 
+    def _check_goes_on(self) -> None:
+        """Refuses to go on within an epoch of mini-batches of another size."""
+        if self.checkpoint is not None and checkpoints.progress(self.checkpoint)[1]:
+            saved = self.checkpoint.get("datamodule_hyper_parameters", {}).get("batch_size")
+            if saved is not None and saved != self.datamodule.batch_size:
+                raise ValueError(
+                    f"{self.checkpoint_path} lies within an epoch of mini-batches of {saved}"
+                    f" images: go on with --data.batch_size {saved}, or from a whole epoch"
+                )
+
     def _run_logger(self) -> RunLogger:
         """Of a new folder, or of the one that the checkpoint lies in."""
         if self.checkpoint is not None and self.checkpoint_path is not None:
             run = checkpoints.run_folder(self.checkpoint_path)
             if (run / "config.yaml").is_file():
                 self.run = run
-                # "epoch" counts from 0 and is the last one finished; the log counts finished ones
-                return RunLogger(run, first_epoch=self.checkpoint["epoch"] + 2)
+                return RunLogger(run, first_epoch=checkpoints.progress(self.checkpoint)[0] + 1)
         self.run = _new_run(self.root / self.run_name)
         self.run_is_new = True
         return RunLogger(self.run)
@@ -345,13 +393,19 @@ class CLI(LightningCLI):
             f"batch size {self.datamodule.batch_size}, at most {trainer.max_epochs} epochs,"
             f" early stopping {limit}"
         )
+        received: list[int] = []
         try:
-            trainer.fit(**kwargs)
-        except SystemExit:  # Lightning's answer to Ctrl-C
-            if trainer.current_epoch and self.run is not None:
-                again = f"python -m mnist_lightning fit --ckpt_path {_short(self.run)}/last"
-                _say(f"\ninterrupted; to go on: {again}")
-            raise
+            with self._stop_after_a_step(received):
+                trainer.fit(**kwargs)
+        except SystemExit as stop:
+            if isinstance(stop, SIGTERMException):
+                received.append(signal.SIGTERM)
+            elif isinstance(stop.__context__, KeyboardInterrupt):
+                received.append(signal.SIGINT)
+            if not received:
+                raise
+            self._say_how_to_go_on()
+            raise SystemExit(128 + received[0]) from None
         except Exception as error:
             if trainer.global_step == 0:
                 self._take_back_run()
@@ -365,6 +419,48 @@ class CLI(LightningCLI):
                 ) from error
             raise
         self._summarize()
+
+    @contextmanager
+    def _stop_after_a_step(self, received: list[int]) -> Iterator[None]:
+        """Within, Ctrl-C ends a training as SIGTERM does, after a step; a second one at once.
+
+        Args:
+            received: is given the numbers of the signals.
+        """
+        if self.trainer.world_size > 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, _: Any) -> None:
+            received.append(number)
+            if not self.safe_points.training or received.count(signal.SIGINT) > 1:
+                raise KeyboardInterrupt
+            if number == signal.SIGINT and len(received) == 1:
+                # the training may be printing just now, so not through its buffer
+                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+            self.trainer._signal_connector.received_sigterm = True
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _say_how_to_go_on(self) -> None:
+        last = (self.run or Path()) / "checkpoints" / "last.ckpt"
+        if self.run is None or not last.is_file():
+            if self.trainer.global_step == 0:
+                self._take_back_run()
+            _say("\nstopped; nothing was saved")
+            return
+        epochs, batches = checkpoints.progress(torch.load(last, weights_only=True, mmap=True))
+        within = f"{batches:,} mini-batches of epoch {epochs + 1}"
+        saved = f"epoch {epochs}" if not batches else f"epoch {epochs} and {within}"
+        _say(
+            f"\nstopped; saved up to {saved if epochs else within}. To go on:"
+            f"\n  python -m mnist_lightning fit --ckpt_path {_short(self.run)}/last"
+        )
 
     def _summarize(self) -> None:
         trainer = self.trainer

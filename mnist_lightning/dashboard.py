@@ -6,7 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -139,8 +139,11 @@ class Dashboard(Callback):
     def __init__(self) -> None:
         self._best: dict[str, float] = {}
         self._seconds = 0.0
+        self._began: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
+        if self._began is not None:
+            self._seconds = time.monotonic() - self._began
         return {"best": self._best, "seconds": self._seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -175,7 +178,7 @@ class Dashboard(Callback):
         write_json(sessions, [*earlier, facts])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seconds = time.monotonic() - self._began
+        self._seconds = time.monotonic() - cast(float, self._began)
         metrics = trainer.callback_metrics
         for tag, name, better in (
             ("best/val_acc", "val/acc", max),

@@ -169,6 +169,10 @@ class Classifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # so that a checkpoint alone is enough to test it, whoever trained it
         checkpoint["model_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        seen = self._seen.get("train")
+        if seen and self._trainer is not None and self.trainer.world_size == 1:
+            losses, correct, sizes = zip(*seen, strict=True)
+            checkpoint["seen"] = [torch.stack(losses), torch.stack(correct), list(sizes)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A resumed training takes the learning rate of this model, not the one it was saved with.
@@ -177,6 +181,9 @@ class Classifier(LightningModule):
         learning rates with it: those that are multiples of the saved one are scaled.
         """
         _count_manual_steps(checkpoint)
+        if seen := checkpoint.get("seen"):  # of the epoch that it lies in
+            losses, correct = (part.to(self.device).unbind() for part in seen[:2])
+            self._seen["train"] = list(zip(losses, correct, seen[2], strict=True))
         if self._trainer is not None and self.trainer.precision == "64-true":
             self.double()  # Lightning would first load the weights into float32, which rounds them
         saved = checkpoint.get("hyper_parameters", {}).get("lr", self.lr)

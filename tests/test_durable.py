@@ -1,15 +1,20 @@
 """Trainings that are stopped or killed, and what they leave: whole files, and the way to go on."""
 
+import csv
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from mnist_lightning import cli
+from mnist_lightning import checkpoints, cli
 from mnist_lightning.__main__ import main
+from mnist_lightning.execution import _EpochLoop
+from mnist_lightning.models import Classifier
 
 FIT = ("fit", "--config", "shallow.yaml", "--data.source", "digits", "--early_stopping.enabled=no")
 
@@ -87,3 +92,123 @@ def test_a_resumed_training_that_diverges_leaves_the_run_as_it_was(tmp_path: Pat
     assert (run / "config.yaml").read_bytes() == before
     assert main([*last, "--model.lr", "0.05"]) == 0
     assert "lr: 0.05" in (run / "config.yaml").read_text()
+
+
+# ---- within an epoch
+
+
+class Dropping(Classifier):
+    """What makes a restart hard: dropout, running statistics, a schedule by step, Adam."""
+
+    def __init__(self, lr: float = 0.003) -> None:
+        net = torch.nn.Sequential(
+            torch.nn.Flatten(),
+            torch.nn.Linear(784, 20),
+            torch.nn.BatchNorm1d(20),
+            torch.nn.Dropout(0.3),
+            torch.nn.ReLU(),
+            torch.nn.Linear(20, 10),
+        )
+        super().__init__(net, lr, "adam")
+        self.save_hyperparameters()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.999)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+
+class Killed(BaseException):
+    """As kill -9: nothing is saved on the way out."""
+
+
+@pytest.fixture
+def killed_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Has the next training die after so many executions."""
+    after = _EpochLoop.on_advance_end
+
+    def arrange(executions: int) -> None:
+        count = 0
+
+        def die(self: _EpochLoop, data_fetcher: Any) -> None:
+            nonlocal count
+            after(self, data_fetcher)
+            count += 1
+            if count == executions:
+                monkeypatch.setattr(_EpochLoop, "on_advance_end", after)
+                raise Killed
+
+        monkeypatch.setattr(_EpochLoop, "on_advance_end", die)
+
+    return arrange
+
+
+def contents(run: Path) -> dict[str, Any]:
+    """All that a restart must not change: weights, optimizer, schedules, generators, figures."""
+    last = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    with (run / "metrics.csv").open(newline="") as file:
+        figures = list(csv.DictReader(file))
+    names = ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers")
+    more = {name: last.get(name) for name in ("generators", "current_model_state")}
+    return {
+        "figures": figures,
+        "best": best["state_dict"],
+        **{name: last[name] for name in names},
+        **more,
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+EMA = "lightning.pytorch.callbacks.EMAWeightAveraging"
+MODELS: dict[str, tuple[list[str], int]] = {
+    # words, and executions before the kill: in the second of three epochs
+    "perceptron": (["--config", "perceptron.yaml"], 5),
+    "fused": (["--config", "shallow.yaml", "--data.steps_per_execution", "7"], 40),
+    "joined": (["--config", "shallow.yaml", "--model.fused", "no"], 3),
+    "single": (["--config", "shallow.yaml", "--data.steps_per_execution", "1"], 200),
+    "adam": (["--config", "deep3.yaml", "--model.optimizer", "adam"], 3),
+    "dropout": (["--model", "test_durable.Dropping", "--data.steps_per_execution", "5"], 12),
+    "averaged": (["--model", "test_durable.Dropping", f"--trainer.callbacks+={EMA}"], 60),
+    "frozen": (["--config", "shallow.yaml", "--freezing.freeze", "[net.hidden1.*]"], 3),
+    "validates": (["--config", "shallow.yaml", "--trainer.val_check_interval", "0.3"], 12),
+    "accumulates": (["--config", "shallow.yaml", "--trainer.accumulate_grad_batches", "3"], 220),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_training_killed_within_an_epoch_goes_on_as_if_it_had_not_been(
+    model: str, killed_after: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same bits and figures as undisturbed, where every execution is followed by a save."""
+    words, executions = MODELS[model]
+    common = ["--data.source", "digits", "--early_stopping.enabled=no", "--trainer.max_epochs=3"]
+    words = ["fit", *words, *common, "--save_every_minutes", "0"]
+    assert (
+        main([*words, "--trainer.default_root_dir", "undisturbed", "--save_every_minutes=9"]) == 0
+    )
+    killed_after(executions)
+    with pytest.raises(Killed):
+        main([*words, "--trainer.default_root_dir", "killed"])
+    undisturbed, killed = (
+        next(Path(name).glob("lightning_logs/*/version_0")) for name in ("undisturbed", "killed")
+    )
+    saved = torch.load(killed / "checkpoints/last.ckpt", weights_only=True)
+    epochs, batches = checkpoints.progress(saved)
+    assert (epochs, batches > 0) == (1, True)
+    capsys.readouterr()
+    assert main(["fit", "--ckpt_path", str(killed / "last"), "--save_every_minutes=9"]) == 0
+    assert "not resumable" not in capsys.readouterr().err
+    assert [row["epoch"] for row in contents(killed)["figures"]] == ["1", "2", "3"]
+    expected, got = contents(undisturbed), contents(killed)
+    assert [name for name in expected if not same(expected[name], got[name])] == []
