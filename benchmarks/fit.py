@@ -4,15 +4,16 @@ Start-up (imports, reading the images) is not counted; validation after each epo
 checkpoints and bar are, for the ways that have them. One thread, on the CPU.
 
 - ours: `Trainer.fit` with everything that the command `fit` turns on, see `common.trainer`;
-- one by one: ours through autograd, one mini-batch for each training_step;
+- many by autograd: ours with many steps in an execution, which are not fused;
+- one by one: ours through autograd, one step at a time;
 - loop: a hand-written PyTorch loop, images as floating point in memory, autograd, torch.optim.SGD,
   the same mini-batches and the same validation; no logs, no checkpoints, no bar;
 - documented: Lightning as its documentation teaches it (torchvision's MNIST with ToTensor, a
   DataLoader, torchmetrics logged in each step, the progress bar, the default logger).
 
 The shallow network has 100 units and mini-batches of 8: ours and the loop run 5 epochs, documented
-and one by one a single one, and are compared by the epoch. The network of two layers (2048 and 128
-units, mini-batches of 32) runs one epoch.
+and those by autograd a single one, and are compared by the epoch. The network of two layers (2048
+and 128 units, mini-batches of 32) runs one epoch.
 
 Start-up, in fresh processes: `import lightning.pytorch.cli`, and the command `fit` until its first
 training step, with everything on, and without TensorBoard.
@@ -98,9 +99,14 @@ def documented(data: MNISTDataModule, batch_size: int) -> Outcome:
 
 
 def ours(
-    data: MNISTDataModule, model: Classifier, batch_size: int, epochs: int, *callbacks: pl.Callback
+    data: MNISTDataModule,
+    model: Classifier,
+    batch_size: int,
+    epochs: int,
+    *callbacks: pl.Callback,
+    steps: int | None = None,
 ) -> Outcome:
-    data.batch_size, data.steps_per_execution = batch_size, None if model.fused else 1
+    data.batch_size, data.steps_per_execution = batch_size, steps
     with quietly() as folder:
         lightning = trainer(folder, *callbacks, max_epochs=epochs)
         began = time.perf_counter()
@@ -159,7 +165,8 @@ def measure(quick: bool) -> dict[str, Any]:
         return {
             "documented": lambda: documented(data, 8),
             "ours": lambda: ours(data, SHALLOW(), 8, epochs),
-            "one by one": lambda: ours(data, SHALLOW(fused=False), 8, 1),
+            "many by autograd": lambda: ours(data, SHALLOW(fused=False), 8, 1),
+            "one by one": lambda: ours(data, SHALLOW(fused=False), 8, 1, steps=1),
             "loop": lambda: loop(data, SHALLOW(), 8, epochs),
             "deep, ours": lambda: ours(data, DEEP(), 32, 1),
             "deep, loop": lambda: loop(data, DEEP(), 32, 1),

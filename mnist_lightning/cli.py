@@ -19,6 +19,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -31,7 +32,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from mnist_lightning import checkpoints, evaluations, inspection
+from mnist_lightning import checkpoints, evaluations, inspection, memory
 from mnist_lightning.callbacks import (
     EarlyStopping,
     EpochLines,
@@ -299,10 +300,20 @@ class CLI(LightningCLI):
                 data.source = saved.get("source", "auto")
 
     def instantiate_classes(self) -> None:
+        if self.subcommand == "fit":
+            self._check_memory()
         try:
             super().instantiate_classes()
         except ValueError as error:  # of a constructor, wrapped by the parser
             raise ValueError(_shorten(str(error), self._parser(self.subcommand))) from error
+
+    def _check_memory(self) -> None:
+        settings = self.config["fit"]
+        if torch.cuda.is_available() and settings.trainer.accelerator != "cpu":
+            return
+        module, _, name = settings.model.class_path.rpartition(".")
+        make = partial(getattr(sys.modules[module], name), **settings.model.init_args)
+        memory.check(make, settings.data.batch_size, settings.data.image_size)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         # The model and the data stand by now. Whatever is wrong with them shows before the run's

@@ -172,7 +172,10 @@ def obstacle(trainer: Trainer) -> str | None:
         return changed
     if not module.automatic_optimization:
         return "the optimization is manual"
-    if changed := altered(getattr(trainer, "datamodule", None), DATA_NAMES):
+    data = getattr(trainer, "datamodule", None)
+    if data is None:
+        return "the images come without a data module"
+    if changed := altered(data, DATA_NAMES):
         return changed
     if _own_loader(trainer) is None:
         return "the training images come from another loader than the data module's own"

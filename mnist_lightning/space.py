@@ -74,7 +74,10 @@ def _check_range(name: str, axis: Mapping[str, Any], allowed: bool) -> None:
         raise ValueError(f"axis {name} is a range: this strategy needs a list of values")
     low: Any = axis.get("low")
     high: Any = axis.get("high")
-    numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high))
+    numbers = all(
+        isinstance(end, int | float) and not isinstance(end, bool) and math.isfinite(end)
+        for end in (low, high)
+    )
     if not numbers or unknown(axis, ("low", "high", "log")) or not low < high:
         raise ValueError(f"axis {name} is {dict(axis)}: a range is {{low: a, high: b}} with a < b")
     if axis.get("log") and low <= 0:
@@ -97,12 +100,24 @@ def random(space: Space, n: int, seed: int) -> list[dict[str, Any]]:
     The first k of them are the same whatever ``n``.
     """
     generator = random_numbers.Random(seed)
-    size = math.prod(len(axis) if not isinstance(axis, Mapping) else n for axis in space.values())
+    size = math.prod(_values(axis) for axis in space.values())
     found: dict[str, dict[str, Any]] = {}
-    while len(found) < min(n, size):
+    repeated = 0
+    # a range of floating point numbers may be so narrow that its draws soon repeat themselves
+    while len(found) < min(n, size) and (size < math.inf or repeated < 10_000):
         params = {name: draw(axis, generator) for name, axis in space.items()}
-        found.setdefault(json.dumps(params), params)
+        key = json.dumps(params)
+        repeated = repeated + 1 if key in found else 0
+        found[key] = params
     return list(found.values())
+
+
+def _values(axis: Axis) -> float:
+    """How many different values an axis has."""
+    if not isinstance(axis, Mapping):
+        return len(axis)
+    low, high = axis["low"], axis["high"]
+    return high - low + 1 if isinstance(low, int) and isinstance(high, int) else math.inf
 
 
 def draw(axis: Axis, generator: random_numbers.Random) -> Any:

@@ -15,6 +15,7 @@ FLOORS = {
     "files": 0,
     "provenance": 0,
     "names": 0,
+    "memory": 0,
     "data": 0,
     "space": 0,
     "callbacks": 1,

@@ -37,6 +37,18 @@ def test_random_ends_when_the_space_is_used_up():
     assert len(space.random({"lr": [1, 2], "hidden_units": [1, 2]}, 100, seed=0)) == 4
 
 
+def test_random_ends_when_a_range_is_used_up():
+    """Found by fuzzing: a range of few whole numbers, or a narrow one, was drawn from for ever."""
+    assert len(space.random({"hidden_units": {"low": 5, "high": 6}}, 50, seed=0)) == 2
+    narrow = {"lr": {"low": 0.1, "high": 0.1000005}}
+    assert 1 <= len(space.random(narrow, 50, seed=0)) < 10
+
+
+def test_a_range_has_finite_ends():
+    with pytest.raises(ValueError, match="a range is"):
+        space.check({"lr": {"low": 0.1, "high": float("inf")}}, ranges=True)
+
+
 def test_ranges_are_drawn_within_their_ends_and_whole_where_these_are():
     axes = {"lr": {"low": 1e-4, "high": 1e-1, "log": True}, "hidden_units": {"low": 5, "high": 9}}
     space.check(axes, ranges=True)

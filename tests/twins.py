@@ -366,6 +366,23 @@ class LogsNorm(pl.Callback):
         pl_module.log("norm", next(pl_module.parameters()).grad.norm())
 
 
+class BringsAnother(pl.Callback):
+    """Adds a callback that acts on mini-batches, when the training runs already."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            trainer.callbacks.append(WarmsUp())
+
+
+class ChangesInValidation(pl.Callback):
+    """In a validation within an epoch: the optimizer, and what trains."""
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_step > 40:
+            next(pl_module.parameters()).requires_grad_(False)
+            trainer.optimizers[0].param_groups[0]["weight_decay"] = 0.1
+
+
 def _saves(**options: Any) -> Callable[[str], Any]:
     return lambda folder: lc.ModelCheckpoint(
         folder, **{"save_on_train_epoch_end": True, "filename": "{epoch}-{step}", **options}
@@ -402,6 +419,14 @@ CALLBACKS = {
         methods={"configure_optimizers": _trainable},
         everywhere=True,
         but=("perceptron",),  # which has a single layer
+    ),
+    "BackboneFinetuning": _with(
+        MANY,
+        lambda: lc.BackboneFinetuning(unfreeze_backbone_at_epoch=1),
+        methods={
+            "configure_optimizers": _trainable,
+            "backbone": property(lambda self: self.net[1]),
+        },
     ),
     "ModelPruning": _with(
         FUSED,
@@ -480,6 +505,10 @@ CALLBACKS = {
     "a callback that sets the learning rate": _with(FUSED, SetsRate, everywhere=True),
     "a callback that stops at a step": _with(ONE, StopsAtStep, everywhere=True),
     "a callback that warms up": _with(ONE, WarmsUp, everywhere=True),
+    "a callback that brings another": _with(FUSED, BringsAnother),
+    "a callback that changes things in a validation": _with(
+        FUSED, ChangesInValidation, settings={"val_check_interval": 10}
+    ),
     "a callback that logs gradients": _with(ONE, LogsNorm, settings=LOGGING),
     "two optimizers' worth of everything": _with(
         ONE, lambda: lc.EMAWeightAveraging(decay=0.9), _saves(), SetsRate, settings=SAVING

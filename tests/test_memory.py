@@ -1,0 +1,102 @@
+"""The estimate of a training's memory, against what trainings really take."""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from mnist_lightning import DeepNetwork, ResNet18, ShallowNetwork, memory
+from mnist_lightning.__main__ import main
+
+# The peak of a process that trains two steps, beside that of one that trains a tiny network.
+PEAK = """
+import resource, sys
+import lightning.pytorch as pl
+from mnist_lightning import *
+images, batch, make = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+data = MNISTDataModule(source="digits", batch_size=batch, image_size=images)
+pl.Trainer(accelerator="cpu", max_steps=2, limit_val_batches=0, logger=False,
+           enable_checkpointing=False, enable_progress_bar=False).fit(eval(make), data)
+print("peak", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def _peak(make: str, batch_size: int, image_size: int) -> int:
+    code = [sys.executable, "-c", PEAK, str(image_size), str(batch_size), make]
+    done = subprocess.run(code, capture_output=True, text=True, check=True)
+    return int(done.stdout.split("peak ")[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "batch_size", "image_size"),
+    [
+        ("ShallowNetwork(100_000, fused=False)", 8, 28),
+        ("DeepNetwork([4096, 8192], optimizer='adam')", 8, 28),
+        ("ResNet18()", 64, 112),
+    ],
+)
+def test_the_estimate_is_near_the_peak(make: str, batch_size: int, image_size: int) -> None:
+    """Within a factor of two either way: it is there to tell 5 GB from 500."""
+    estimate = memory.training_bytes(lambda: eval(make), batch_size, image_size)
+    taken = _peak(make, batch_size, image_size) - _peak("ShallowNetwork(1)", 8, 28)
+    assert estimate / 2 < taken < estimate * 2
+
+
+def test_nothing_is_allocated() -> None:
+    """A petabyte of weights, and of images."""
+    huge = memory.training_bytes(partial(ShallowNetwork, 10**11), 8, 28)
+    assert huge > 784 * 10**11 * 4
+    assert memory.training_bytes(ResNet18, 10**9, 224) > 10**9 * 224**2 * 4
+
+
+def test_adam_takes_more() -> None:
+    sgd, adam = (
+        memory.training_bytes(partial(DeepNetwork, [500, 500], optimizer=name, fused=False), 1, 28)
+        for name in ("sgd", "adam")
+    )
+    assert adam == pytest.approx(2 * sgd, rel=0.01)
+
+
+class Odd(ShallowNetwork):
+    def __init__(self) -> None:
+        super().__init__(20)
+        assert float(torch.ones(1)) == 1  # no value without memory
+
+
+def test_a_module_that_cannot_be_made_without_memory_is_not_judged() -> None:
+    assert memory.training_bytes(Odd, 8, 28) is None
+    memory.check(Odd, 8, 28)
+
+
+def test_memory_asked_for_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sentence before anything starts, and nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--config shallow.yaml --data.source digits --model.hidden_units 100000000"
+    assert main(["fit", *flags.split()]) == 1
+    assert "would take about 1,191 GiB of memory, and " in capsys.readouterr().err
+    flags = "--config resnet18_scratch.yaml --data.source digits --data.batch_size 10000"
+    assert main(["fit", *flags.split()]) == 1
+    assert "a smaller --data.batch_size (now 10,000)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = memory.Path
+
+    def path(*parts: str) -> Path:
+        joined = real(*parts)
+        return tmp_path / joined.name if str(joined).startswith("/sys/") else joined
+
+    monkeypatch.setattr(memory, "Path", path)
+    free = memory.available_bytes()
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("400\n")
+    assert memory.available_bytes() == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_bytes() == pytest.approx(free, rel=0.5)
