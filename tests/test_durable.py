@@ -2,6 +2,8 @@
 
 import csv
 import os
+import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import torch
 
 from mnist_lightning import checkpoints, cli
 from mnist_lightning.__main__ import main
+from mnist_lightning.dashboard import Dashboard
 from mnist_lightning.execution import _EpochLoop
 from mnist_lightning.models import Classifier
 
@@ -212,3 +215,101 @@ def test_a_training_killed_within_an_epoch_goes_on_as_if_it_had_not_been(
     assert [row["epoch"] for row in contents(killed)["figures"]] == ["1", "2", "3"]
     expected, got = contents(undisturbed), contents(killed)
     assert [name for name in expected if not same(expected[name], got[name])] == []
+
+
+# ---- stopped by a signal
+
+
+@pytest.fixture
+def signal_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has the next training get signals after so many executions."""
+    after = _EpochLoop.on_advance_end
+
+    def arrange(executions: int, *signals: int) -> None:
+        count = 0
+
+        def send(self: _EpochLoop, data_fetcher: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == executions:
+                monkeypatch.setattr(_EpochLoop, "on_advance_end", after)
+                for number in signals:
+                    os.kill(os.getpid(), number)
+            after(self, data_fetcher)
+
+        monkeypatch.setattr(_EpochLoop, "on_advance_end", send)
+
+    return arrange
+
+
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [((signal.SIGTERM,), 143), ((signal.SIGINT,), 130), ((signal.SIGTERM, signal.SIGTERM), 143)],
+)
+def test_a_signal_ends_a_training_after_a_step_with_a_sentence_and_its_code(
+    signals: tuple[int, ...],
+    code: int,
+    signal_after: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--trainer.max_epochs", 2, "--data.steps_per_execution", 50)
+    assert fit(*words, "--trainer.default_root_dir", "undisturbed") == 0
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    signal_after(2, *signals)
+    with pytest.raises(SystemExit) as stop:
+        fit(*words)
+    assert stop.value.code == code
+    now = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert now == handlers
+    out = capsys.readouterr().out
+    assert "stopped; saved up to 100 mini-batches of epoch 1. To go on:" in out
+    again = out.strip().splitlines()[-1].split()
+    assert again[:3] == ["python", "-m", "mnist_lightning"]
+    assert main(again[3:]) == 0
+    runs = [Path(folder, "lightning_logs/shallow/version_0") for folder in ("undisturbed", "")]
+    assert same(contents(runs[0]), contents(runs[1]))
+
+
+def test_a_second_ctrl_c_stops_at_once(
+    signal_after: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    signal_after(4, signal.SIGINT, signal.SIGINT)  # 1,294 images: the second of 50 in epoch 2
+    with pytest.raises(SystemExit) as stop:
+        fit("--trainer.max_epochs", 3, "--data.steps_per_execution", 100)
+    assert stop.value.code == 130
+    assert "saved up to epoch 1. To go on:" in capsys.readouterr().out
+
+
+def test_a_training_stopped_before_its_first_step_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def setup(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Dashboard, "on_train_start", setup)
+    with pytest.raises(SystemExit) as stop:
+        fit("--trainer.max_epochs", 1)
+    assert stop.value.code == 143
+    assert "nothing was saved" in capsys.readouterr().out
+    assert not list(Path("lightning_logs/shallow").glob("version_*"))
+
+
+def test_other_mini_batches_do_not_go_on_within_an_epoch(
+    signal_after: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    signal_after(1, signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        fit("--trainer.max_epochs", 1, "--data.steps_per_execution", 50)
+    again = ("fit", "--ckpt_path", "lightning_logs/shallow/version_0/last")
+    assert main([*again, "--data.batch_size", "16"]) == 1
+    assert "go on with --data.batch_size 8" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os\nos.kill(os.getpid(), 2)\nimport nothing\n")
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, "-m", "mnist_lightning", "fit", "--config", "shallow.yaml"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
