@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, callbacks
+from lightning.pytorch.utilities import rank_zero_warn
 
 from mnist_lightning.files import write_torch
 from mnist_lightning.models import Classifier
@@ -54,9 +55,12 @@ def find(where: str, root: Path, run_name: str | None = None) -> Path:
     if not folders:
         raise ValueError(f"--ckpt_path {where}: there is no file or folder {base}{_runs(root)}")
     for folder in folders:
-        for run in [folder, *newest_first(folder)]:
+        newest = newest_first(folder)
+        for run in [folder, *newest]:
             file = run / "checkpoints" / f"{kind}.ckpt"
             if file.is_file():
+                if run not in (folder, *newest[:1]):
+                    rank_zero_warn(f"{newest[0]} has no {kind}.ckpt: taking {file}")
                 return file
     raise ValueError(
         f"--ckpt_path {where}: no checkpoints/{kind}.ckpt in {folders[0]}{_runs(root)}"

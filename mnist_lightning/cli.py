@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from filelock import FileLock, Timeout
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -46,7 +47,7 @@ from mnist_lightning.dashboard import Dashboard, RunLogger
 from mnist_lightning.data import MNISTDataModule, in_image_order
 from mnist_lightning.execution import Execution
 from mnist_lightning.files import write_text
-from mnist_lightning.models import Classifier, Perceptron, ResNet18
+from mnist_lightning.models import Classifier, Diverged, Perceptron, ResNet18
 from mnist_lightning.names import ConfigByName, hint, shipped_configs
 
 LOGS = "lightning_logs"
@@ -188,25 +189,30 @@ class CLI(LightningCLI):
         self.run_name = "run"
         self.run: Path | None = None  # the folder of a training that is logged
         self.run_is_new = False
-        super().__init__(
-            Classifier,
-            MNISTDataModule,
-            args=words,
-            run=run,
-            subclass_mode_model=True,
-            # the optimizer and its learning rate are the model's own: every checkpoint has them
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            seed_everything_default=0,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            parser_class=Parser,
-            trainer_defaults={
-                "max_epochs": 50,
-                "num_sanity_val_steps": 0,
-                "enable_model_summary": False,
-            },
-        )
+        self.lock: FileLock | None = None
+        try:
+            super().__init__(
+                Classifier,
+                MNISTDataModule,
+                args=words,
+                run=run,
+                subclass_mode_model=True,
+                # the optimizer and its learning rate are the model's own: every checkpoint has them
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                seed_everything_default=0,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"overwrite": True},
+                parser_class=Parser,
+                trainer_defaults={
+                    "max_epochs": 50,
+                    "num_sanity_val_steps": 0,
+                    "enable_model_summary": False,
+                },
+            )
+        finally:
+            if self.lock is not None:
+                self.lock.release()
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", ["a run of mnist_lightning, complete"])
@@ -262,6 +268,8 @@ class CLI(LightningCLI):
         if "model" in options and "." in options["model"]:
             # a class of the user's own: import it, as the parser would
             __import__(options["model"].rpartition(".")[0])
+        if words[0] == "fit":
+            self._lock(checkpoints.run_folder(path))  # before the checkpoint can become another
         self.checkpoint = checkpoint = checkpoints.read(path)
         if words[0] == "fit" and "optimizer_states" not in checkpoint:
             raise ValueError(
@@ -288,6 +296,23 @@ class CLI(LightningCLI):
         self._parser(words[0]).set_defaults(defaults)
         # last, because the run's own config.yaml has a ckpt_path too
         return [*_without(words, "ckpt_path"), "--ckpt_path", str(path)]
+
+    def _lock(self, run: Path) -> None:
+        """Keeps other trainings out of a run, until this process ends or lets the lock go."""
+        if not (run / "config.yaml").is_file() and not self.run_is_new:
+            return  # a checkpoint outside a run: the training goes on in a folder of its own
+        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            return
+        self.lock = FileLock(run / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"{_short(run)} is being trained by another process: wait for it, or stop it"
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            reason = (getattr(error, "strerror", None) or str(error)).lower()
+            raise ValueError(f"{_short(run / '.lock')} cannot be locked: {reason}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's own would now put the checkpoint's values over the user's flags again."""
@@ -324,6 +349,9 @@ class CLI(LightningCLI):
             )
         _check_image_size(self.model, self.datamodule.image_size)
         settings = self._get(self.config_init, "trainer")
+        for name in ("max_epochs", "max_steps", "limit_train_batches"):
+            if self.subcommand == "fit" and settings.get(name) == 0:
+                raise ValueError(f"nothing would be trained: --trainer.{name} is 0")
         extra: list[Any] = []
         if settings.get("enable_progress_bar") is not False:
             terminal = sys.stdout.isatty()
@@ -384,6 +412,7 @@ class CLI(LightningCLI):
                 return RunLogger(run, first_epoch=checkpoints.progress(self.checkpoint)[0] + 1)
         self.run = _new_run(self.root / self.run_name)
         self.run_is_new = True
+        self._lock(self.run)
         return RunLogger(self.run)
 
     def _take_back_run(self) -> None:
@@ -417,6 +446,8 @@ class CLI(LightningCLI):
                 raise
             self._say_how_to_go_on()
             raise SystemExit(128 + received[0]) from None
+        except Diverged as error:
+            raise ValueError(f"{error}. {self._last_good()}") from error
         except Exception as error:
             if trainer.global_step == 0:
                 self._take_back_run()
@@ -429,6 +460,14 @@ class CLI(LightningCLI):
                     " another place: --trainer.default_root_dir DIR"
                 ) from error
             raise
+        if trainer.global_step == (self.checkpoint or {}).get("global_step", 0):
+            if self.checkpoint is None:
+                self._take_back_run()
+                raise ValueError("nothing was trained: the training was over before its first step")
+            _say(
+                f"\nnothing was left to train: {trainer.current_epoch} epochs are done."
+                " For more: --trainer.max_epochs N"
+            )
         self._summarize()
 
     @contextmanager
@@ -457,6 +496,16 @@ class CLI(LightningCLI):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _last_good(self) -> str:
+        """From where a training that diverged can be tried again."""
+        if self.run is None or not (self.run / "checkpoints" / "last.ckpt").is_file():
+            return "No checkpoint had been saved before"
+        return (
+            "The last good checkpoint is last.ckpt. To go on from it:"
+            f"\n  python -m mnist_lightning fit --ckpt_path {_short(self.run)}/last"
+            f" --model.lr {self.model.lr / 10:g}"
+        )
 
     def _say_how_to_go_on(self) -> None:
         last = (self.run or Path()) / "checkpoints" / "last.ckpt"

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnist_lightning import checkpoints, cli
+from mnist_lightning import MNISTDataModule, checkpoints, cli
 from mnist_lightning.__main__ import main
 from mnist_lightning.dashboard import Dashboard
 from mnist_lightning.execution import _EpochLoop
@@ -64,8 +66,8 @@ def test_no_file_is_written_under_its_own_name(
     run = next(tmp_path.glob("lightning_logs/shallow/version_0"))
     files = {path.name for path in run.rglob("*") if path.is_file()}
     assert {"config.yaml", "provenance.json", "metrics.csv", "best.ckpt", "last.ckpt"} <= files
-    # TensorBoard appends to its events; nothing here reads its hparams.yaml
-    kept = {name for name in files if not name.startswith(("events.", "hparams.yaml"))}
+    # TensorBoard appends to its events; nothing reads its hparams.yaml, nor what is in a lock
+    kept = {name for name in files if not name.startswith(("events.", "hparams.yaml", ".lock"))}
     assert written & kept == set()
 
 
@@ -313,3 +315,118 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path: Path) -> None
         command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+# ---- one training a run, complete figures, and words for what did not train
+
+
+def test_a_run_has_one_training_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While it trains the first time, and while it is resumed."""
+    run = Path("lightning_logs/shallow/version_0")
+    start, codes = Dashboard.on_train_start, []
+
+    def meanwhile(self: Dashboard, *arguments: Any) -> None:
+        start(self, *arguments)
+        if list(run.rglob("last.ckpt")):
+            codes.append(main(["fit", "--ckpt_path", str(run / "last")]))
+
+    def later(self: Dashboard, *arguments: Any) -> None:
+        if not codes:
+            codes.append(main(["fit", "--ckpt_path", str(run / "last")]))
+
+    monkeypatch.setattr(Dashboard, "on_train_start", meanwhile)
+    monkeypatch.setattr(Dashboard, "on_train_end", later)
+    assert fit("--trainer.max_epochs", 1) == 0
+    assert main(["fit", "--ckpt_path", str(run / "last"), "--trainer.max_epochs", "2"]) == 0
+    assert codes == [1, 1]
+    message = f"{run} is being trained by another process"
+    assert capsys.readouterr().err.count(message) == 2
+
+
+def test_a_kill_right_after_a_checkpoint_loses_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    save = cli.WholeFiles.save_checkpoint
+
+    def die(self: Any, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        save(self, checkpoint, path, storage_options)
+        if Path(path).name == "last.ckpt":
+            raise Killed
+
+    words = ("--trainer.max_epochs", 2)
+    assert fit(*words, "--trainer.default_root_dir", "undisturbed") == 0
+    monkeypatch.setattr(cli.WholeFiles, "save_checkpoint", die)
+    with pytest.raises(Killed):
+        fit(*words)
+    monkeypatch.setattr(cli.WholeFiles, "save_checkpoint", save)
+    run = Path("lightning_logs/shallow/version_0")
+    assert main(["fit", "--ckpt_path", str(run / "last")]) == 0
+    assert same(contents(Path("undisturbed") / run), contents(run))
+    points = [
+        [(event.step, event.value) for event in events.Scalars("train/loss")]
+        for events in (
+            EventAccumulator(str(folder)).Reload() for folder in (Path("undisturbed") / run, run)
+        )
+    ]
+    assert points[0] == points[1]
+
+
+def test_a_newer_run_without_a_checkpoint_is_not_passed_over_in_silence() -> None:
+    assert fit("--trainer.max_epochs", 1) == 0
+    Path("lightning_logs/shallow/version_1").mkdir()
+    said = r"shallow/version_1 has no best.ckpt: taking lightning_logs/shallow/version_0"
+    with pytest.warns(UserWarning, match=said):
+        assert main(["validate", "--ckpt_path", "shallow"]) == 0
+
+
+@pytest.mark.parametrize("name", ["max_epochs", "max_steps", "limit_train_batches"])
+def test_a_training_of_nothing_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(f"--trainer.{name}", 0) == 1
+    assert f"nothing would be trained: --trainer.{name} is 0" in capsys.readouterr().err
+    assert not Path("lightning_logs").exists()
+
+
+def test_a_finished_training_that_is_resumed_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit("--trainer.max_epochs", 1) == 0
+    assert main(["fit", "--ckpt_path", "lightning_logs/shallow/version_0/last"]) == 0
+    assert "nothing was left to train: 1 epochs are done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("steps", "where"), [(1, r"mini-batch 21:"), (8, r"mini-batch 17 to 24:")])
+def test_a_training_that_diverges_says_where_why_and_how_to_go_on(
+    steps: int, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are spoiled before the 21st mini-batch of the second epoch."""
+    batches = -(-1294 // 8)
+    fetch = MNISTDataModule.on_after_batch_transfer
+    seen = 0
+
+    def spoil(self: MNISTDataModule, batch: Any, index: int) -> Any:
+        nonlocal seen
+        images, labels = fetch(self, batch, index)
+        first, seen = seen, seen + len(labels)
+        bad = 8 * 20 + 1294
+        if self.trainer is not None and self.trainer.training and first <= bad < seen:
+            images[bad - first] = float("nan")
+        return images, labels
+
+    assert batches == 162
+    words = ("--trainer.max_epochs", 2, "--data.steps_per_execution", steps)
+    monkeypatch.setattr(MNISTDataModule, "on_after_batch_transfer", spoil)
+    assert fit(*words, "--trainer.limit_val_batches", 0) == 1
+    err = capsys.readouterr().err
+    assert re.search(rf"diverged in epoch 2, {where} its loss is no longer finite", err)
+    assert "A lower lr may help (now 0.1)" in err
+    assert "fit --ckpt_path lightning_logs/shallow/version_0/last --model.lr 0.01" in err
+    assert main(["validate", "--ckpt_path", "lightning_logs/shallow/version_0/last"]) == 0
+
+
+def test_a_diverged_training_is_not_saved_over_the_last_good_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--data.steps_per_execution", 1, "--model.lr", 1e30, "--save_every_minutes", 0)
+    assert fit("--trainer.max_epochs", 1, *words) == 1
+    assert "mini-batch" in capsys.readouterr().err
+    last = Path("lightning_logs/shallow/version_0/checkpoints/last.ckpt")
+    weights = torch.load(last, weights_only=True)
+    assert all(torch.isfinite(loss).all() for loss in weights["seen"][:1])
