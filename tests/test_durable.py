@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -430,3 +431,14 @@ def test_a_diverged_training_is_not_saved_over_the_last_good_checkpoint(
     last = Path("lightning_logs/shallow/version_0/checkpoints/last.ckpt")
     weights = torch.load(last, weights_only=True)
     assert all(torch.isfinite(loss).all() for loss in weights["seen"][:1])
+
+
+@pytest.mark.slow
+def test_trainings_that_are_killed_end_as_if_nothing_had_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short version of ``make torture``: real signals to real processes."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    torture = import_module("torture")
+    struck, wrong = torture.torture(torture.MODELS["shallow, fused"], 4, tmp_path)
+    assert (sum(struck.values()), wrong) == (4, [])
