@@ -88,7 +88,7 @@ def same(one: Any, other: Any) -> bool:
 
 def strike(
     words: Sequence[str], root: Path, moment: str, number: int, times: tuple[float, float]
-) -> str | None:
+) -> tuple[bool, str | None]:
     """Starts a training and sends it a signal.
 
     Args:
@@ -99,7 +99,7 @@ def strike(
         times: seconds from the start to the first step and to the end, undisturbed.
 
     Returns:
-        What was wrong after it, or nothing.
+        Whether it was still running by then; and what was wrong after it, if anything.
     """
     first, end = times
     span = {"start": (0, first), "training": (first, end), "end": (0.9 * end, 1.1 * end)}
@@ -118,19 +118,16 @@ def strike(
         process.send_signal(number)
     _, errors = process.communicate()
     if process.returncode not in ({0} if ended else {0, *CODES[signal.Signals(number)]}):
-        return f"exit code {process.returncode}: {errors.strip()[-300:]}"
+        return not ended, f"exit code {process.returncode}: {errors.strip()[-300:]}"
     for file in root.glob("lightning_logs/*/*/*"):
-        if (
-            file.name in ("config.yaml", "provenance.json", "metrics.csv")
-            and not file.stat().st_size
-        ):
-            return f"{file.name} is empty"
+        if file.suffix in (".yaml", ".json", ".csv") and not file.stat().st_size:
+            return not ended, f"{file.name} is empty"
     for file in root.glob("lightning_logs/*/*/checkpoints/[!.]*"):
         try:
             checkpoints.read(file)
         except ValueError as error:
-            return str(error)
-    return None
+            return not ended, str(error)
+    return not ended, None
 
 
 def torture(model: Sequence[str], kills: int, folder: Path) -> tuple[dict[str, int], list[str]]:
@@ -139,7 +136,7 @@ def torture(model: Sequence[str], kills: int, folder: Path) -> tuple[dict[str, i
     Returns:
         How often it was killed, by moment; and all that was wrong.
     """
-    calm, hurt = folder / "calm", folder / "hurt"
+    calm = folder / "calm"
     began = time.monotonic()
     process = subprocess.Popen(
         command(words_for(calm, model)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -151,16 +148,20 @@ def torture(model: Sequence[str], kills: int, folder: Path) -> tuple[dict[str, i
     if process.wait() or first is None:
         raise RuntimeError(f"the undisturbed training failed: {command(words_for(calm, model))}")
     times = first, time.monotonic() - began
-    struck, wrong = dict.fromkeys(MOMENTS, 0), []
-    for kill in range(kills):
-        moment, number = MOMENTS[kill % len(MOMENTS)], random.choice(SIGNALS)
-        if fault := strike(words_for(hurt, model), hurt, moment, number, times):
-            wrong.append(f"{signal.Signals(number).name}, {moment}: {fault}")
-        struck[moment] += 1
-    subprocess.run(command(words_for(hurt, model)), check=True, stdout=subprocess.DEVNULL)
-    runs = run_folder(calm), run_folder(hurt)
-    expected, got = (contents(run) for run in runs if run is not None)
-    wrong += [f"other {name}" for name in expected if not same(expected[name], got[name])]
+    struck, wrong, trainings = dict.fromkeys(MOMENTS, 0), [], 0
+    while sum(struck.values()) < kills:
+        trainings += 1
+        hurt, hit = folder / f"hurt{trainings}", True
+        while hit and sum(struck.values()) < kills:
+            moment, number = MOMENTS[sum(struck.values()) % len(MOMENTS)], random.choice(SIGNALS)
+            hit, fault = strike(words_for(hurt, model), hurt, moment, number, times)
+            struck[moment] += hit
+            if fault:
+                wrong.append(f"{signal.Signals(number).name}, {moment}: {fault}")
+        subprocess.run(command(words_for(hurt, model)), check=True, stdout=subprocess.DEVNULL)
+        runs = run_folder(calm), run_folder(hurt)
+        expected, got = (contents(run) for run in runs if run is not None)
+        wrong += [f"other {name}" for name in expected if not same(expected[name], got[name])]
     return struck, wrong
 
 
