@@ -1,9 +1,11 @@
 """The command line. The first word decides what is imported: help and version need no PyTorch."""
 
 import os
+import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 
@@ -43,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0 when it worked, 1 when it failed, 2 when it was not understood.
+        The exit code: 0 when it worked, 1 when it failed, 2 when it was not understood, 130 or 143
+        when Ctrl-C or SIGTERM stopped it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
@@ -69,9 +72,9 @@ def _guarded(words: list[str], debug: bool) -> int:
     if not debug:
         threading.excepthook = _without_write_errors
     try:
-        run: Callable[[list[str]], None] = getattr(
-            import_module(f"mnist_lightning.{module}"), function
-        )
+        with _stops_at_once():
+            imported = import_module(f"mnist_lightning.{module}")
+        run: Callable[[list[str]], None] = getattr(imported, function)
         run(words[1:])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -89,6 +92,25 @@ def _guarded(words: list[str], debug: bool) -> int:
     finally:
         threading.excepthook = hook
     return 0
+
+
+@contextmanager
+def _stops_at_once() -> Iterator[None]:
+    """Within, Ctrl-C ends the process: libraries that are half imported make pages of it."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(130)  # there is nothing yet to be cleaned up
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _without_write_errors(failure: threading.ExceptHookArgs) -> None:

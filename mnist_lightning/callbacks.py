@@ -1,12 +1,15 @@
 """Callbacks for any LightningModule: early stopping, layer freezing, what the console shows."""
 
 import base64
+import random
 import time
 import zlib
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.utilities import rank_zero_only
@@ -305,6 +308,75 @@ def _count(names: Collection[str]) -> str:
 @rank_zero_only
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+class SafePoints(Callback):
+    """Saves ``last.ckpt`` within an epoch too, and in every checkpoint the random generators.
+
+    Every few minutes, and when the training is told to stop. A training that goes on from there
+    takes the same mini-batches with the same random numbers as one that was never stopped, and its
+    figures of that epoch count the mini-batches before, too.
+
+    It needs a ``ModelCheckpoint(filename="last")``, whose file it writes, the data module's own
+    loader, and a single process: in any other training only whole epochs are saved.
+
+    Args:
+        minutes: of training since the last checkpoint; with 0, after each execution.
+
+    Raises:
+        ValueError: a negative number of minutes.
+    """
+
+    def __init__(self, minutes: float = 5.0) -> None:
+        if not minutes >= 0:
+            raise ValueError(f"save_every_minutes must be 0 or more, got {minutes}")
+        self.minutes = minutes
+        self.training = False
+        """Whether steps are being taken, so that a stop can wait for the end of one."""
+        self._saved = 0.0
+        self._generators: dict[str, Any] | None = None
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._generators = checkpoint.get("generators")
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+        checkpoint["generators"] = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "numpy": (name, cast(Any, keys).tolist(), *rest),
+            "python": random.getstate(),
+        }
+        self._saved = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved, self.training = time.monotonic(), True
+        if (states := self._generators) is not None:
+            self._generators = None
+            torch.set_rng_state(states["torch"])
+            if len(states["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(states["cuda"])
+            np.random.set_state(states["numpy"])  # noqa: NPY002
+            random.setstate(states["python"])
+
+    def after_execution(self, trainer: Trainer, stopping: bool) -> None:
+        """Saves if it is time to; called within an epoch, while nothing is half done."""
+        if stopping or time.monotonic() - self._saved >= 60 * self.minutes:
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, callbacks.ModelCheckpoint) and callback.filename == "last":
+                    trainer.save_checkpoint(Path(callback.dirpath or "", "last.ckpt"))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.training = False
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self.training = False
 
 
 class Mistakes(Callback):

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer, callbacks
+from lightning.pytorch.utilities import rank_zero_warn
 
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.files import check_archive
+from mnist_lightning.files import check_archive, write_torch
 from mnist_lightning.models import Classifier, check_tensors
 
 # A model that learned from one split must not be scored on another: its training images would be
@@ -55,9 +57,12 @@ def find(where: str, root: Path, run_name: str | None = None) -> Path:
     if not folders:
         raise ValueError(f"--ckpt_path {where}: there is no file or folder {base}{_runs(root)}")
     for folder in folders:
-        for run in [folder, *newest_first(folder)]:
+        newest = newest_first(folder)
+        for run in [folder, *newest]:
             file = run / "checkpoints" / f"{kind}.ckpt"
             if file.is_file():
+                if run not in (folder, *newest[:1]):
+                    rank_zero_warn(f"{newest[0]} has no {kind}.ckpt: taking {file}")
                 return file
     raise ValueError(
         f"--ckpt_path {where}: no checkpoints/{kind}.ckpt in {folders[0]}{_runs(root)}"
@@ -200,6 +205,15 @@ def _kinds(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     return {name: (t.shape, t.is_floating_point()) for name, t in tensors.items()}
 
 
+def progress(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """How far the training was: whole epochs, and mini-batches of the one begun after them."""
+    loops = checkpoint["loops"]["fit_loop"]
+    epochs = loops["epoch_progress"]["current"]
+    within = epochs["ready"] > epochs["processed"]
+    batches = loops["epoch_loop.batch_progress"]["current"]["completed"] if within else 0
+    return epochs["processed"], batches
+
+
 def model_class(checkpoint: Mapping[str, Any]) -> type[Classifier]:
     """The class that wrote the checkpoint; only among modules that are imported already.
 
@@ -323,6 +337,24 @@ def _own_files(callback: callbacks.ModelCheckpoint, state: Any) -> dict[str, Any
 
 def _is_score(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.numel() == 1 and not value.isnan().any()
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Has a Trainer write its checkpoints whole or not at all; see ``files``.
+
+    Lightning stages a checkpoint in TMPDIR and moves it. From another file system that is a copy
+    over the old file, and whatever ends it half way leaves neither.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Raises ValueError if the file cannot be written; the one before is unchanged."""
+        if "://" in str(path):  # an object store: it puts whole objects in place by itself
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_torch(Path(path), checkpoint)
 
 
 def _first_line(error: Exception) -> str:

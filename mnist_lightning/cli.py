@@ -14,7 +14,9 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,10 +26,13 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from filelock import FileLock, Timeout
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mnist_lightning import checkpoints, evaluations, inspection, memory
 from mnist_lightning.callbacks import (
@@ -36,13 +41,14 @@ from mnist_lightning.callbacks import (
     LayerFreezing,
     Mistakes,
     ProgressBar,
+    SafePoints,
 )
-from mnist_lightning.checkpoints import ModelCheckpoint
+from mnist_lightning.checkpoints import ModelCheckpoint, WholeFiles
 from mnist_lightning.dashboard import Dashboard, RunLogger
 from mnist_lightning.data import MNISTDataModule, in_image_order
 from mnist_lightning.execution import Execution
 from mnist_lightning.files import csv_cell, printable, write_text
-from mnist_lightning.models import Classifier, Perceptron, ResNet18
+from mnist_lightning.models import Classifier, Diverged, Perceptron, ResNet18
 from mnist_lightning.names import (
     ConfigByName,
     allow_classes,
@@ -159,11 +165,31 @@ def _subclasses(base: type) -> Iterator[type]:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run's folder, of trainings only."""
+    """Writes ``config.yaml`` into the run's folder, of trainings only.
+
+    That of a resumed run is replaced with the first checkpoint that the new settings led to: a
+    training that fails before leaves a run that can go on as it was.
+    """
+
+    _file: Path | None = None  # to be written
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if stage == "fit" and trainer.loggers:
-            super().setup(trainer, pl_module, stage)
+        folder = trainer.log_dir  # asks all processes
+        if stage == "fit" and trainer.loggers and folder and trainer.is_global_zero:
+            self._file = Path(folder, self.config_filename)
+            if not self._file.exists():
+                self._write()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._file, self.parser.dump(self.config, skip_none=False))
+            self._file = None
 
 
 class CLI(LightningCLI):
@@ -178,25 +204,30 @@ class CLI(LightningCLI):
         self.run_name = "run"
         self.run: Path | None = None  # the folder of a training that is logged
         self.run_is_new = False
-        super().__init__(
-            Classifier,
-            MNISTDataModule,
-            args=words,
-            run=run,
-            subclass_mode_model=True,
-            # the optimizer and its learning rate are the model's own: every checkpoint has them
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            seed_everything_default=0,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            parser_class=Parser,
-            trainer_defaults={
-                "max_epochs": 50,
-                "num_sanity_val_steps": 0,
-                "enable_model_summary": False,
-            },
-        )
+        self.lock: FileLock | None = None
+        try:
+            super().__init__(
+                Classifier,
+                MNISTDataModule,
+                args=words,
+                run=run,
+                subclass_mode_model=True,
+                # the optimizer and its learning rate are the model's own: every checkpoint has them
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                seed_everything_default=0,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"overwrite": True},
+                parser_class=Parser,
+                trainer_defaults={
+                    "max_epochs": 50,
+                    "num_sanity_val_steps": 0,
+                    "enable_model_summary": False,
+                },
+            )
+        finally:
+            if self.lock is not None:
+                self.lock.release()
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", ["a run of mnist_lightning, complete"])
@@ -217,6 +248,13 @@ class CLI(LightningCLI):
             help="Of the processor. By default OMP_NUM_THREADS, or else one for small networks and"
             " all for convolutions. Another number gives other roundings.",
         )
+        parser.add_argument(
+            "--save_every_minutes",
+            type=float,
+            default=5.0,
+            help="Within an epoch, last.ckpt is written after so many minutes of training: what a"
+            " kill costs at most.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         given = cast(list[str], args)
@@ -230,6 +268,8 @@ class CLI(LightningCLI):
         if where := options.get("ckpt_path"):
             name = self.run_name if "config" in options else None
             self.checkpoint_path = path = checkpoints.find(where, self.root, name)
+            if words[0] == "fit":
+                self._lock(checkpoints.run_folder(path))  # before it can become another
             self.checkpoint = checkpoints.read(path)
             recorded = checkpoints.run_folder(path) / "config.yaml"
             if "--trust" in given:
@@ -298,6 +338,23 @@ class CLI(LightningCLI):
         # last, because the run's own config.yaml has a ckpt_path too
         return [*_without(words, "ckpt_path"), "--ckpt_path", str(path)]
 
+    def _lock(self, run: Path) -> None:
+        """Keeps other trainings out of a run, until this process ends or lets the lock go."""
+        if not (run / "config.yaml").is_file() and not self.run_is_new:
+            return  # a checkpoint outside a run: the training goes on in a folder of its own
+        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            return
+        self.lock = FileLock(run / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"{_short(run)} is being trained by another process: wait for it, or stop it"
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            reason = (getattr(error, "strerror", None) or str(error)).lower()
+            raise ValueError(f"{_short(run / '.lock')} cannot be locked: {reason}") from error
+
     def _parse_ckpt_path(self) -> None:
         """Lightning's own would now put the checkpoint's values over the user's flags again."""
 
@@ -333,6 +390,9 @@ class CLI(LightningCLI):
             )
         _check_image_size(self.model, self.datamodule.image_size)
         settings = self._get(self.config_init, "trainer")
+        for name in ("max_epochs", "max_steps", "limit_train_batches"):
+            if self.subcommand == "fit" and settings.get(name) == 0:
+                raise ValueError(f"nothing would be trained: --trainer.{name} is 0")
         extra: list[Any] = []
         if settings.get("enable_progress_bar") is not False:
             terminal = sys.stdout.isatty()
@@ -342,6 +402,9 @@ class CLI(LightningCLI):
         threads = self._get(self.config_init, "threads")
         extra += [Dashboard(), Execution(threads=threads, say=_say)]
         if self.subcommand == "fit":
+            self._check_goes_on()
+            self.safe_points = SafePoints(self._get(self.config_init, "save_every_minutes"))
+            extra.append(self.safe_points)
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
             if isinstance(self.model, ResNet18) and self.checkpoint is None:
@@ -360,6 +423,10 @@ class CLI(LightningCLI):
                 }
                 extra.append(ModelCheckpoint(filename="best", monitor="val/acc", mode="max", **how))
                 extra.append(ModelCheckpoint(filename="last", **how))
+        plugins = settings.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeFiles()]
         kwargs["callbacks"] = [*(settings.get("callbacks") or []), *extra]
         try:
             return super().instantiate_trainer(**kwargs)
@@ -367,16 +434,26 @@ class CLI(LightningCLI):
             self._take_back_run()
             raise
 
+    def _check_goes_on(self) -> None:
+        """Refuses to go on within an epoch of mini-batches of another size."""
+        if self.checkpoint is not None and checkpoints.progress(self.checkpoint)[1]:
+            saved = self.checkpoint.get("datamodule_hyper_parameters", {}).get("batch_size")
+            if saved is not None and saved != self.datamodule.batch_size:
+                raise ValueError(
+                    f"{self.checkpoint_path} lies within an epoch of mini-batches of {saved}"
+                    f" images: go on with --data.batch_size {saved}, or from a whole epoch"
+                )
+
     def _run_logger(self) -> RunLogger:
         """Of a new folder, or of the one that the checkpoint lies in."""
         if self.checkpoint is not None and self.checkpoint_path is not None:
             run = checkpoints.run_folder(self.checkpoint_path)
             if (run / "config.yaml").is_file():
                 self.run = run
-                # "epoch" counts from 0 and is the last one finished; the log counts finished ones
-                return RunLogger(run, first_epoch=self.checkpoint["epoch"] + 2)
+                return RunLogger(run, first_epoch=checkpoints.progress(self.checkpoint)[0] + 1)
         self.run = _new_run(self.root / self.run_name)
         self.run_is_new = True
+        self._lock(self.run)
         return RunLogger(self.run)
 
     def _take_back_run(self) -> None:
@@ -397,13 +474,21 @@ class CLI(LightningCLI):
             f"batch size {self.datamodule.batch_size}, at most {trainer.max_epochs} epochs,"
             f" early stopping {limit}"
         )
+        received: list[int] = []
         try:
-            trainer.fit(**kwargs)
-        except SystemExit:  # Lightning's answer to Ctrl-C
-            if trainer.current_epoch and self.run is not None:
-                again = f"python -m mnist_lightning fit --ckpt_path {_short(self.run)}/last"
-                _say(f"\ninterrupted; to go on: {again}")
-            raise
+            with self._stop_after_a_step(received):
+                trainer.fit(**kwargs)
+        except SystemExit as stop:
+            if isinstance(stop, SIGTERMException):
+                received.append(signal.SIGTERM)
+            elif isinstance(stop.__context__, KeyboardInterrupt):
+                received.append(signal.SIGINT)
+            if not received:
+                raise
+            self._say_how_to_go_on()
+            raise SystemExit(128 + received[0]) from None
+        except Diverged as error:
+            raise ValueError(f"{error}. {self._last_good()}") from error
         except Exception as error:
             restoring = bool(trainer._checkpoint_connector._loaded_checkpoint)
             if restoring:  # what is in the checkpoint does not fit
@@ -423,7 +508,67 @@ class CLI(LightningCLI):
                     " another place: --trainer.default_root_dir DIR"
                 ) from error
             raise
+        if trainer.global_step == (self.checkpoint or {}).get("global_step", 0):
+            if self.checkpoint is None:
+                self._take_back_run()
+                raise ValueError("nothing was trained: the training was over before its first step")
+            _say(
+                f"\nnothing was left to train: {trainer.current_epoch} epochs are done."
+                " For more: --trainer.max_epochs N"
+            )
         self._summarize()
+
+    @contextmanager
+    def _stop_after_a_step(self, received: list[int]) -> Iterator[None]:
+        """Within, Ctrl-C ends a training as SIGTERM does, after a step; a second one at once.
+
+        Args:
+            received: is given the numbers of the signals.
+        """
+        if self.trainer.world_size > 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, _: Any) -> None:
+            received.append(number)
+            if not self.safe_points.training or received.count(signal.SIGINT) > 1:
+                raise KeyboardInterrupt
+            if number == signal.SIGINT and len(received) == 1:
+                # the training may be printing just now, so not through its buffer
+                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+            self.trainer._signal_connector.received_sigterm = True
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _last_good(self) -> str:
+        """From where a training that diverged can be tried again."""
+        if self.run is None or not (self.run / "checkpoints" / "last.ckpt").is_file():
+            return "No checkpoint had been saved before"
+        return (
+            "The last good checkpoint is last.ckpt. To go on from it:"
+            f"\n  python -m mnist_lightning fit --ckpt_path {_short(self.run)}/last"
+            f" --model.lr {self.model.lr / 10:g}"
+        )
+
+    def _say_how_to_go_on(self) -> None:
+        last = (self.run or Path()) / "checkpoints" / "last.ckpt"
+        if self.run is None or not last.is_file():
+            if self.trainer.global_step == 0:
+                self._take_back_run()
+            _say("\nstopped; nothing was saved")
+            return
+        epochs, batches = checkpoints.progress(torch.load(last, weights_only=True, mmap=True))
+        within = f"{batches:,} mini-batches of epoch {epochs + 1}"
+        saved = f"epoch {epochs}" if not batches else f"epoch {epochs} and {within}"
+        _say(
+            f"\nstopped; saved up to {saved if epochs else within}. To go on:"
+            f"\n  python -m mnist_lightning fit --ckpt_path {_short(self.run)}/last"
+        )
 
     def _summarize(self) -> None:
         trainer = self.trainer

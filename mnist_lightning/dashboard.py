@@ -2,11 +2,10 @@
 
 import csv
 import io
-import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from mnist_lightning.files import write_json, write_text
+from mnist_lightning.files import read_json, write_json, write_text
 from mnist_lightning.provenance import provenance
 
 if TYPE_CHECKING:
@@ -100,6 +99,16 @@ class RunLogger(TensorBoardLogger):
             super().log_metrics(metrics, epoch)
         self._rows.setdefault(epoch, {}).update(metrics)
 
+    @rank_zero_only
+    def complete(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Logs figures of a finished epoch that a kill kept from being logged, if any."""
+        row = self._rows.setdefault(epoch, {})
+        missing = {name: value for name, value in metrics.items() if row.get(name, "") == ""}
+        if missing:
+            super().log_metrics(missing, epoch)
+            row.update(missing)
+            self.save()
+
     def _step_writer(self, step: int) -> "SummaryWriter":
         """Writes beside the run: forgetting steps of a killed run would take epochs along."""
         if self._by_step is None:
@@ -139,18 +148,40 @@ class Dashboard(Callback):
     def __init__(self) -> None:
         self._best: dict[str, float] = {}
         self._seconds = 0.0
+        self._began: float | None = None
+        self._logged: tuple[int, dict[str, float]] | None = None
 
     def state_dict(self) -> dict[str, Any]:
+        if self._began is not None:
+            self._seconds = time.monotonic() - self._began
         return {"best": self._best, "seconds": self._seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best, self._seconds = dict(state_dict["best"]), state_dict["seconds"]
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        if epochs.processed > epochs.completed:
+            # the epoch's end: Lightning logs its figures only after the checkpoint
+            logged = trainer.fit_loop.epoch_loop._results.metrics(on_step=False)["log"]
+            figures = {name: float(value) for name, value in logged.items()}
+            checkpoint["figures"] = (epochs.processed, figures)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._logged = checkpoint.get("figures")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not at on_fit_start: a resumed training does not know yet where it goes on
         self._began = time.monotonic() - self._seconds
         if (logger := _run_logger(trainer)) is None:
             return
+        if self._logged is not None:
+            logger.complete(*self._logged)
+            self._logged = None
         from torch.utils.tensorboard.summary import hparams
 
         row = hparams_row(trainer, pl_module)
@@ -160,7 +191,8 @@ class Dashboard(Callback):
             writer.file_writer.add_summary(summary)
         data = getattr(trainer, "datamodule", None)
         sessions = logger.table.with_name("provenance.json")
-        earlier = json.loads(sessions.read_text()) if sessions.is_file() else []
+        remedy = "remove it, and the earlier sessions are no longer told"
+        earlier = read_json(sessions, remedy, list) if sessions.is_file() else []
         facts = provenance(
             data={
                 "checksum": getattr(data, "checksum", None),
@@ -175,7 +207,7 @@ class Dashboard(Callback):
         write_json(sessions, [*earlier, facts])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seconds = time.monotonic() - self._began
+        self._seconds = time.monotonic() - cast(float, self._began)
         metrics = trainer.callback_metrics
         for tag, name, better in (
             ("best/val_acc", "val/acc", max),

@@ -113,10 +113,14 @@ class EpochSampler(DistributedSampler):
     process sees with n * b.
     """
 
+    start = 0
+    """How many of this process's images the next pass leaves out, having been trained on before."""
+
     def __iter__(self) -> Iterator[int]:
         order = epoch_order(len(cast(ImageSet, self.dataset)), self.seed, self.epoch).tolist()
         order += order[: self.total_size - len(order)]  # all processes take as many steps
-        return iter(order[self.rank :: self.num_replicas])
+        start, self.start = self.start, 0
+        return iter(order[self.rank :: self.num_replicas][start:])
 
 
 def in_image_order(trainer: Trainer, loader: DataLoader, *columns: Tensor) -> tuple[Tensor, ...]:
@@ -381,7 +385,15 @@ class MNISTDataModule(LightningDataModule):
         data: ImageSet, batch_size: int, sampler: DistributedSampler | None = None
     ) -> DataLoader:
         # no worker processes: indexing takes less time than handing the batch over would
-        return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=as_is)
+        return DataLoader(
+            data,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=as_is,
+            # Each pass draws a number that nothing here uses. From the global generator it would
+            # move what dropout draws, and a resumed training makes other passes.
+            generator=torch.Generator(),
+        )
 
 
 def split_indices(

@@ -16,6 +16,7 @@ Lightning does at such a moment is done by Lightning.
 import ctypes
 import os
 import platform
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,12 +39,13 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.data import BatchSampler, DataLoader
 
-from mnist_lightning.callbacks import LayerFreezing, ProgressBar
+from mnist_lightning.callbacks import LayerFreezing, ProgressBar, SafePoints
 from mnist_lightning.data import EpochSampler, ImageSet, MNISTDataModule, as_is
 from mnist_lightning.stacked import BLOCK_ROWS, Population
 
@@ -434,7 +436,16 @@ class _EpochLoop(_TrainingEpochLoop):
             vars(self).pop(name, None)
         self.__class__ = _TrainingEpochLoop  # type: ignore[assignment]
 
+    def reset(self) -> None:
+        with warnings.catch_warnings():
+            if _own_loader(self.trainer) is not None:  # which goes on where the checkpoint was
+                warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
+            super().reset()
+
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
+        if (loader := _own_loader(self.trainer)) is not None:
+            done = self.batch_progress.current.ready * cast(int, loader.batch_size)
+            cast(EpochSampler, loader.sampler).start = done
         super().on_run_start(data_fetcher)
         self._way = choose(self.trainer)
         module: Any = self.trainer.lightning_module
@@ -459,6 +470,32 @@ class _EpochLoop(_TrainingEpochLoop):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, BARS):
                 callback.on_train_batch_end(trainer, module, {}, (images, labels), self.batch_idx)
+
+    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
+        validates = self._should_check_val_fx(data_fetcher)
+        try:
+            super().on_advance_end(data_fetcher)
+        except SIGTERMException:
+            self._after_execution(validates, stopping=True)
+            raise
+        self._after_execution(validates, stopping=False)
+
+    def _after_execution(self, validated: bool, stopping: bool) -> None:
+        """Nothing is half done: the place for a checkpoint that goes on with the next execution."""
+        trainer = self.trainer
+        if (
+            self._is_training_done  # the epoch's own end saves
+            or self._should_accumulate()
+            or trainer.world_size > 1
+            or _own_loader(trainer) is None
+        ):
+            return
+        # a training resumed right after a validation counts that step once more
+        self._batches_that_stepped -= validated
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SafePoints):
+                callback.after_execution(trainer, stopping)
+        self._batches_that_stepped += validated
 
     def _joinable(self, data_fetcher: _DataFetcher) -> int:
         """Mini-batches that may go in one execution from here."""

@@ -5,6 +5,7 @@ Hyper-parameters are plain types, so every checkpoint records them and loads as 
 """
 
 import copy
+import math
 import zipfile
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
@@ -40,6 +41,10 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 
+class Diverged(ValueError):
+    """The loss of a training is no longer finite."""
+
+
 class Classifier(LightningModule):
     """What all classifiers share: one step for train, validation and test, and its metrics.
 
@@ -52,8 +57,9 @@ class Classifier(LightningModule):
         optimizer: ``sgd`` (plain, no momentum), ``adam`` or ``adamw``.
 
     Raises:
-        ValueError: the learning rate is not positive, or the optimizer is unknown; or, in
-            training, the loss is no longer finite.
+        ValueError: the learning rate is not positive, or the optimizer is unknown.
+        Diverged: in training, at the end of an epoch or before a checkpoint is saved: the loss is
+            no longer finite.
     """
 
     steps_known = True  # see execution.altered
@@ -109,7 +115,8 @@ class Classifier(LightningModule):
     def _log_epoch(self, stage: str) -> None:
         if stage not in self._seen:
             return  # resumed at the very end of an epoch: not a mini-batch was left
-        losses, correct, sizes = zip(*self._seen.pop(stage), strict=True)
+        seen = self._seen.pop(stage)
+        losses, correct, sizes = zip(*seen, strict=True)
         images = sum(sizes)
         for name, parts in (("loss", losses), ("acc", correct)):
             # a metric is the mean over the images of all processes, which may have unequal shares
@@ -120,10 +127,31 @@ class Classifier(LightningModule):
         if stage == "train":
             loss = cast(MeanMetric, self.means["train_loss"]).compute()
             if not loss.isfinite():
-                raise ValueError(
-                    f"the training diverged in epoch {self.current_epoch + 1}: its loss is {loss}."
-                    f" A lower lr may help (now {self.lr})"
+                raise self._diverged(seen)
+
+    def _diverged(self, seen: Sequence[tuple[Tensor, Tensor, int]]) -> Diverged:
+        """Says where in the epoch the loss was no longer finite, and what the cause may be."""
+        means = [float(loss) / images for loss, _, images in seen]
+        first = next((i for i, mean in enumerate(means) if not math.isfinite(mean)), None)
+        where, course = "", ""
+        if first is not None:  # of several processes, it may be another's
+            data = getattr(self.trainer, "datamodule", None)
+            size = getattr(data, "batch_size", seen[0][2])
+            before = sum(images for _, _, images in seen[:first])
+            start, end = before // size + 1, -(-(before + seen[first][2]) // size)
+            where = f", mini-batch {start:,}" + (f" to {end:,}" if end > start else "")
+            if first:
+                course = (
+                    f" It was {means[0]:.4g} at the epoch's start and {means[first - 1]:.4g} last."
                 )
+        if str(self.trainer.precision).startswith("16"):
+            cause = "float16 ends at 65,504: --trainer.precision bf16-mixed may help"
+        else:
+            cause = f"A lower lr may help (now {self.lr})"
+        return Diverged(
+            f"the training diverged in epoch {self.current_epoch + 1}{where}: its loss is no longer"
+            f" finite.{course} {cause}"
+        )
 
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks that this model brings along, where the Trainer has none of their kind."""
@@ -171,6 +199,12 @@ class Classifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # so that a checkpoint alone is enough to test it, whoever trained it
         checkpoint["model_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        seen = self._seen.get("train")
+        if seen and self._trainer is not None and self.trainer.world_size == 1:
+            losses, correct, sizes = zip(*seen, strict=True)
+            if not torch.stack(losses).isfinite().all():
+                raise self._diverged(seen)  # rather than save it over the last good one
+            checkpoint["seen"] = [torch.stack(losses), torch.stack(correct), list(sizes)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A resumed training takes the learning rate of this model, not the one it was saved with.
@@ -179,6 +213,9 @@ class Classifier(LightningModule):
         learning rates with it: those that are multiples of the saved one are scaled.
         """
         _count_manual_steps(checkpoint)
+        if seen := checkpoint.get("seen"):  # of the epoch that it lies in
+            losses, correct = (part.to(self.device).unbind() for part in seen[:2])
+            self._seen["train"] = list(zip(losses, correct, seen[2], strict=True))
         if self._trainer is not None and self.trainer.precision == "64-true":
             self.double()  # Lightning would first load the weights into float32, which rounds them
         saved = checkpoint.get("hyper_parameters", {}).get("lr", self.lr)

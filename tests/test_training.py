@@ -98,6 +98,7 @@ def test_run_folder_is_complete(run: Path) -> None:
     events = {name for name in names if "tfevents" in name}
     assert len(events) == 1
     assert names - events == {
+        ".lock",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "config.yaml",
