@@ -63,10 +63,14 @@ class PlainData(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, self.batch_size, sampler=Epochs(len(self.train)))
+        # each pass draws a number; ours draws it, too, from a generator of its own
+        own = torch.Generator()
+        return DataLoader(
+            self.train, self.batch_size, sampler=Epochs(len(self.train)), generator=own
+        )
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val, 1000)
+        return DataLoader(self.val, 1000, generator=torch.Generator())
 
 
 class Probe(pl.Callback):
