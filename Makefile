@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: fit test test-slow lint bench bench-quick bench-fit clean
+.PHONY: fit test test-slow lint bench bench-quick bench-fit torture clean
 
 fit: $(VENV)/ready
 	$(BIN)/python -m mnist_lightning fit --config shallow.yaml
@@ -30,6 +30,10 @@ bench-fit: $(VENV)/ready
 # a rough look in under five minutes
 bench-quick: $(VENV)/ready
 	$(BIN)/python benchmarks/run.py --quick
+
+# kills trainings at random moments, has them go on, and compares bits: some minutes
+torture: $(VENV)/ready
+	$(BIN)/python benchmarks/torture.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -385,15 +385,7 @@ class MNISTDataModule(LightningDataModule):
         data: ImageSet, batch_size: int, sampler: DistributedSampler | None = None
     ) -> DataLoader:
         # no worker processes: indexing takes less time than handing the batch over would
-        return DataLoader(
-            data,
-            batch_size=batch_size,
-            sampler=sampler,
-            collate_fn=as_is,
-            # Each pass draws a number that nothing here uses. From the global generator it would
-            # move what dropout draws, and a resumed training makes other passes.
-            generator=torch.Generator(),
-        )
+        return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=as_is)
 
 
 def split_indices(

@@ -346,7 +346,10 @@ def test_a_run_has_one_training_at_a_time(
     assert capsys.readouterr().err.count(message) == 2
 
 
-def test_a_kill_right_after_a_checkpoint_loses_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", ["shallow", "Dropping"])
+def test_a_kill_right_after_an_epochs_checkpoint_changes_nothing(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save = cli.WholeFiles.save_checkpoint
 
     def die(self: Any, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
@@ -354,13 +357,14 @@ def test_a_kill_right_after_a_checkpoint_loses_no_figures(monkeypatch: pytest.Mo
         if Path(path).name == "last.ckpt":
             raise Killed
 
-    words = ("--trainer.max_epochs", 2)
-    assert fit(*words, "--trainer.default_root_dir", "undisturbed") == 0
+    which = ("--model", "test_durable.Dropping") if model == "Dropping" else FIT[1:3]
+    words = ["fit", *which, *FIT[3:], "--trainer.max_epochs", "3"]
+    assert main([*words, "--trainer.default_root_dir", "undisturbed"]) == 0
     monkeypatch.setattr(cli.WholeFiles, "save_checkpoint", die)
     with pytest.raises(Killed):
-        fit(*words)
+        main(words)
     monkeypatch.setattr(cli.WholeFiles, "save_checkpoint", save)
-    run = Path("lightning_logs/shallow/version_0")
+    run = Path(f"lightning_logs/{model}/version_0")
     assert main(["fit", "--ckpt_path", str(run / "last")]) == 0
     assert same(contents(Path("undisturbed") / run), contents(run))
     points = [
