@@ -188,13 +188,13 @@ def main() -> int:
         print(rows[-1], *wrong, sep="\n  ", flush=True)
         faults += wrong
         # after each model: whoever cannot wait for all of them keeps what there is
+        command = f"python benchmarks/torture.py --kills {arguments.kills} --seed {arguments.seed}"
         write(
             f"{TITLE}\n\n"
-            f"`python benchmarks/torture.py --kills {arguments.kills} --seed {arguments.seed}`, commit"
-            f" {commit}, {platform.system()}. SIGKILL, SIGTERM or SIGINT at random moments, then"
-            " `--ckpt_path .../last`. The last column: whether all files were whole and all exit codes"
-            " right after each kill, and the weights, the optimizer, the generators and the figures of"
-            " all epochs equal the undisturbed training's, bit for bit, at the end.\n\n"
+            f"`{command}`, commit {commit}, {platform.system()}. SIGKILL, SIGTERM or SIGINT at random"
+            " moments, then `--ckpt_path .../last`. The last column: whether all files were whole and"
+            " all exit codes right after each kill, and the weights, the optimizer, the generators and"
+            " the figures of all epochs equal the undisturbed training's, bit for bit, at the end.\n\n"
             f"| model | {' | '.join(f'killed: {moment}' for moment in MOMENTS)} | survived |\n"
             f"|---|{'--:|' * len(MOMENTS)}---|\n" + "\n".join(rows) + "\n"
         )
