@@ -172,6 +172,14 @@ def write(section: str, file: Path = TABLE) -> None:
     file.write_text(f"{kept}\n\n{section}")
 
 
+READING = (
+    "SIGKILL, SIGTERM or SIGINT at random moments, then `--ckpt_path .../last`. The last column:"
+    " whether all files were whole and all exit codes right after each kill, and the weights, the"
+    " optimizer, the generators and the figures of all epochs equal the undisturbed training's, bit"
+    " for bit, at the end."
+)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=12, help="of each model")
@@ -189,15 +197,16 @@ def main() -> int:
         faults += wrong
         # after each model: whoever cannot wait for all of them keeps what there is
         command = f"python benchmarks/torture.py --kills {arguments.kills} --seed {arguments.seed}"
-        write(
-            f"{TITLE}\n\n"
-            f"`{command}`, commit {commit}, {platform.system()}. SIGKILL, SIGTERM or SIGINT at random"
-            " moments, then `--ckpt_path .../last`. The last column: whether all files were whole and"
-            " all exit codes right after each kill, and the weights, the optimizer, the generators and"
-            " the figures of all epochs equal the undisturbed training's, bit for bit, at the end.\n\n"
-            f"| model | {' | '.join(f'killed: {moment}' for moment in MOMENTS)} | survived |\n"
-            f"|---|{'--:|' * len(MOMENTS)}---|\n" + "\n".join(rows) + "\n"
-        )
+        lines = [
+            TITLE,
+            "",
+            f"`{command}`, commit {commit}, {platform.system()}. {READING}",
+            "",
+            f"| model | {' | '.join(f'killed: {moment}' for moment in MOMENTS)} | survived |",
+            f"|---|{'--:|' * len(MOMENTS)}---|",
+            *rows,
+        ]
+        write("\n".join(lines) + "\n")
     return 1 if faults else 0
 
 
