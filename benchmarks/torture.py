@@ -11,7 +11,6 @@ code right; at the end all tensors and figures must have the undisturbed trainin
 
 import argparse
 import csv
-import platform
 import random
 import re
 import signal
@@ -44,6 +43,18 @@ MOMENTS = ("start", "training", "checkpoint", "end")
 CODES = {number: {-number, 128 + number} for number in SIGNALS}
 TABLE = Path(__file__).with_name("reliability.md")
 TITLE = "## Trainings that are killed"
+SECTION = f"""{TITLE}
+
+`python benchmarks/torture.py --kills {{arguments.kills}} --seed {{arguments.seed}}`, commit {{commit}}.
+SIGKILL, SIGTERM or SIGINT at random moments, then `--ckpt_path .../last`; only kills that came before
+the training's end are counted. The last column: whether all files were whole and all exit codes right
+after each kill, and in the end the weights, the optimizer, the generators and the figures of all
+epochs were the undisturbed training's, bit for bit.
+
+| model | {" | ".join(f"killed: {moment}" for moment in MOMENTS)} | survived |
+|---|{"--:|" * len(MOMENTS)}---|
+{{rows}}
+"""
 
 
 def command(words: Sequence[str]) -> list[str]:
@@ -188,16 +199,7 @@ def main() -> int:
         print(rows[-1], *wrong, sep="\n  ", flush=True)
         faults += wrong
         # after each model: whoever cannot wait for all of them keeps what there is
-        write(
-            f"{TITLE}\n\n"
-            f"`python benchmarks/torture.py --kills {arguments.kills} --seed {arguments.seed}`, commit"
-            f" {commit}, {platform.system()}. SIGKILL, SIGTERM or SIGINT at random moments, then"
-            " `--ckpt_path .../last`. The last column: whether all files were whole and all exit codes"
-            " right after each kill, and the weights, the optimizer, the generators and the figures of"
-            " all epochs equal the undisturbed training's, bit for bit, at the end.\n\n"
-            f"| model | {' | '.join(f'killed: {moment}' for moment in MOMENTS)} | survived |\n"
-            f"|---|{'--:|' * len(MOMENTS)}---|\n" + "\n".join(rows) + "\n"
-        )
+        write(SECTION.format(arguments=arguments, commit=commit, rows="\n".join(rows)))
     return 1 if faults else 0
 
 
