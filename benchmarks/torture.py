@@ -45,11 +45,11 @@ TABLE = Path(__file__).with_name("reliability.md")
 TITLE = "## Trainings that are killed"
 SECTION = f"""{TITLE}
 
-`python benchmarks/torture.py --kills {{arguments.kills}} --seed {{arguments.seed}}`, commit {{commit}}.
-SIGKILL, SIGTERM or SIGINT at random moments, then `--ckpt_path .../last`; only kills that came before
-the training's end are counted. The last column: whether all files were whole and all exit codes right
-after each kill, and in the end the weights, the optimizer, the generators and the figures of all
-epochs were the undisturbed training's, bit for bit.
+`python benchmarks/torture.py --kills {{arguments.kills}} --seed {{arguments.seed}}`, commit
+{{commit}}. SIGKILL, SIGTERM or SIGINT at random moments, then `--ckpt_path .../last`; only kills
+that came before the training's end are counted. The last column: whether all files were whole and
+all exit codes right after each kill, and in the end the weights, the optimizer, the generators and
+the figures of all epochs were the undisturbed training's, bit for bit.
 
 | model | {" | ".join(f"killed: {moment}" for moment in MOMENTS)} | survived |
 |---|{"--:|" * len(MOMENTS)}---|
@@ -179,7 +179,8 @@ def torture(model: Sequence[str], kills: int, folder: Path) -> tuple[dict[str, i
 def write(section: str, file: Path = TABLE) -> None:
     """Puts the section in the place of an earlier one, or at the end."""
     text = file.read_text() if file.is_file() else "# What failures cost\n"
-    kept = re.sub(rf"\n*{TITLE}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL).rstrip("\n")
+    kept = re.sub(rf"{TITLE}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
+    kept = re.sub(r"\n{3,}", "\n\n", kept).rstrip("\n")
     file.write_text(f"{kept}\n\n{section}")
 
 
