@@ -11,7 +11,6 @@ code right; at the end all tensors and figures must have the undisturbed trainin
 
 import argparse
 import csv
-import platform
 import random
 import re
 import signal
@@ -44,6 +43,18 @@ MOMENTS = ("start", "training", "checkpoint", "end")
 CODES = {number: {-number, 128 + number} for number in SIGNALS}
 TABLE = Path(__file__).with_name("reliability.md")
 TITLE = "## Trainings that are killed"
+SECTION = f"""{TITLE}
+
+`python benchmarks/torture.py --kills {{arguments.kills}} --seed {{arguments.seed}}`, commit
+{{commit}}. SIGKILL, SIGTERM or SIGINT at random moments, then `--ckpt_path .../last`; only kills
+that came before the training's end are counted. The last column: whether all files were whole and
+all exit codes right after each kill, and in the end the weights, the optimizer, the generators and
+the figures of all epochs were the undisturbed training's, bit for bit.
+
+| model | {" | ".join(f"killed: {moment}" for moment in MOMENTS)} | survived |
+|---|{"--:|" * len(MOMENTS)}---|
+{{rows}}
+"""
 
 
 def command(words: Sequence[str]) -> list[str]:
@@ -168,16 +179,9 @@ def torture(model: Sequence[str], kills: int, folder: Path) -> tuple[dict[str, i
 def write(section: str, file: Path = TABLE) -> None:
     """Puts the section in the place of an earlier one, or at the end."""
     text = file.read_text() if file.is_file() else "# What failures cost\n"
-    kept = re.sub(rf"\n*{TITLE}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL).rstrip("\n")
+    kept = re.sub(rf"{TITLE}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
+    kept = re.sub(r"\n{3,}", "\n\n", kept).rstrip("\n")
     file.write_text(f"{kept}\n\n{section}")
-
-
-READING = (
-    "SIGKILL, SIGTERM or SIGINT at random moments, then `--ckpt_path .../last`. The last column:"
-    " whether all files were whole and all exit codes right after each kill, and the weights, the"
-    " optimizer, the generators and the figures of all epochs equal the undisturbed training's, bit"
-    " for bit, at the end."
-)
 
 
 def main() -> int:
@@ -196,17 +200,7 @@ def main() -> int:
         print(rows[-1], *wrong, sep="\n  ", flush=True)
         faults += wrong
         # after each model: whoever cannot wait for all of them keeps what there is
-        command = f"python benchmarks/torture.py --kills {arguments.kills} --seed {arguments.seed}"
-        lines = [
-            TITLE,
-            "",
-            f"`{command}`, commit {commit}, {platform.system()}. {READING}",
-            "",
-            f"| model | {' | '.join(f'killed: {moment}' for moment in MOMENTS)} | survived |",
-            f"|---|{'--:|' * len(MOMENTS)}---|",
-            *rows,
-        ]
-        write("\n".join(lines) + "\n")
+        write(SECTION.format(arguments=arguments, commit=commit, rows="\n".join(rows)))
     return 1 if faults else 0
 
 

@@ -63,14 +63,10 @@ class PlainData(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        # each pass draws a number; ours draws it, too, from a generator of its own
-        own = torch.Generator()
-        return DataLoader(
-            self.train, self.batch_size, sampler=Epochs(len(self.train)), generator=own
-        )
+        return DataLoader(self.train, self.batch_size, sampler=Epochs(len(self.train)))
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val, 1000, generator=torch.Generator())
+        return DataLoader(self.val, 1000)
 
 
 class Probe(pl.Callback):
