@@ -208,6 +208,12 @@ CLAIMS: list[tuple[str, Callable[[], Any]]] = [
         lambda: times("resnet/seconds/224, ours", "resnet/seconds/224, naive"),
     ),
 ]
+CLAIMS += [
+    (
+        "command takes {:.2f} s on its one thread and {:.1f} s on two",
+        lambda: [bench(f"command/seconds/loaded, {way}") for way in ("ours", "all cores")],
+    ),
+]
 # Names and settings with digits in them; nothing that was measured.
 SETTINGS = [
     *("(batch 8, 6,300 steps)", "the regimes at 224 pixels", "the digits 0 to 4", "digits 5 to 9"),
