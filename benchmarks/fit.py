@@ -4,7 +4,6 @@ Start-up (imports, reading the images) is not counted; validation after each epo
 checkpoints and bar are, for the ways that have them. One thread, on the CPU.
 
 - ours: `Trainer.fit` with everything that the command `fit` turns on, see `common.trainer`;
-- many by autograd: ours with many steps in an execution, which are not fused;
 - one by one: ours through autograd, one step at a time;
 - loop: a hand-written PyTorch loop, images as floating point in memory, autograd, torch.optim.SGD,
   the same mini-batches and the same validation; no logs, no checkpoints, no bar;
@@ -12,7 +11,7 @@ checkpoints and bar are, for the ways that have them. One thread, on the CPU.
   DataLoader, torchmetrics logged in each step, the progress bar, the default logger).
 
 The shallow network has 100 units and mini-batches of 8: ours and the loop run 5 epochs, documented
-and those by autograd a single one, and are compared by the epoch. The network of two layers (2048
+and one by one a single one, and are compared by the epoch. The network of two layers (2048
 and 128 units, mini-batches of 32) runs one epoch.
 
 Start-up, in fresh processes: `import lightning.pytorch.cli`, and the command `fit` until its first
@@ -165,7 +164,6 @@ def measure(quick: bool) -> dict[str, Any]:
         return {
             "documented": lambda: documented(data, 8),
             "ours": lambda: ours(data, SHALLOW(), 8, epochs),
-            "many by autograd": lambda: ours(data, SHALLOW(fused=False), 8, 1),
             "one by one": lambda: ours(data, SHALLOW(fused=False), 8, 1, steps=1),
             "loop": lambda: loop(data, SHALLOW(), 8, epochs),
             "deep, ours": lambda: ours(data, DEEP(), 32, 1),

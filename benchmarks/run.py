@@ -71,12 +71,6 @@ COMPARISONS = [
         times(15),
     ),
     Comparison(
-        f"{SHALLOW}: many steps through autograd, per epoch",
-        "fit/seconds_per_epoch/many by autograd",
-        LOOP,
-        "fit/seconds_per_epoch/loop",
-    ),
-    Comparison(
         f"{SHALLOW}: one by one through autograd, per epoch",
         "fit/seconds_per_epoch/one by one",
         LOOP,
