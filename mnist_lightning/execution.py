@@ -446,11 +446,12 @@ class _EpochLoop(_TrainingEpochLoop):
         if (loader := _own_loader(self.trainer)) is not None:
             done = self.batch_progress.current.ready * cast(int, loader.batch_size)
             cast(EpochSampler, loader.sampler).start = done
-        fit_loop = self.trainer.fit_loop
-        if fit_loop.is_resuming and not self.restarting and self.trainer.current_epoch > 0:
-            # As without a stop, where each epoch begins a pass, which draws a random number. The
-            # pass that Lightning has ready was begun before SafePoints restored the generators.
-            iter(data_fetcher)
+            resuming = self.trainer.fit_loop.is_resuming and not self.restarting
+            if resuming and self.trainer.current_epoch > 0:
+                # As without a stop, where each epoch begins a pass, which draws a random number.
+                # The pass that Lightning has ready was begun before SafePoints restored the
+                # generators.
+                iter(data_fetcher)
         super().on_run_start(data_fetcher)
         self._way = choose(self.trainer)
         module: Any = self.trainer.lightning_module
