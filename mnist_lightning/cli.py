@@ -423,11 +423,10 @@ class CLI(LightningCLI):
                 }
                 extra.append(ModelCheckpoint(filename="best", monitor="val/acc", mode="max", **how))
                 extra.append(ModelCheckpoint(filename="last", **how))
-        plugins = settings.get("plugins") or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+        plugins = _as_list(settings.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeFiles()]
-        kwargs["callbacks"] = [*(settings.get("callbacks") or []), *extra]
+        kwargs["callbacks"] = [*_as_list(settings.get("callbacks")), *extra]
         try:
             return super().instantiate_trainer(**kwargs)
         except Exception:
@@ -731,6 +730,11 @@ def _without(words: list[str], name: str) -> list[str]:
         elif not word.startswith(f"--{name}="):
             result.append(word)
     return result
+
+
+def _as_list(setting: Any) -> list[Any]:
+    """Of a setting of the Trainer that may be one thing, several, or nothing."""
+    return setting if isinstance(setting, list) else [] if setting is None else [setting]
 
 
 def _figures(metrics: Mapping[str, float]) -> str:

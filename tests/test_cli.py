@@ -231,7 +231,7 @@ def test_layer_table_counts_what_the_network_has() -> None:
             "steps per execution: 9, autograd: the optimizer is Adam; 1 thread\n",
         ),
         (
-            "--trainer.callbacks+=EMAWeightAveraging",
+            "--trainer.callbacks=EMAWeightAveraging",
             "one step at a time: EMAWeightAveraging acts on each mini-batch; 1 thread\n",
         ),
         (

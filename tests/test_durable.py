@@ -438,11 +438,12 @@ def test_a_diverged_training_is_not_saved_over_the_last_good_checkpoint(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["shallow, fused", "convolutions, dropout, random shifts"])
 def test_trainings_that_are_killed_end_as_if_nothing_had_happened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The short version of ``make torture``: real signals to real processes."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     torture = import_module("torture")
-    struck, wrong = torture.torture(torture.MODELS["shallow, fused"], 4, tmp_path)
-    assert (sum(struck.values()), wrong) == (4, [])
+    killed, _, wrong = torture.torture(model, 5, tmp_path)
+    assert (sum(killed.values()), wrong) == (5, [])
