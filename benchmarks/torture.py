@@ -148,14 +148,18 @@ def words_for(root: Path, name: str) -> list[str]:
 
 
 def contents(run: Path) -> dict[str, Any]:
-    """What must not change: tensors of both checkpoints, and the metrics of all epochs."""
+    """What a kill must not change: the state in the checkpoints, and the metrics of all epochs."""
     last, best = (checkpoints.read(run / f"checkpoints/{name}.ckpt") for name in ("last", "best"))
     with (run / "metrics.csv").open(newline="") as file:
         metrics = list(csv.DictReader(file))
     names = ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers")
-    averaged = "current_model_state"  # with an average of the weights: the weights themselves
-    names = (*names, "generators", *([averaged] if averaged in last else []))
-    return {"metrics": metrics, "best": best["state_dict"], **{name: last[name] for name in names}}
+    # with an average of the weights, the state_dict is the average and this the weights themselves
+    names = (*names, "generators", "current_model_state")
+    return {
+        "metrics": metrics,
+        "best": best["state_dict"],
+        **{name: last.get(name) for name in names},
+    }
 
 
 def same(one: Any, other: Any) -> bool:

@@ -1,23 +1,16 @@
 """The benchmarks' table, on numbers that are made up: nothing is timed here. And rounding."""
 
 import json
-import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import rounding
+import run
 import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-RESULTS = FOLDER / "results" / "bench.json"
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.delitem(sys.modules, "run", raising=False)
-    return import_module("run")
+RESULTS = FOLDER / "results" / "run.json"
 
 
 def results(**seconds: list[float]) -> dict[str, Any]:
@@ -33,29 +26,29 @@ def results(**seconds: list[float]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("ours", "met"), [(0.99, "yes"), (1.0, "yes"), (1.01, "**no**")])
-def test_a_figure_that_is_missed_says_no(bench: Any, ours: float, met: str) -> None:
+def test_a_figure_that_is_missed_says_no(ours: float, met: str) -> None:
     # medians: one run that was disturbed decides nothing
     measured = results(ours=[ours, ours, 50.0], loop=[1.5, 1.5, 0.1])
-    row = bench.row(bench.COMPARISONS[0], measured)
+    row = run.row(run.COMPARISONS[0], measured)
     assert row[-3:] == (f"{1.5 / ours:.3g} x", "1.5 x, aim 2.5 x", met)
-    assert f"| {' | '.join(row)} |\n" in bench.table(measured)
+    assert f"| {' | '.join(row)} |\n" in run.table(measured)
 
 
 @pytest.mark.parametrize(("fit", "met"), [(4.9, "yes"), (5.0, "**no**")])
-def test_start_up_may_take_a_tenth_and_half_a_second_more(bench: Any, fit: float, met: str) -> None:
-    (comparison,) = (c for c in bench.COMPARISONS if c.ours == "fit/seconds/start, fit")
+def test_start_up_may_take_a_tenth_and_half_a_second_more(fit: float, met: str) -> None:
+    (comparison,) = (c for c in run.COMPARISONS if c.ours == "fit/seconds/start, fit")
     measured = results(**{"start, fit": [fit], "start, import": [4.05]})  # 4.955 at most
-    assert bench.row(comparison, measured)[-1] == met
+    assert run.row(comparison, measured)[-1] == met
 
 
-def test_a_ratio_of_one_twentieth_less_is_within_five_percent(bench: Any) -> None:
-    (step,) = (c for c in bench.COMPARISONS if c.ours == "resnet/seconds/28, ours" and c.asked)
+def test_a_ratio_of_one_twentieth_less_is_within_five_percent() -> None:
+    (step,) = (c for c in run.COMPARISONS if c.ours == "resnet/seconds/28, ours" and c.asked)
     assert step.met(100, 95)
     assert not step.met(100, 94.9)
 
 
-def test_whatever_was_asked_has_a_row(bench: Any) -> None:
-    asked = {(c.ours, c.theirs): c.asked for c in bench.COMPARISONS if c.met}
+def test_whatever_was_asked_has_a_row() -> None:
+    asked = {(c.ours, c.theirs): c.asked for c in run.COMPARISONS if c.met}
     assert asked == {
         ("fit/seconds/ours", "fit/seconds/loop"): "1.5 x, aim 2.5 x",
         ("fit/seconds_per_epoch/ours", "fit/seconds_per_epoch/documented"): "15 x",
@@ -67,34 +60,32 @@ def test_whatever_was_asked_has_a_row(bench: Any) -> None:
         ("batches/seconds/ours", "batches/seconds/torchvision, 2 workers"): "50 x",
         ("fit/seconds/start, fit", "fit/seconds/start, import"): "its 1.1 x plus 0.5 s",
     }
-    for comparison in bench.COMPARISONS:  # nothing measured: shown, not left out
-        row = bench.row(comparison, {})
+    for comparison in run.COMPARISONS:  # nothing measured: shown, not left out
+        row = run.row(comparison, {})
         assert row[-1] == "not measured"
-        assert f"| {' | '.join(row)} |\n" in bench.table({})
+        assert f"| {' | '.join(row)} |\n" in run.table({})
 
 
-def test_a_quick_run_says_so(bench: Any) -> None:
+def test_a_quick_run_says_so() -> None:
     measured = results(ours=[1.0], loop=[2.0])
-    assert "A rough look" not in bench.table(measured)
+    assert "A rough look" not in run.table(measured)
     measured["fit"]["quick"] = True
-    assert bench.table(measured).startswith("A rough look")
+    assert run.table(measured).startswith("A rough look")
 
 
-def test_the_committed_table_is_that_of_the_committed_results(bench: Any) -> None:
+def test_the_committed_table_is_that_of_the_committed_results() -> None:
     if not RESULTS.is_file():
         pytest.skip("nothing was measured yet")
     measured = json.loads(RESULTS.read_text())
     table = RESULTS.with_suffix(".md").read_text()
-    assert table == bench.table(measured)
+    assert table == run.table(measured)
     readme = (FOLDER / "README.md").read_text()
-    assert readme == bench.into_readme(readme, table)
+    assert readme == run.into_readme(readme, table)
     if measured.keys() >= {"fit", "batches", "resnet", "grid"}:
         assert "not measured" not in table
 
 
-def test_rounding_compares_three_ways_of_one_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    rounding = import_module("rounding")
+def test_rounding_compares_three_ways_of_one_training() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(100, 784, generator=generator, dtype=torch.float64)
     y = torch.randint(0, 10, (100,), generator=generator)

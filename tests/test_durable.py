@@ -1,6 +1,5 @@
 """Trainings that are stopped or killed, and what they leave: whole files, and the way to go on."""
 
-import csv
 import os
 import re
 import signal
@@ -8,13 +7,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torture
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torture import contents, same
 
 from mnist_lightning import MNISTDataModule, checkpoints, cli
 from mnist_lightning.__main__ import main
@@ -152,30 +152,6 @@ def killed_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return arrange
 
 
-def contents(run: Path) -> dict[str, Any]:
-    """All that a restart must not change: weights, optimizer, schedules, generators, figures."""
-    last = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
-    best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
-    with (run / "metrics.csv").open(newline="") as file:
-        figures = list(csv.DictReader(file))
-    names = ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers")
-    more = {name: last.get(name) for name in ("generators", "current_model_state")}
-    return {
-        "figures": figures,
-        "best": best["state_dict"],
-        **{name: last[name] for name in names},
-        **more,
-    }
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
 EMA = "lightning.pytorch.callbacks.EMAWeightAveraging"
 MODELS: dict[str, tuple[list[str], int]] = {
     # words, and executions before the kill: in the second of three epochs
@@ -215,7 +191,7 @@ def test_a_training_killed_within_an_epoch_goes_on_as_if_it_had_not_been(
     capsys.readouterr()
     assert main(["fit", "--ckpt_path", str(killed / "last"), "--save_every_minutes=9"]) == 0
     assert "not resumable" not in capsys.readouterr().err
-    assert [row["epoch"] for row in contents(killed)["figures"]] == ["1", "2", "3"]
+    assert [row["epoch"] for row in contents(killed)["metrics"]] == ["1", "2", "3"]
     expected, got = contents(undisturbed), contents(killed)
     assert [name for name in expected if not same(expected[name], got[name])] == []
 
@@ -440,10 +416,8 @@ def test_a_diverged_training_is_not_saved_over_the_last_good_checkpoint(
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["shallow, fused", "convolutions, dropout, random shifts"])
 def test_trainings_that_are_killed_end_as_if_nothing_had_happened(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, tmp_path: Path
 ) -> None:
     """The short version of ``make torture``: real signals to real processes."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    torture = import_module("torture")
     killed, _, wrong = torture.torture(model, 5, tmp_path)
     assert (sum(killed.values()), wrong) == (5, [])
