@@ -168,9 +168,7 @@ def _torch() -> Iterator[Finding]:
     """Whether PyTorch and torchvision can be imported, and belong together."""
     from packaging.requirements import Requirement
 
-    again = (
-        f"install both again: {sys.executable} -m pip install --force-reinstall torch torchvision"
-    )
+    again = _pip("install", "--force-reinstall", "torch", "torchvision")
     try:
         import torch
 
