@@ -14,12 +14,15 @@ import tempfile
 import textwrap
 import tomllib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mnist_lightning import __version__
+
+if TYPE_CHECKING:  # even this package may be missing
+    from packaging.requirements import Requirement
 
 NAME = "mnist-lightning"
 LOGS = Path("lightning_logs")
@@ -70,24 +73,20 @@ def main(argv: Sequence[str]) -> int:
 
 def findings() -> Iterator[Finding]:
     """What all checks find, one after the other."""
-    ready = True
-    for check in (_python, _packages):
-        for finding in _caught(check):
-            ready &= finding.level != "error"
-            yield finding
-    if ready:  # a package that is missing, too old or malicious is not imported
-        torch_works = True
-        for finding in _caught(_torch):
-            torch_works &= finding.level != "error"
-            yield finding
-        if torch_works:
-            for check in (_gpu, _data, _memory):
-                yield from _caught(check)
+    stages = (_python, _packages), (_torch,), (_lightning,), (_gpu, _data, _memory)
+    for checks in stages:
+        sound = True
+        for check in checks:
+            for finding in _caught(check):
+                sound &= finding.level != "error"
+                yield finding
+        if not sound:  # what is missing, too old or malicious is not imported
+            break
     for check in (_threads, _disk, _logs):
         yield from _caught(check)
 
 
-def _caught(check: Any) -> Iterator[Finding]:
+def _caught(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     """A check's findings; an exception in it becomes one."""
     try:
         with warnings.catch_warnings():
@@ -145,7 +144,7 @@ def _packages() -> Iterator[Finding]:
         yield Finding("ok", extra, said, _install(*missing) if missing else "")
 
 
-def _out_of_range(requirement: Any, found: str) -> Finding | None:
+def _out_of_range(requirement: "Requirement", found: str) -> Finding | None:
     from packaging.specifiers import SpecifierSet
 
     if requirement.specifier.contains(found, prereleases=True):
@@ -156,7 +155,7 @@ def _out_of_range(requirement: Any, found: str) -> Finding | None:
     return Finding(level, requirement.name, said, _install(requirement))
 
 
-def _install(*requirements: Any) -> str:
+def _install(*requirements: "Requirement") -> str:
     return _pip("install", *(f"{r.name}{r.specifier}" for r in requirements))
 
 
@@ -195,6 +194,12 @@ def _torch() -> Iterator[Finding]:
         yield Finding("error", "torchvision", _first_line(error), again)
         return
     yield Finding("ok", "torchvision", f"{torchvision.__version__}, belongs to this torch")
+
+
+def _lightning() -> Iterator[Finding]:
+    import lightning.pytorch.cli
+
+    yield Finding("ok", "lightning", lightning.__version__)
 
 
 def _gpu() -> Iterator[Finding]:

@@ -38,7 +38,17 @@ def test_this_installation_is_sound(capsys: pytest.CaptureFixture[str]) -> None:
     *lines, _, last = capsys.readouterr().out.splitlines()
     assert last.startswith("0 errors, ")
     rows = [line.split(maxsplit=1)[1] for line in lines if not line.startswith(" ")]
-    for what in ("Python", "packages", "torch ", "torchvision", "GPU", "data", "memory", "runs"):
+    for what in (
+        "Python",
+        "packages",
+        "torch ",
+        "torchvision",
+        "lightning",
+        "GPU",
+        "data",
+        "memory",
+        "runs",
+    ):
         assert sum(row.startswith(what) for row in rows) == 1, what
     columns = {line.index(line.split()[1]) for line in lines if not line.startswith(" ")}
     assert columns == {9}
