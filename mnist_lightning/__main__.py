@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if words[0] not in COMMANDS:
-        close = get_close_matches(words[0], COMMANDS, n=1)
+        close = [] if words[0].startswith("-") else get_close_matches(words[0], COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(COMMANDS)}"
         print(f"error: no command {words[0]!r}; {hint}", file=sys.stderr)
         return 2
