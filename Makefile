@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: fit test test-slow lint bench bench-quick bench-fit torture clean
+.PHONY: fit test test-slow lint audit bench bench-quick bench-fit torture clean
 
 fit: $(VENV)/ready
 	$(BIN)/python -m mnist_lightning fit --config shallow.yaml
@@ -20,6 +20,12 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# known vulnerabilities of the pinned versions; asks an advisory service, so it is run by hand
+audit:
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/run.py
 
@@ -35,9 +41,10 @@ bench-quick: $(VENV)/ready
 torture: $(VENV)/ready
 	$(BIN)/python benchmarks/torture.py
 
+# as a variable, pip pins what builds the package too
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
 clean:

@@ -20,6 +20,9 @@ COMMANDS = {
     "search": ("search", "main", "train many models and compare them"),
     "report": ("report", "main", "tables, figures and one page of what searches found"),
     "inspect": ("cli", "inspect", "print the layers of a model, and the perceptron's tensors"),
+    "configs": ("catalog", "main", "list the shipped configurations and searches, with results"),
+    "doctor": ("doctor", "main", "check the installation: versions, data, GPU, disk, memory"),
+    "completion": ("completion", "main", "print what makes bash, zsh or fish complete words"),
 }
 
 HELP = f"""usage: mnist-lightning COMMAND [options]        (or: python -m mnist_lightning ...)
@@ -52,14 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if not words or words[0] in ("-h", "--help", "help"):
-        commands = (f"  {word:<10} {what}" for word, (_, _, what) in COMMANDS.items())
+        commands = (f"  {word:<11} {what}" for word, (_, _, what) in COMMANDS.items())
         print(HELP.format(commands="\n".join(commands)))
         return 0
     if words[0] == "--version":
         print(__version__)
         return 0
     if words[0] not in COMMANDS:
-        close = get_close_matches(words[0], COMMANDS, n=1)
+        close = [] if words[0].startswith("-") else get_close_matches(words[0], COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(COMMANDS)}"
         print(f"error: no command {words[0]!r}; {hint}", file=sys.stderr)
         return 2
@@ -74,8 +77,8 @@ def _guarded(words: list[str], debug: bool) -> int:
     try:
         with _stops_at_once():
             imported = import_module(f"mnist_lightning.{module}")
-        run: Callable[[list[str]], None] = getattr(imported, function)
-        run(words[1:])
+        run: Callable[[list[str]], int | None] = getattr(imported, function)
+        return run(words[1:]) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -91,7 +94,6 @@ def _guarded(words: list[str], debug: bool) -> int:
         return 1
     finally:
         threading.excepthook = hook
-    return 0
 
 
 @contextmanager

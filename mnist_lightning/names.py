@@ -1,4 +1,4 @@
-"""Names in commands and files: what was meant, where a configuration lies, what it may name.
+"""Names in commands and files: where a configuration lies, and which classes it may name.
 
 A class in a file is code that runs. A file may name those of ``OURS``; every other one has to be
 named by the user: on the command line, or in a configuration that was given there.
@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, set_parsing_settings
 
+from mnist_lightning.catalog import hint, shipped_configs
 from mnist_lightning.files import read_bytes
 
 OURS = (
@@ -26,20 +26,6 @@ OURS = (
 )
 _CLASS = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 _CONFIG_BYTES, _CONFIG_VALUES = 2**18, 20_000
-
-
-def hint(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """The known name that a wrong word is closest to; without one, ``otherwise`` or all of them."""
-    known = list(known)
-    close = get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}?" if close else otherwise or f"there are: {', '.join(known)}"
-
-
-def shipped_configs(folder: str = ".") -> list[Path]:
-    """The shipped configurations: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    root = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
-    return sorted((root / folder).glob("*.yaml")) if root else []
 
 
 def find_config(name: str, folder: str = ".") -> Path:

@@ -11,9 +11,13 @@ import pytest
 import yaml
 from torture import contents, same
 
+from mnist_lightning import analysis
 from mnist_lightning.__main__ import main
+from mnist_lightning.names import find_config
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SEARCHES = sorted((ROOT / "configs" / "search").glob("*.yaml"))
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
@@ -77,3 +81,64 @@ def test_same_seed_and_threads_give_the_same_bits(
         runs.append(contents(root / "lightning_logs" / config.stem / "version_0"))
     assert same(runs[0], runs[1])
     assert not same(runs[0]["state_dict"], runs[2]["state_dict"])
+
+
+def test_every_file_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the second line of its file, which says what it is and what it reached."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
+    assert list(listed) == [file.stem for file in [*CONFIGS, *SEARCHES]]
+    for file in [*CONFIGS, *SEARCHES]:
+        assert listed[file.stem] == file.read_text().splitlines()[1].removeprefix("# ")
+        assert re.search(r"validation 0\.\d{4}|not measured here", listed[file.stem])
+
+
+def test_what_searches_reached_is_what_is_committed() -> None:
+    found = {search.name: search for search in analysis.read(ROOT / "lightning_logs" / "study")}
+    for file in SEARCHES:
+        command, summary = file.read_text().splitlines()[:2]
+        assert command == f"# python -m mnist_lightning search --config {file.name}"
+        if file.stem not in found:
+            assert summary.endswith(": not measured here")
+            continue
+        best, tested = found[file.stem].cells.iloc[0], analysis.tested(found[file.stem])
+        assert tested is not None
+        accuracy = f"{best['acc']:.4f}" + (f" ± {best['sd']:.4f}" if best["n"] > 1 else "")
+        said = f": best validation {accuracy} (n={best['n']:.0f}), test {tested['acc']:.4f}"
+        assert summary.endswith(said)
+
+
+def test_a_file_here_overrides_one_that_is_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("shallow.yaml", "deep2_grid"):
+        Path(name).write_text("trainer: {max_epochs: 1}\n")
+    assert main(["configs"]) == 0
+    text = capsys.readouterr().out
+    assert re.findall(r"\n  (\w+) .*\n +overridden by (\S+) in this folder", text) == [
+        ("shallow", "shallow.yaml"),
+        ("deep2_grid", "deep2_grid"),
+    ]
+    for name, folder in (("shallow.yaml", "."), ("deep2_grid", "search")):
+        assert find_config(name.removesuffix(".yaml"), folder) == Path(name)  # as it says
+
+
+@pytest.mark.parametrize("name", ["shallow", "shallow.yaml", "shallow_grid"])
+def test_one_is_printed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["configs", name]) == 0
+    (file,) = [f for f in [*CONFIGS, *SEARCHES] if f.stem == name.removesuffix(".yaml")]
+    assert capsys.readouterr() == (file.read_text(), "")
+
+
+def test_a_wrong_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["configs", "shalow"]) == 1
+    assert main(["configs", "shallow", "deep2"]) == 1
+    assert capsys.readouterr().err == (
+        "error: no shipped configuration 'shalow'; did you mean shallow?\n"
+        "error: configs: deep2? It takes one NAME\n"
+    )

@@ -12,6 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "mnist_lightning"
 # A file imports only from lower floors.
 FLOORS = {
     "__init__": 0,
+    "catalog": 0,
+    "completion": 1,
+    "doctor": 1,
     "files": 0,
     "provenance": 0,
     "names": 1,
@@ -69,10 +72,17 @@ def _loaded(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["fti"], []])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([], ["--help"], ["--version"], ["fti"]),
+        *(["configs"], ["configs", "shallow"], ["completion", "bash"]),
+        ["completion", "--words", "fit", "--config", ""],
+    ],
+)
 def test_help_and_typos_do_not_wait_for_torch(words: list[str]) -> None:
     loaded = _loaded(f"from mnist_lightning.__main__ import main; main({words!r})")
-    assert loaded.isdisjoint({"torch", "lightning", "numpy", "jsonargparse"})
+    assert loaded.isdisjoint({"torch", "lightning", "numpy", "jsonargparse", "yaml"})
 
 
 def test_fit_imports_no_more_than_lightnings_command_line() -> None:

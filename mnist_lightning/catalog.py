@@ -1,0 +1,72 @@
+"""What there is to choose from: the shipped configurations and searches. Imports nothing heavy."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+# folder of the shipped files: (what they are, the command that takes them)
+KINDS = {".": ("configurations", "fit"), "search": ("searches", "search")}
+
+
+def hint(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The known name that a wrong word is closest to; without one, ``otherwise`` or all of them."""
+    known = list(known)
+    close = get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}?" if close else otherwise or f"there are: {', '.join(known)}"
+
+
+def shipped_configs(folder: str = ".") -> list[Path]:
+    """The shipped configurations: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    root = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
+    return sorted((root / folder).glob("*.yaml")) if root else []
+
+
+def main(argv: Sequence[str]) -> int:
+    """``mnist-lightning configs [NAME]``.
+
+    Raises:
+        ValueError: nothing of that name is shipped, or the options are not understood.
+    """
+    parser = argparse.ArgumentParser(
+        prog="mnist-lightning configs",
+        description="List the shipped configurations and searches, or print one of them.",
+        exit_on_error=False,
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="print this one")
+    given, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        raise ValueError(f"configs: {unknown[0]}? It takes one NAME")
+    if given.name is None:
+        print("\n\n".join(_listed(folder) for folder in KINDS))
+        return 0
+    files = {file.stem: file for folder in KINDS for file in shipped_configs(folder)}
+    name = given.name.removesuffix(".yaml")
+    if name not in files:
+        raise ValueError(f"no shipped configuration {given.name!r}; {hint(name, files)}")
+    print(files[name].read_text(), end="")
+    if preferred := _preferred(files[name]):
+        print(f"note: {preferred} in this folder is preferred to this one", file=sys.stderr)
+    return 0
+
+
+def _listed(folder: str) -> str:
+    """A line for each file: its name, and what the comment on its top says after the command."""
+    files = shipped_configs(folder)
+    width = max((len(file.stem) for file in files), default=0)
+    what, command = KINDS[folder]
+    lines = [f"{what}, for mnist-lightning {command} --config NAME:"]
+    for file in files:
+        with file.open() as opened:
+            summary = opened.readlines()[1].removeprefix("# ").rstrip()
+        lines.append(f"  {file.stem:<{width}}  {summary}")
+        if preferred := _preferred(file):
+            lines.append(f"  {'':<{width}}  overridden by {preferred} in this folder")
+    return "\n".join(lines)
+
+
+def _preferred(file: Path) -> str | None:
+    """What ``--config`` takes in place of a shipped file, from the working directory."""
+    return next((name for name in (file.name, file.stem) if Path(name).is_file()), None)

@@ -1,0 +1,219 @@
+"""Completion: what fits at the cursor, in the shells themselves; the options are the parsers'."""
+
+import argparse
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnist_lightning import MNISTDataModule, models, search
+from mnist_lightning.__main__ import COMMANDS, main
+from mnist_lightning.cli import CLI
+from mnist_lightning.completion import SCRIPTS, candidates, options
+from mnist_lightning.models import Classifier
+
+FILE = Path(__file__).parent.parent / "mnist_lightning" / "options.tsv"
+
+
+class _Parser(Exception):
+    """Carries a parser out of the command that made it."""
+
+
+def _of_cli(run: bool) -> Any:
+    def catch(self: CLI, parser: Any, args: Any) -> None:
+        raise _Parser(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CLI, "parse_arguments", catch)
+        try:
+            CLI([], run=run)
+        except _Parser as caught:
+            return caught.args[0]
+
+
+def _of_main(main: Any) -> Any:
+    """The plain argparse parser that a small command makes."""
+
+    def catch(self: argparse.ArgumentParser, *_: Any) -> None:
+        raise _Parser(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", catch)
+        try:
+            main([])
+        except _Parser as caught:
+            return caught.args[0]
+
+
+def _values(hint: Any) -> Iterator[str]:
+    """The texts that a type consists of, where it consists of a few."""
+    if hint is bool:
+        yield from ("true", "false")
+    elif typing.get_origin(hint) is typing.Literal:
+        yield from (str(value) for value in typing.get_args(hint))
+    elif typing.get_origin(hint) not in (list, dict):
+        for part in typing.get_args(hint):
+            yield from _values(part)
+
+
+def _of_class(group: str, cls: type) -> Iterator[tuple[str, Any]]:
+    hints = typing.get_type_hints(cls.__init__)
+    for name in inspect.signature(cls).parameters:
+        yield f"--{group}.{name}", hints[name]
+
+
+def _parsed() -> dict[str, tuple[list[str], list[str]]]:
+    """Each option of the real parsers, with its commands and values."""
+    from mnist_lightning import catalog, completion, doctor, report
+
+    classes = [
+        c for c in vars(models).values() if inspect.isclass(c) and c.__module__ == models.__name__
+    ]
+    shipped = [c for c in classes if issubclass(c, Classifier) and c is not Classifier]
+    subcommands = _of_cli(run=True)._subcommands_action.choices
+    parsers = {
+        **{name: subcommands[name] for name in ("fit", "validate", "test", "predict")},
+        "search": search._parser(),
+        "report": _of_main(report.main),
+        "inspect": _of_cli(run=False),
+        "configs": _of_main(catalog.main),
+        "doctor": _of_main(doctor.main),
+        "completion": _of_main(completion.main),
+    }
+    assert parsers.keys() == COMMANDS.keys()
+    found: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+
+    def note(command: str, option: str, hint: Any) -> None:
+        commands, values = found.setdefault(option, ({}, {}))
+        commands[command] = None
+        values.update(dict.fromkeys(_values(hint)))
+
+    for command, parser in parsers.items():
+        for action in parser._actions:
+            for option in action.option_strings:
+                help_within = option.endswith(".help") and option.count(".") > 1
+                if option.startswith("--") and not option.endswith("+") and not help_within:
+                    note(command, option, getattr(action, "_typehint", None))
+        note(command, "--debug", None)
+        if "--trainer" in parser._option_string_actions and command != "search":
+            for cls in shipped:
+                for option, hint in _of_class("model", cls):
+                    note(command, option, hint)
+            for option, hint in _of_class("data", MNISTDataModule):
+                note(command, option, hint)
+            if command != "inspect":
+                note(command, "--trust", None)
+    for option in ("--model", "--model.help"):
+        found[option][1].update(dict.fromkeys(cls.__name__ for cls in shipped))
+    return {option: (list(found[option][0]), list(found[option][1])) for option in sorted(found)}
+
+
+def test_options_are_those_of_the_parsers() -> None:
+    """After a change of options: OPTIONS=write pytest tests/test_completion.py"""
+    parsed = _parsed()
+    if os.environ.get("OPTIONS") == "write":
+        rows = ("\t".join((o, " ".join(c), " ".join(v))) for o, (c, v) in parsed.items())
+        FILE.write_text("\n".join(rows) + "\n")
+    assert {o.name: (o.commands, o.values) for o in options()} == parsed
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a training, a search and a configuration of one's own."""
+    logs = tmp_path / "lightning_logs"
+    for run in ("shallow/version_0", "shallow/version_1", "search/mine"):
+        (logs / run / "checkpoints").mkdir(parents=True)
+        (logs / run / "checkpoints" / "best.ckpt").touch()
+    (logs / "broken" / "version_0").mkdir(parents=True)
+    (tmp_path / "mine.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+FIT = ["--trainer.max_epochs", "--trainer.max_steps", "--trainer.max_time"]
+CASES = [
+    ("d", ["doctor"]),
+    ("--v", ["--version"]),
+    ("fit --trainer.max_", FIT),
+    ("fit --model.hid", ["--model.hidden_units"]),
+    ("fit --threads 2 --sav", ["--save_every_minutes"]),
+    ("fit --config sh", ["shallow.yaml"]),
+    ("fit -c m", ["mine.yaml"]),
+    ("search --config shallow_w", ["shallow_wide.yaml"]),
+    ("search --config m", ["mine.yaml"]),
+    ("fit --config=sh", ["--config=shallow.yaml"]),
+    ("fit --config = sh", ["shallow.yaml"]),  # what bash makes of the line before
+    ("fit --data.split =", ["study", "canonical"]),
+    ("fit --data.split=st", ["--data.split=study"]),
+    ("fit --model Sh", ["ShallowNetwork"]),
+    ("fit --model.fused ", ["true", "false"]),
+    ("fit --threads ", []),  # any number
+    ("fit --nothing ", []),
+    ("test --ckpt_path ", ["shallow", "shallow/best", "shallow/last", "search/mine"]),
+    ("test --ckpt_path shallow/l", ["shallow/last"]),
+    ("inspect --ckpt", []),  # an option of others
+    ("configs deep2", ["deep2", "deep2_grid", "deep2_rates"]),
+    ("completion ", ["bash", "zsh", "fish"]),
+    ("report lightning_logs/", []),  # the shell offers files
+    ("nonsense --c", []),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), CASES)
+def test_what_fits(line: str, expected: list[str], folder: Path) -> None:
+    assert candidates(line.split(" ")) == expected
+
+
+def test_every_command_is_offered() -> None:
+    assert candidates([""])[: len(COMMANDS)] == list(COMMANDS)
+
+
+# How each shell is asked what it would offer for: mnist-lightning fit --config sh<TAB>
+ASK = {
+    "bash": """eval "$(mnist-lightning completion bash)"
+complete -p mnist-lightning >/dev/null || exit 1
+COMP_WORDS=(mnist-lightning fit --config sh) COMP_CWORD=3
+_mnist_lightning mnist-lightning; printf '%s\n' "${COMPREPLY[@]}" """,
+    "zsh": """compdef() { [[ $1 = _mnist_lightning ]] || exit 1; }
+compadd() { print -l ${(P)2}; }
+eval "$(mnist-lightning completion zsh)"
+words=(mnist-lightning fit --config sh) CURRENT=4
+_mnist_lightning""",
+    "fish": """mnist-lightning completion fish | source
+complete -C 'mnist-lightning fit --config sh'""",
+}
+
+
+@pytest.mark.parametrize("shell", SCRIPTS)
+def test_the_shells_offer_it(shell: str, folder: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    program = folder / "bin" / "mnist-lightning"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m mnist_lightning "$@"\n')
+    program.chmod(0o755)
+    done = subprocess.run(
+        [shell, "-c", ASK[shell]],
+        env={
+            "PATH": f"{program.parent}:{os.environ['PATH']}",
+            "HOME": str(folder),
+            "PYTHONPATH": str(FILE.parent.parent),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout.split(), done.stderr) == (["shallow.yaml"], "")
+
+
+def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "tcsh"]) == 1
+    assert main(["completion"]) == 1
+    expected = "error: completion: for which shell? bash, zsh, fish\n"
+    assert capsys.readouterr().err == 2 * expected
