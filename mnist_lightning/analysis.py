@@ -76,21 +76,18 @@ class Found:
     @cached_property
     def planned(self) -> int:
         """Trials that the search consists of, as far as it is known by now."""
-        strategy = {"seed": 0, "rounds": 3, **self.about["strategy"]}
-        if strategy["name"] == "optuna":
-            return int(strategy["n"])
+        if self.about["strategy"]["name"] == "optuna":
+            return int(self.about["strategy"]["n"])
         scores = dict.fromkeys(self.trials.get("id", ()))
         for row in self.complete.itertuples():
             scores[row.id] = space.Score(getattr(row, self.objective), row.val_loss)
         rounds = space.rounds(
-            self.about["space"],
-            strategy,
-            self.about["seeds"],
-            self.about["fixed"],
-            self.about["second_round"],
-            scores,
+            **{name: self.about[name] for name in space.DEFINITION},
+            scores=scores,
+            grown_from=self.about.get("grown_from", ()),
         )
-        return sum(len(trials) for trials in rounds)
+        ids = {trial.id for trials in rounds for trial in trials}
+        return len(ids | set(self.trials.get("id", ())))
 
     @property
     def finished(self) -> bool:

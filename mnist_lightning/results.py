@@ -1,6 +1,7 @@
 """What a search leaves behind: a folder of trials, written so that no crash can damage them.
 
-search.json                 what was searched, on which data: another search is refused
+search.json                 what was searched, on which data: another search is refused, one that
+                            it can grow to is added
 trials/<id>.json            one finished trial: the truth, written once, whole or not at all
 *.damaged                   damaged files, set aside; what they held is trained again
 checkpoints/<id>.ckpt       its weights, an ordinary checkpoint; best.ckpt is the winner's
@@ -13,6 +14,7 @@ journal.log                 which worker trains what, where no --storage was nam
 test.json                   each evaluation of the winner on the test images
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -23,7 +25,7 @@ import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mnist_lightning.files import (
     JSON_BYTES,
@@ -37,7 +39,7 @@ from mnist_lightning.files import (
     write_text,
 )
 from mnist_lightning.provenance import provenance
-from mnist_lightning.space import Score, Trial
+from mnist_lightning.space import DEFINITION, Score, Trial, check_growth, differ
 
 if TYPE_CHECKING:
     import pandas
@@ -61,11 +63,17 @@ class Results:
         self.state = path / "state"
         self._records: dict[str, Record] = {}  # a finished trial never changes
 
-    def open(self, identity: Mapping[str, Any]) -> None:
-        """Makes the folder, or checks that it is of the same search.
+    def open(
+        self, identity: Mapping[str, Any], grown_from: Sequence[Mapping[str, Any]] = ()
+    ) -> list[dict[str, Any]]:
+        """Makes the folder, or checks that it is of the same search, or of one that it grew from.
 
         Args:
             identity: all that the results depend on, as JSON types.
+            grown_from: earlier definitions that others know; written where the folder is new.
+
+        Returns:
+            Earlier definitions, the oldest first; see ``space.rounds``.
 
         Raises:
             ValueError: it holds another search, or a damaged ``search.json``.
@@ -74,18 +82,39 @@ class Results:
             folder.mkdir(parents=True, exist_ok=True)
         about = self.path / "search.json"
         if not about.is_file():
-            create_json(about, {**identity, "provenance": provenance()})
-        held = read_json(
-            about,
+            history = {"grown_from": list(grown_from)} if grown_from else {}
+            create_json(about, {**identity, **history, "provenance": provenance()})
+        remedy = (
             "delete this file if the folder's trials are of this search, and it is written anew;"
-            " else choose another folder with --name",
+            " else choose another folder with --folder"
         )
-        for key, value in identity.items():
-            if held.get(key) != value:
-                raise ValueError(
-                    f"{self.path} holds another search: {_difference(key, held.get(key), value)}."
-                    " Choose another folder with --name, or delete this one"
-                )
+        held = read_json(about, remedy)
+        earlier = held.get("grown_from", [])
+        if not any(differ(held.get(key), value) for key, value in identity.items()):
+            return earlier
+        try:
+            grows = check_growth(held, identity)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{about} is damaged: {remedy}") from error
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path} holds another search: {error}. A search can grow (more values, seeds,"
+                " trials, epochs), not change or shrink: choose another folder with --folder"
+            ) from error
+        past = {name: held[name] for name in DEFINITION}
+        past |= {"numbers": self._numbers(), "provenance": held.get("provenance")}
+        held = {**held, **identity, "grown_from": [*earlier, past]}
+        write_json(about, {**held, "provenance": provenance()})
+        print(f"{self.path} grows: {', '.join(grows)}", flush=True)
+        return held["grown_from"]
+
+    def _numbers(self) -> int:
+        """How many numbers of trials are taken."""
+        taken = [-1]
+        for file in self.trials.glob("[!.]*.json"):
+            with contextlib.suppress(ValueError):  # damaged: trained again
+                taken += [cast(Record, self.record(file.stem))["number"]]
+        return 1 + max(taken)
 
     def heal(self) -> list[str]:
         """Sets damaged files aside: trials, and checkpoints with their trials.
@@ -375,12 +404,3 @@ def _flat(record: Record) -> Record:
         elif name != "curves":
             row[name] = value
     return row
-
-
-def _difference(key: str, held: Any, asked: Any) -> str:
-    """Where two values differ, as deep as can be said in a line."""
-    if isinstance(held, dict) and isinstance(asked, dict):
-        for name in [*asked, *held]:
-            if held.get(name) != asked.get(name):
-                return _difference(f"{key}.{name}", held.get(name), asked.get(name))
-    return f"its {key} is {json.dumps(held)}, not {json.dumps(asked)}"
