@@ -18,7 +18,7 @@ import pandas as pd
 from mnist_lightning import evaluations, space
 from mnist_lightning.files import read_json
 from mnist_lightning.published import PUBLISHED, Published
-from mnist_lightning.results import load_results
+from mnist_lightning.results import load_results, search_folders
 
 PATIENCE = 10  # epochs: EarlyStopping's default
 PIXELS, CLASSES = 784, 10
@@ -151,13 +151,6 @@ def read(path: Path) -> list[Found]:
     Raises:
         ValueError: there is none, or a file of one is damaged.
     """
-    folders = [path] if (path / "search.json").is_file() else []
-    folders = folders or sorted(file.parent for file in path.glob("*/search.json"))
-    if not folders:
-        raise ValueError(
-            f"{path} is not the folder of a search: it has no search.json, nor has a folder in it."
-            " Searches are in lightning_logs/search"
-        )
     return [
         Found(
             folder,
@@ -165,7 +158,7 @@ def read(path: Path) -> list[Found]:
             load_results(folder),
             evaluations.read(folder),
         )
-        for folder in folders
+        for folder in search_folders(path)
     ]
 
 

@@ -396,7 +396,7 @@ def _say_plan(
 def _crown(search: Search, results: Results, records: Sequence[Record]) -> None:
     """Names the best, and keeps the winner's checkpoint as ``best.ckpt``."""
     if failed := [record for record in records if record["state"] == "FAIL"]:
-        first = f"{failed[0]['id']}: {failed[0]['error']}"
+        first = " ".join(f"{failed[0]['id']}: {failed[0]['error']}".split())
         print(f"{len(failed)} failed, the first: {printable(first)}")
     scored = [(found, r) for r in records if (found := score(r, search.objective))]
     if not scored:
@@ -453,7 +453,7 @@ def _table(
 
 
 def _rounded(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else " ".join(str(value).split())
 
 
 def _parser() -> ArgumentParser:

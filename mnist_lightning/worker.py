@@ -21,7 +21,7 @@ from mnist_lightning import space
 from mnist_lightning.claims import Claim, ClaimLost, Claims, StorageLost
 from mnist_lightning.data import ImageSet
 from mnist_lightning.execution import kept_memory
-from mnist_lightning.files import read_torch, set_aside, write_torch
+from mnist_lightning.files import printable, read_torch, set_aside, write_torch
 from mnist_lightning.models import Classifier
 from mnist_lightning.names import hint
 from mnist_lightning.plan import (
@@ -253,7 +253,8 @@ class Worker:
             return training, float(state["seconds"])
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             aside = set_aside(file)
-            print(f"{error}: set aside as {aside.name}, trained from the start", flush=True)
+            what = f"{error}: set aside as {aside.name}, trained from the start"
+            print(printable(what), flush=True)
             return self._new_training(unit), 0.0
 
     def _new_training(self, unit: Unit) -> PopulationTraining:
@@ -456,7 +457,7 @@ def adopt(
     trials = dict(itertools.zip_longest(unit.ids, unit.trials))
     for id, record in records.items():
         if wrong := fault(record, id) or _foreign(search, unit, trials[id], record):
-            print(f"the storage has a false trial {id} ({wrong}): set aside", flush=True)
+            print(printable(f"the storage has a false trial {id} ({wrong}): set aside"), flush=True)
             claims.forget([id])
         else:
             results.adopt(record)

@@ -225,9 +225,9 @@ DEEP = {"lr": [0.1, 0.01], "hidden_units.1": [5], "hidden_units.2": [5]}
     ("space", "fixed", "changes", "message"),
     [
         ({**OWN, "lr": [0.1]}, {}, {}, r"space.lr is \[0.1, 0.01\], not \[0.1\]"),
-        ({"lr": [0.1, 0.01]}, {"hidden_units": 5}, {}, r"space.hidden_units is \[5, 8\], not null"),
+        ({"lr": [0.1, 0.01]}, {"hidden_units": 5}, {}, r"space.hidden_units is \[5, 8\], not 5"),
         (OWN, {"max_epochs": 2}, {}, r"as an axis, space.max_epochs: \[1, 2\], it would grow"),
-        ({**OWN, "batch_size": [32]}, {}, {}, "fixed.batch_size is 64, not null"),
+        ({**OWN, "batch_size": [32]}, {}, {}, r"fixed.batch_size is 64, not \[32\]"),
         ({**OWN, "optimizer": ["sgd", "adam"]}, {}, {}, "leaves optimizer to its default"),
         (OWN, {}, {"data": {"source": "digits", "split_seed": 1}}, "data.split_seed is 0, not 1"),
         (OWN, {}, {"seeds": (1,)}, r"seeds is \[0\], not \[1\]"),
