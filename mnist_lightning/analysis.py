@@ -17,7 +17,7 @@ import pandas as pd
 
 from mnist_lightning import evaluations, space
 from mnist_lightning.files import read_json
-from mnist_lightning.published import PUBLISHED, Published
+from mnist_lightning.published import GRIDS, PUBLISHED, Published
 from mnist_lightning.results import load_results, search_folders
 
 PATIENCE = 10  # epochs: EarlyStopping's default
@@ -87,7 +87,8 @@ class Found:
             grown_from=self.about.get("grown_from", ()),
         )
         ids = {trial.id for trials in rounds for trial in trials}
-        return len(ids | set(self.trials.get("id", ())))
+        # beside them, later rounds of what it grew from
+        return len(ids | set(self.trials["id"])) if "grown_from" in self.about else len(ids)
 
     @property
     def finished(self) -> bool:
@@ -177,9 +178,10 @@ def groups(column: pd.Series) -> pd.Series:
         return pd.Series(
             pd.Categorical(column.map(value_text), categories=labels, ordered=True), column.index
         )
-    bins = pd.qcut(column, 4, duplicates="drop")
-    names = {b: f"{value_text(b.left)} to {value_text(b.right)}" for b in bins.cat.categories}
-    return bins.cat.rename_categories(names)
+    # the edges themselves: the first category begins a little below the smallest value
+    bins, edges = pd.qcut(column, 4, duplicates="drop", retbins=True)
+    ends = [value_text(edge) for edge in edges.tolist()]
+    return bins.cat.rename_categories([f"{a} to {b}" for a, b in itertools.pairwise(ends)])
 
 
 def value_text(value: Any) -> str:
@@ -467,6 +469,30 @@ def spread(found: Found, acc: float) -> float | None:
         return None
     weights = alike["n"] - 1
     return float(np.sqrt((alike["sd"] ** 2 * weights).sum() / weights.sum()))
+
+
+def repeats_the_study(found: Found) -> bool:
+    """Whether a search covers one of the study's own grids, on its images."""
+    values = {name: [value] for name, value in found.about["fixed"].items()}
+    values |= {name: axis for name, axis in found.about["space"].items() if isinstance(axis, list)}
+    grids = [grid for model, grid in GRIDS if model == found.model]
+    return _on_its_images(found) and any(
+        all(set(axis) <= set(values.get(name, ())) for name, axis in grid.items())
+        and f"hidden_units.{len(grid) + 1}" not in values  # a further layer
+        for grid in grids
+    )
+
+
+def _on_its_images(found: Found) -> bool:
+    data = found.about["data"]
+    return (data["name"], data["source"], data["split"]) == ("MNIST", "mnist", "study")
+
+
+def comparable(searches: Sequence[Found]) -> list[Found]:
+    """Searches to hold against the study: those on its images, where one of them repeats it."""
+    if not any(map(repeats_the_study, searches)):
+        return []
+    return [found for found in searches if _on_its_images(found)]
 
 
 def against_the_study(searches: Sequence[Found]) -> pd.DataFrame:
