@@ -93,6 +93,10 @@ class Results:
         )
         held = read_json(about, remedy)
         earlier = held.get("grown_from", [])
+        if not isinstance(earlier, list) or not all(
+            isinstance(past, dict) and past.keys() >= set(DEFINITION) for past in earlier
+        ):
+            raise ValueError(f"{about} is damaged (grown_from): {remedy}")
         if not any(differ(held.get(key), value) for key, value in identity.items()):
             return earlier
         try:

@@ -1,5 +1,6 @@
 """Searches that grow: what is done is kept to the byte, and only what is new is trained."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from test_search import of, without_time
 
 from mnist_lightning import space
+from mnist_lightning.__main__ import main
 from mnist_lightning.claims import open_storage
 from mnist_lightning.plan import Search
 from mnist_lightning.population import PopulationTraining
@@ -271,6 +273,39 @@ def test_a_worker_of_the_old_definition_finds_its_trials_done(larger, tmp_path, 
     Worker(search(), key, Results(folder), storage, "cpu", 1, lambda *_: None).work()
     assert trained == []
     assert files(folder) == before
+
+
+def test_a_search_that_is_running_ends_as_it_began_when_its_folder_grows(
+    small, larger, tmp_path, monkeypatch
+):
+    folder, wanted = tmp_path / "running", search(**LARGER)
+    run_epoch = PopulationTraining.run_epoch
+
+    def grows_meanwhile(self):
+        run_epoch(self)
+        Results(folder).open(wanted.identity(wanted.load_data()))
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(PopulationTraining, "run_epoch", grows_meanwhile)
+        assert of_run(search(), folder) == without_time(of(small))
+    assert of_run(wanted, folder) == without_time(of(larger))
+
+
+@pytest.mark.parametrize("earlier", ["a word", [1], [{}], [{"space": {}}]])
+def test_a_damaged_history_is_named(larger, tmp_path, earlier):
+    folder = shutil.copytree(larger, tmp_path / "copy")
+    about = json.loads((folder / "search.json").read_text())
+    (folder / "search.json").write_text(json.dumps({**about, "grown_from": earlier}))
+    with pytest.raises(ValueError, match=r"search\.json is damaged \(grown_from\)"):
+        run(search(**LARGER), folder, workers=0)
+
+
+def test_a_report_tells_that_it_grew(larger, tmp_path):
+    assert main(["report", str(larger), "--out", str(tmp_path / "report")]) == 0
+    words = (tmp_path / "report" / "README.md").read_text()
+    assert "- `larger`: ShallowNetwork, 24 finished\n" in words
+    assert "- trials: 24 finished\n" in words
+    assert "- grew: 20" in words
 
 
 def test_both_definitions_claim_the_same_units(small, larger):
