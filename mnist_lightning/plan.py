@@ -1,8 +1,9 @@
 """What is searched, and the units of work that it makes.
 
 A unit is what one worker takes: networks that share their mini-batches and are trained together, or
-one training by itself. Which networks form a unit follows from the search alone, so that results
-are the same bits for any number of workers, interrupted or not.
+one training by itself. Which networks form a unit follows from the search alone, and from what it
+grew from: what a definition adds forms units of its own. So results are the same bits for any
+number of workers, interrupted or not, grown before or after.
 """
 
 import dataclasses

@@ -40,7 +40,7 @@ from mnist_lightning.files import (
     write_text,
 )
 from mnist_lightning.provenance import provenance
-from mnist_lightning.space import DEFINITION, Score, Trial, check_growth, differ
+from mnist_lightning.space import DEFINITION, Score, Trial, check_growth
 
 if TYPE_CHECKING:
     import pandas
@@ -97,7 +97,8 @@ class Results:
             isinstance(past, dict) and past.keys() >= set(DEFINITION) for past in earlier
         ):
             raise ValueError(f"{about} is damaged (grown_from): {remedy}")
-        if not any(differ(held.get(key), value) for key, value in identity.items()):
+        # with the order of axes: random points follow from it, and trials keep theirs
+        if json.dumps({key: held.get(key) for key in identity}) == json.dumps(identity):
             return earlier
         try:
             grows = check_growth(held, identity)
@@ -112,7 +113,8 @@ class Results:
         past |= {"numbers": self._numbers(), "provenance": held.get("provenance")}
         held = {**held, **identity, "grown_from": [*earlier, past]}
         write_json(about, {**held, "provenance": provenance()})
-        print(f"{self.path} grows: {', '.join(grows)}", flush=True)
+        if grows:
+            print(f"{self.path} grows: {', '.join(grows)}", flush=True)
         return held["grown_from"]
 
     def _numbers(self) -> int:

@@ -332,7 +332,7 @@ def check_growth(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
         ValueError: the first difference that is no growth.
     """
     for key, value in asked.items():
-        if key not in DEFINITION and differ(held.get(key), value):
+        if key not in DEFINITION and _differ(held.get(key), value):
             raise ValueError(difference(key, held.get(key), value))
     grows = [
         *_check_parameters_grow(held, asked),
@@ -349,7 +349,7 @@ def check_growth(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
     old, new = held["second_round"], asked["second_round"]
     if old and not (new and all(new[name] >= old[name] for name in old)):
         raise ValueError(difference("second_round", old, new))
-    grows += [name for name in ("seeds", "second_round") if differ(held[name], asked[name])]
+    grows += [name for name in ("seeds", "second_round") if _differ(held[name], asked[name])]
     return grows
 
 
@@ -373,7 +373,7 @@ def _check_parameters_grow(held: Mapping[str, Any], asked: Mapping[str, Any]) ->
     for name in new:
         if name not in old:
             raise ValueError(f"it leaves {name} to its default, so that its trials do not name it")
-    return [f"space.{name}" for name, axis in new.items() if differ(axis, old[name])]
+    return [f"space.{name}" for name, axis in new.items() if _differ(axis, old[name])]
 
 
 def _holds(axis: Axis, other: Axis) -> bool:
@@ -404,12 +404,12 @@ def difference(key: str, held: Any, asked: Any) -> str:
     """Where two values differ, as deep as can be said in a line."""
     if isinstance(held, dict) and isinstance(asked, dict):
         for name in [*asked, *held]:
-            if differ(held.get(name), asked.get(name)):
+            if _differ(held.get(name), asked.get(name)):
                 return difference(f"{key}.{name}", held.get(name), asked.get(name))
     return f"its {key} is {_text(held)}, not {_text(asked)}"
 
 
-def differ(one: Any, other: Any) -> bool:
+def _differ(one: Any, other: Any) -> bool:
     """Whether two values of JSON types differ, as the parameters of two trials do."""
     return _text(one) != _text(other)
 

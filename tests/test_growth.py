@@ -153,6 +153,15 @@ def test_random_points_go_on_with_the_sequence(tmp_path):
     assert [r["params"] for r in records[:5]] == [r["params"] for r in of(tmp_path / "grown")][:5]
 
 
+def test_the_order_of_the_axes_draws_no_other_points(tmp_path, trained):
+    records = run(drawn(3), tmp_path, workers=0)
+    turned = {name: RANDOM["space"][name] for name in reversed(RANDOM["space"])}
+    assert space.random(turned, 3, 3) != space.random(RANDOM["space"], 3, 3)
+    again = run(search(space=turned, strategy=drawn(3).strategy), tmp_path, workers=0)
+    assert again == records
+    assert trained == [3]
+
+
 def sampled(n: int, **changes) -> Search:
     axes = {"lr": {"low": 1e-6, "high": 0.1, "log": True}, "hidden_units": [5, 8]}
     settings = {"sampler_args": {"n_startup_trials": 2}, "pruner_args": {"n_startup_trials": 2}}
