@@ -349,7 +349,8 @@ def _history(storage: Any, name: str, identity: Mapping[str, Any]) -> Sequence[M
     """What this search grew from on other machines: nothing where none has it."""
     for study in storage.get_all_studies():
         definitions = study.user_attrs.get("definitions")
-        if study.study_name.startswith(f"{name}-") and definitions and definitions[-1] == identity:
+        known = isinstance(definitions, list) and definitions[-1:] == [identity]
+        if known and study.study_name.startswith(f"{name}-"):
             return definitions[:-1]
     return ()
 
