@@ -21,6 +21,7 @@ _HOMES = {
     "Dashboard": "dashboard",
     "RunLogger": "dashboard",
     "load_results": "results",
+    "load_curves": "results",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -17,8 +17,8 @@ import pandas as pd
 
 from mnist_lightning import evaluations, space
 from mnist_lightning.files import read_json
-from mnist_lightning.published import PUBLISHED, Published
-from mnist_lightning.results import load_results
+from mnist_lightning.published import GRIDS, PUBLISHED, Published
+from mnist_lightning.results import load_results, search_folders
 
 PATIENCE = 10  # epochs: EarlyStopping's default
 PIXELS, CLASSES = 784, 10
@@ -76,21 +76,19 @@ class Found:
     @cached_property
     def planned(self) -> int:
         """Trials that the search consists of, as far as it is known by now."""
-        strategy = {"seed": 0, "rounds": 3, **self.about["strategy"]}
-        if strategy["name"] == "optuna":
-            return int(strategy["n"])
+        if self.about["strategy"]["name"] == "optuna":
+            return int(self.about["strategy"]["n"])
         scores = dict.fromkeys(self.trials.get("id", ()))
         for row in self.complete.itertuples():
             scores[row.id] = space.Score(getattr(row, self.objective), row.val_loss)
         rounds = space.rounds(
-            self.about["space"],
-            strategy,
-            self.about["seeds"],
-            self.about["fixed"],
-            self.about["second_round"],
-            scores,
+            **{name: self.about[name] for name in space.DEFINITION},
+            scores=scores,
+            grown_from=self.about.get("grown_from", ()),
         )
-        return sum(len(trials) for trials in rounds)
+        ids = {trial.id for trials in rounds for trial in trials}
+        # beside them, later rounds of what it grew from
+        return len(ids | set(self.trials["id"])) if "grown_from" in self.about else len(ids)
 
     @property
     def finished(self) -> bool:
@@ -154,13 +152,6 @@ def read(path: Path) -> list[Found]:
     Raises:
         ValueError: there is none, or a file of one is damaged.
     """
-    folders = [path] if (path / "search.json").is_file() else []
-    folders = folders or sorted(file.parent for file in path.glob("*/search.json"))
-    if not folders:
-        raise ValueError(
-            f"{path} is not the folder of a search: it has no search.json, nor has a folder in it."
-            " Searches are in lightning_logs/search"
-        )
     return [
         Found(
             folder,
@@ -168,7 +159,7 @@ def read(path: Path) -> list[Found]:
             load_results(folder),
             evaluations.read(folder),
         )
-        for folder in folders
+        for folder in search_folders(path)
     ]
 
 
@@ -187,9 +178,10 @@ def groups(column: pd.Series) -> pd.Series:
         return pd.Series(
             pd.Categorical(column.map(value_text), categories=labels, ordered=True), column.index
         )
-    bins = pd.qcut(column, 4, duplicates="drop")
-    names = {b: f"{value_text(b.left)} to {value_text(b.right)}" for b in bins.cat.categories}
-    return bins.cat.rename_categories(names)
+    # the edges themselves: the first category begins a little below the smallest value
+    bins, edges = pd.qcut(column, 4, duplicates="drop", retbins=True)
+    ends = [value_text(edge) for edge in edges.tolist()]
+    return bins.cat.rename_categories([f"{a} to {b}" for a, b in itertools.pairwise(ends)])
 
 
 def value_text(value: Any) -> str:
@@ -477,6 +469,30 @@ def spread(found: Found, acc: float) -> float | None:
         return None
     weights = alike["n"] - 1
     return float(np.sqrt((alike["sd"] ** 2 * weights).sum() / weights.sum()))
+
+
+def repeats_the_study(found: Found) -> bool:
+    """Whether a search covers one of the study's own grids, on its images."""
+    values = {name: [value] for name, value in found.about["fixed"].items()}
+    values |= {name: axis for name, axis in found.about["space"].items() if isinstance(axis, list)}
+    grids = [grid for model, grid in GRIDS if model == found.model]
+    return _on_its_images(found) and any(
+        all(set(axis) <= set(values.get(name, ())) for name, axis in grid.items())
+        and f"hidden_units.{len(grid) + 1}" not in values  # a further layer
+        for grid in grids
+    )
+
+
+def _on_its_images(found: Found) -> bool:
+    data = found.about["data"]
+    return (data["name"], data["source"], data["split"]) == ("MNIST", "mnist", "study")
+
+
+def comparable(searches: Sequence[Found]) -> list[Found]:
+    """Searches to hold against the study: those on its images, where one of them repeats it."""
+    if not any(map(repeats_the_study, searches)):
+        return []
+    return [found for found in searches if _on_its_images(found)]
 
 
 def against_the_study(searches: Sequence[Found]) -> pd.DataFrame:

@@ -12,11 +12,17 @@ COUNTS = 0.002  # a difference in accuracy below is within two standard deviatio
 
 
 def in_words(searches: Sequence[Found]) -> list[str]:
-    """What the numbers say, in plain words: where the study holds, and where it does not."""
-    said = []
-    held = analysis.against_the_study(searches)
+    """What the numbers say, in plain words.
+
+    Of searches that repeat the study, where it holds and where it does not; of others, first of all
+    what they found.
+    """
+    compared_with_it = analysis.comparable(searches)
+    others = [found for found in searches if all(found is not one for one in compared_with_it)]
+    said = [text for found in others for text in _own(found)]
+    held = analysis.against_the_study(compared_with_it)
     known = held[held["repeated"].notna()]
-    best = {row.model: row for row in analysis.best_found(searches).itertuples()}
+    best = {row.model: row for row in analysis.best_found(compared_with_it).itertuples()}
     if len(known):
         judged = known[known["within"].notna()]
         agree = int((judged["within"] == True).sum())  # noqa: E712
@@ -65,10 +71,43 @@ def in_words(searches: Sequence[Found]) -> list[str]:
             text += f"; on test {row.test:.4f}, the study's {row.published_test:.4f}"
         said.append(f"{text}.")
     missing = held[held["repeated"].isna()]
-    if len(missing):
+    if compared_with_it and len(missing):
         named = "; ".join(f"{m.model}, {m.where} ({m.setting})" for m in missing.itertuples())
         said.append(f"**Not measured:** {named}.")
     return said
+
+
+def _own(found: Found) -> list[str]:
+    """Of a search that is not the study's: its best setting, and which parameter matters most."""
+    if found.complete.empty:
+        return []
+    best, test = found.cells.iloc[0], analysis.tested(found)
+    names = found.axes or found.params
+    spread = f" ± {best['sd']:.4f}" if best["n"] > 1 else ""
+    text = (
+        f"**The best of {found.name}:** {analysis.setting_text(dict(best[names]))}, with"
+        f" {best['acc']:.4f}{spread} on validation (n={int(best['n'])})"
+    )
+    text += f", {test['acc']:.4f} on test." if test else "."
+    return [text, *_what_matters(found)]
+
+
+def _what_matters(found: Found) -> list[str]:
+    shares, which = analysis.variance_shares(found), "of the variance of the accuracy on this grid"
+    if shares.empty:
+        shares, which = analysis.importance(found), "of the variance of the accuracy (fANOVA)"
+    if len(shares) and shares.notna().all():
+        first, *others = (f"{name} {100 * share:.0f} %" for name, share in shares.head(3).items())
+        rest = f"; then {', '.join(others)}" if others else ""
+        return [f"**What matters most in {found.name}:** {first} {which}{rest}."]
+    if not found.axes:
+        return []
+    means = analysis.marginals(found).groupby("axis", sort=False)["mean"]
+    spans = (means.max() - means.min()).sort_values(ascending=False)
+    return [
+        f"**What matters most in {found.name}:** {spans.index[0]}: between its best and its worst"
+        f" value the mean accuracy differs by {spans.iloc[0]:.4f}."
+    ]
 
 
 def _lessons(found: Found) -> list[str]:
@@ -80,7 +119,7 @@ def _lessons(found: Found) -> list[str]:
         for end in ("best", "worst")
     }
     whole = found.model == "ShallowNetwork" and len(cells) == 384
-    if whole and found.finished:
+    if whole and found.finished and analysis.repeats_the_study(found):
         best, worst = analysis.by_rank(found)
         held = analysis.against_the_study([found])
         again = held[held["where"] == "table 2.1, worst five"]

@@ -1,11 +1,13 @@
 """What is searched, and the units of work that it makes.
 
 A unit is what one worker takes: networks that share their mini-batches and are trained together, or
-one training by itself. Which networks form a unit follows from the search alone, so that results
-are the same bits for any number of workers, interrupted or not.
+one training by itself. Which networks form a unit follows from the search alone, and from what it
+grew from: what a definition adds forms units of its own. So results are the same bits for any
+number of workers, interrupted or not, grown before or after.
 """
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -23,28 +25,22 @@ from mnist_lightning.models import CLASSES, PIXELS, Classifier, DeepNetwork, Sha
 from mnist_lightning.names import hint, import_class
 from mnist_lightning.population import Member, training_bytes
 from mnist_lightning.results import Record, score
-from mnist_lightning.space import Trial
+from mnist_lightning.space import DEFINITION, STRATEGIES, Trial
 
 # Networks trained together take at most this much memory, beside the images. Small enough that the
 # networks of one batch size can be shared out, large enough for the study's 16 of each.
 UNIT_BYTES = 64 * 2**20
 SMALL = (ShallowNetwork, DeepNetwork)  # what population trains, with plain SGD
 
-# name: its options, with their defaults; ... must be given
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "grid": {},
-    "random": {"n": ..., "seed": 0},
-    "refine": {"rounds": 3},
-    "optuna": {
-        "n": ...,
-        "seed": 0,
-        "sampler": "TPESampler",
-        "sampler_args": {},
-        "pruner": "NopPruner",
-        "pruner_args": {},
-    },
+OBJECTIVES = {
+    "val_acc": "validation accuracy",
+    "best_val_acc": "validation accuracy, best epoch",
 }
-OBJECTIVES = ("val_acc", "best_val_acc")
+# Settings of the data that decide which images train and which validate.
+DATA_OF_ALL = [
+    f"data.{name}" for name in ("name", "source", "data_dir", "split", "val_fraction", "split_seed")
+]
+NO_RESULT = [f"data.{name}" for name in ("eval_batch_size", "predict_dir", "steps_per_execution")]
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,8 @@ class Search:
         name: of the search, and of its folder.
         model: name of a class in ``mnist_lightning.models``, or dotted path of another Classifier.
         space: axes, by parameter: see ``mnist_lightning.space``. A parameter is ``max_epochs``,
-            ``batch_size`` or an argument of the model.
+            ``batch_size``, an argument of the model, or ``data.normalization`` and what else
+            ``MNISTDataModule`` takes that leaves the validation images as they are.
         strategy: ``{name: grid | random | refine | optuna}`` and its options.
         fixed: parameters that all trials share.
         seeds: each combination is trained with each of them.
@@ -64,6 +61,7 @@ class Search:
             that of the best epoch. A trial's checkpoint holds the weights that reached it.
         data: arguments of ``MNISTDataModule``, all but ``batch_size``.
         trainer: arguments of the Trainer, for models that it trains.
+        grown_from: what its folder knows of earlier definitions; see ``space.check_growth``.
     """
 
     name: str
@@ -76,6 +74,7 @@ class Search:
     objective: str = "val_acc"
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     trainer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    grown_from: Sequence[Mapping[str, Any]] = ()
 
     @cached_property
     def model_class(self) -> type[Classifier]:
@@ -99,6 +98,13 @@ class Search:
     def sampled(self) -> bool:
         """Whether Optuna draws the parameters, one trial after the other."""
         return self.strategy["name"] == "optuna"
+
+    def at(self, generation: int) -> "Search":
+        """The search as it was defined then, the newest definition being the last one."""
+        if generation == len(self.grown_from):
+            return self
+        past = {name: self.grown_from[generation][name] for name in DEFINITION}
+        return dataclasses.replace(self, **past, grown_from=self.grown_from[:generation])
 
     def check(self) -> None:
         """Refuses what cannot work before anything is trained.
@@ -129,7 +135,9 @@ class Search:
         if self.sampled and len(self.seeds) > 1:
             raise ValueError(f"optuna draws trials of one seed, got seeds {list(self.seeds)}")
         if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
+            raise ValueError(
+                f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
+            )
         if self.second_round is not None:
             if self.sampled or set(self.second_round) != {"best", "max_epochs"}:
                 raise ValueError("second_round is {best: k, max_epochs: n}; not after optuna")
@@ -138,14 +146,16 @@ class Search:
         self._check_parameters()
 
     def _check_parameters(self) -> None:
-        of_model = list(inspect.signature(self.model_class.__init__).parameters)[1:]
-        known = ["max_epochs", "batch_size", *of_model]
+        of_data = [f"data.{name}" for name in _arguments(MNISTDataModule)]
+        known = ["max_epochs", "batch_size", *_arguments(self.model_class)]
         axes = {**self.fixed, **self.space}
         for name in axes:
             if name in ("seed", "seeds"):
                 raise ValueError(f"{name} is no axis: say seeds: [0, 1, 2] beside the space")
             base, _, layer = name.partition(".")
-            if base not in known or (layer and not layer.isdigit()):
+            if base == "data":
+                _check_data_axis(name, of_data)
+            elif base not in known or (layer and not layer.isdigit()):
                 raise ValueError(f"{self.model} has no parameter {name}; {hint(base, known)}")
         if "max_epochs" not in axes:
             raise ValueError("max_epochs is missing: an axis of the space, or fixed")
@@ -156,11 +166,17 @@ class Search:
         for name in ("max_epochs", "batch_size"):
             for value in ends.get(name, [self.fixed[name]] if name in self.fixed else []):
                 check_count(name, value)
-        if self.model_class in SMALL and self.data.get("image_size", 28) != 28:
-            raise ValueError(f"{self.model} sees 28 x 28 pixels: data.image_size must be 28")
         tried = set()
         for combination in space.grid(ends):
-            arguments = self.model_args({**self.fixed, **combination})
+            params = {**self.fixed, **combination}
+            data = self.data_settings(params)
+            if (key := json.dumps(data)) not in tried:
+                tried.add(key)
+                if MNISTDataModule(**data).image_size != 28 and self.model_class in SMALL:
+                    raise ValueError(
+                        f"{self.model} sees 28 x 28 pixels: data.image_size must be 28"
+                    )
+            arguments = self.model_args(params)
             key = json.dumps(arguments)
             if key not in tried:
                 tried.add(key)
@@ -179,6 +195,8 @@ class Search:
         lists: dict[str, dict[int, Any]] = {}
         for name, value in params.items():
             base, _, layer = name.partition(".")
+            if base == "data":
+                continue
             if layer:
                 lists.setdefault(base, {})[int(layer)] = value
             elif name not in ("max_epochs", "batch_size", "seed"):
@@ -197,7 +215,17 @@ class Search:
 
     def data_module(self, params: Mapping[str, Any]) -> MNISTDataModule:
         """The data as a trial sees it."""
-        return MNISTDataModule(**{**self.data, "batch_size": self.batch_size(params)})
+        settings = self.data_settings(params)
+        return MNISTDataModule(**{**settings, "batch_size": self.batch_size(params)})
+
+    def data_settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the data module, those that are axes among them, without ``batch_size``."""
+        own = {
+            name.removeprefix("data."): value
+            for name, value in params.items()
+            if name.startswith("data.")
+        }
+        return {**self.data, **own}
 
     def batch_size(self, params: Mapping[str, Any]) -> int:
         """A trial's, or the data module's default."""
@@ -205,8 +233,8 @@ class Search:
         return params.get("batch_size", default)
 
     def load_data(self) -> MNISTDataModule:
-        """The data, fetched, verified and split."""
-        data = self.data_module(self.fixed)
+        """The data, fetched, verified and split: the images are the same for all trials."""
+        data = MNISTDataModule(**self.data)
         data.prepare_data()
         data.setup("fit")
         return data
@@ -216,7 +244,7 @@ class Search:
         fields = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ("name", "data")
+            if field.name not in ("name", "data", "grown_from")
         }
         facts = ("name", "source", "split", "val_fraction", "split_seed", "image_size")
         about = {fact: getattr(data, fact) for fact in (*facts, "normalization", "checksum")}
@@ -240,6 +268,34 @@ class Search:
         return float(params.get("lr", default))
 
 
+def _arguments(kind: type) -> list[str]:
+    """Names of what a class takes, also of what it passes on to its bases as ``**kwargs``."""
+    found: list[str] = []
+    for base in kind.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        found += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return list(dict.fromkeys(found))
+
+
+def _check_data_axis(name: str, known: Sequence[str]) -> None:
+    """Refuses what is no setting of the data, or none that trials may differ in."""
+    if name not in known:
+        raise ValueError(f"the data has no setting {name}; {hint(name, known)}")
+    if name in DATA_OF_ALL:
+        raise ValueError(
+            f"{name} is no parameter of a trial: trials are compared on the same validation images."
+            f" Make a search for each value, with --{name} and --folder"
+        )
+    if name == "data.batch_size":
+        raise ValueError("data.batch_size is called batch_size here")
+    if name in NO_RESULT:
+        raise ValueError(f"{name} changes no result: give it once, with --{name}")
+
+
 def check_count(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
@@ -255,6 +311,7 @@ class Unit:
         together: whether they are networks of one population.
         work: estimated seconds on one core, for the order of units and the time left.
         number: of the trial that a sampler will draw.
+        generation: of the definition that it is drawn from.
     """
 
     name: str
@@ -262,6 +319,7 @@ class Unit:
     together: bool
     work: float
     number: int = -1
+    generation: int = 0
 
     @property
     def ids(self) -> list[str]:
@@ -277,21 +335,26 @@ def units(search: Search, trials: Sequence[Trial], images: int) -> list[Unit]:
         trials: of one round.
         images: in the training set.
     """
-    groups: dict[tuple[int, int, int], list[Trial]] = {}
+    groups: dict[tuple[Any, ...], list[Trial]] = {}
     found = []
     for trial in trials:
         if search.hidden_units(trial.params) is None:
             # seconds that nobody knows; among each other they compare
             found.append(Unit(trial.id, (trial,), False, float(trial.params["max_epochs"])))
         else:
-            key = (trial.round, search.batch_size(trial.params), trial.params["seed"])
+            batch_size, seed = search.batch_size(trial.params), trial.params["seed"]
+            data = json.dumps(search.data_settings(trial.params))
+            key = (trial.round, trial.generation, batch_size, seed, data)
             groups.setdefault(key, []).append(trial)
-    for (round, batch_size, seed), group in groups.items():
+    plain = json.dumps(dict(search.data))
+    for (round, generation, batch_size, seed, data), group in groups.items():
         parts = _split(search, group)
         for number, part in enumerate(parts):
             name = f"round{round}-batch{batch_size}-seed{seed}" + f"-part{number}" * (
                 len(parts) > 1
             )
+            if generation or data != plain:  # other trials have a unit of that name already
+                name += f"-{digest([trial.id for trial in part])}"
             found.append(Unit(name, tuple(part), True, _cost(search, part, batch_size, images)))
     return sorted(found, key=lambda unit: -unit.work)
 
@@ -343,18 +406,43 @@ def _cost(search: Search, trials: Sequence[Trial], batch_size: int, images: int)
 def rounds(search: Search, records: Mapping[str, Record]) -> list[list[Trial]]:
     """The rounds of the search, up to the first that is not finished."""
     scores = {id: score(record, search.objective) for id, record in records.items()}
-    strategy = {**STRATEGIES[search.strategy["name"]], **search.strategy}
     return list(
         space.rounds(
-            search.space, strategy, search.seeds, search.fixed, search.second_round, scores
+            search.space,
+            search.strategy,
+            search.seeds,
+            search.fixed,
+            search.second_round,
+            scores,
+            search.grown_from,
         )
     )
+
+
+def planned(search: Search, records: Mapping[str, Record]) -> list[str]:
+    """Ids of the trials of all rounds, up to the first that is not finished."""
+    if search.sampled:
+        return [unit.ids[0] for unit in all_units(search, records, 1)]
+    return [trial.id for trials in rounds(search, records) for trial in trials]
+
+
+def generation(search: Search, number: int) -> int:
+    """Of the definition that a sampler draws the trial of this number from."""
+    return sum(past["strategy"]["n"] <= number for past in search.grown_from)
+
+
+def digest(content: Any) -> str:
+    """Eight hexadecimal digits that follow from JSON types."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
 
 
 def all_units(search: Search, records: Mapping[str, Record], images: int) -> list[Unit]:
     """Units of all rounds, up to the first that is not finished."""
     if search.sampled:
-        return [Unit(f"draw{i:04d}", (), False, 1.0, i) for i in range(search.strategy["n"])]
+        return [
+            Unit(f"draw{i:04d}", (), False, 1.0, i, generation(search, i))
+            for i in range(search.strategy["n"])
+        ]
     return [unit for trials in rounds(search, records) for unit in units(search, trials, images)]
 
 

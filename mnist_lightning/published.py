@@ -127,6 +127,24 @@ PUBLISHED = [
     *_rows("section 4.4", "ResNet18", [({"regime": "scratch"}, 0.9924)], "test_acc"),
 ]
 
+_WIDTHS = [10, 20, 256, 512, 1024]
+
+# What the study searched: a search of ours that covers one of these repeats it.
+GRIDS: list[tuple[str, Mapping[str, list[Any]]]] = [
+    (
+        "ShallowNetwork",
+        {
+            "batch_size": [4, 8, 16, 32, 64, 128],
+            "max_epochs": [10, 20, 50, 100],
+            "lr": [0.1, 0.01, 0.001, 0.0001],
+            "hidden_units": [10, 25, 50, 100],
+        },
+    ),
+    ("DeepNetwork", {f"hidden_units.{i}": [*_WIDTHS, 128, 2048] for i in (1, 2)}),
+    ("DeepNetwork", {f"hidden_units.{i}": _WIDTHS for i in (1, 2, 3)}),
+    ("ResNet18", {"regime": ["scratch", "finetune", "freeze"]}),
+]
+
 # Where each table and figure of the study has its counterpart.
 COUNTERPARTS = [
     ("section 1.1, the perceptron's tensors", "`inspect --config perceptron.yaml`"),

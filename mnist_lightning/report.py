@@ -189,7 +189,8 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
         cells = table.frame.astype(object).map(csv_cell)
         write_text(tables / f"{table.name}.csv", cells.to_csv(index=False))
         write_text(tables / f"{table.name}.md", table.markdown() + "\n")
-    write_text(tables / "results.md", findings.results_table(searches))
+    if studied := analysis.comparable(searches):
+        write_text(tables / "results.md", findings.results_table(studied))
     from mnist_lightning import figures
 
     for drawing in (drawing for block in blocks for drawing in block.drawings):
@@ -238,6 +239,13 @@ def _facts(found: "Found") -> list[tuple[str, str]]:
     from mnist_lightning.analysis import setting_text, value_text
 
     about, data, origin = found.about, found.about["data"], found.about["provenance"]
+    started, *grew = [each["provenance"]["time"] for each in [*about.get("grown_from", ()), about]]
+    shown = {
+        "image_size": f"{data['image_size']} pixels",
+        "normalization": f"normalization {data['normalization']}",
+    }
+    # what is an axis is told as one
+    seen = [text for name, text in shown.items() if f"data.{name}" not in found.params]
     strategy = dict(about["strategy"])
     name = strategy.pop("name")
     options = ", ".join(f"{k} {v}" for k, v in strategy.items())
@@ -262,13 +270,18 @@ def _facts(found: "Found") -> list[tuple[str, str]]:
         ("seeds", ", ".join(map(str, about["seeds"]))),
         (
             "data",
-            f"{data['name']} ({data['source']}), split {data['split']} (seed"
-            f" {data['split_seed']}), {data['image_size']} pixels,"
-            f" normalization {data['normalization']}",
+            ", ".join(
+                [
+                    f"{data['name']} ({data['source']})",
+                    f"split {data['split']} (seed {data['split_seed']})",
+                    *seen,
+                ]
+            ),
         ),
         ("ranked by", "val_acc after the last epoch" if found.objective == "val_acc" else "best"),
         ("trained for", _duration(seconds) + " of one core"),
-        ("started", origin["time"]),
+        ("started", started),
+        ("grew", ", ".join(grew)),
         ("code", f"mnist_lightning {code['mnist_lightning']}, {code.get('commit', '')[:12]}"),
     ]
     return [(name, text) for name, text in facts if text]
@@ -284,7 +297,8 @@ def _overall(searches: Sequence["Found"]) -> list[Block]:
     """What is said of all searches together."""
     from mnist_lightning import analysis
 
-    held = analysis.against_the_study(searches)
+    compared_with_it = analysis.comparable(searches)
+    held = analysis.against_the_study(compared_with_it)
     compared = analysis.efficiency(searches)
     blocks = []
     if held["repeated"].notna().any():
@@ -300,7 +314,7 @@ def _overall(searches: Sequence["Found"]) -> list[Block]:
         blocks.append(
             Block("Published against repeated", text, [Table("published", "Row by row", table)])
         )
-    best = analysis.best_found(searches)
+    best = analysis.best_found(compared_with_it)
     if len(best):
         text = (
             "The study's best on validation and on test, beside the best of all searches above."
@@ -608,6 +622,7 @@ def _readme(
     sections: Sequence[Section],
     said: Sequence[str],
 ) -> str:
+    from mnist_lightning import analysis
     from mnist_lightning.published import COUNTERPARTS
 
     lines = [
@@ -634,9 +649,10 @@ def _readme(
                 lines += ["", block.text]
             for table in small:
                 lines += ["", f"{table.title}:", "", table.markdown()]
-    lines += ["", "## The study's tables and figures, and their counterparts", ""]
-    lines += ["| the study | here |", "|---|---|"]
-    lines += [f"| {theirs} | {ours} |" for theirs, ours in COUNTERPARTS]
+    if analysis.comparable(searches):
+        lines += ["", "## The study's tables and figures, and their counterparts", ""]
+        lines += ["| the study | here |", "|---|---|"]
+        lines += [f"| {theirs} | {ours} |" for theirs, ours in COUNTERPARTS]
     return "\n".join(lines) + "\n"
 
 

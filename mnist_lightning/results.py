@@ -1,6 +1,7 @@
 """What a search leaves behind: a folder of trials, written so that no crash can damage them.
 
-search.json                 what was searched, on which data: another search is refused
+search.json                 what was searched, on which data: another search is refused, one that
+                            it can grow to is added
 trials/<id>.json            one finished trial: the truth, written once, whole or not at all
 *.damaged                   damaged files, set aside; what they held is trained again
 checkpoints/<id>.ckpt       its weights, an ordinary checkpoint; best.ckpt is the winner's
@@ -13,6 +14,7 @@ journal.log                 which worker trains what, where no --storage was nam
 test.json                   each evaluation of the winner on the test images
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -21,14 +23,15 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mnist_lightning.files import (
     JSON_BYTES,
     create_json,
     csv_cell,
+    printable,
     read_json,
     read_torch,
     set_aside,
@@ -37,7 +40,7 @@ from mnist_lightning.files import (
     write_text,
 )
 from mnist_lightning.provenance import provenance
-from mnist_lightning.space import Score, Trial
+from mnist_lightning.space import DEFINITION, Score, Trial, check_growth
 
 if TYPE_CHECKING:
     import pandas
@@ -46,6 +49,8 @@ Record = dict[str, Any]
 
 # what happened in each epoch; the train loss is the mean over its mini-batches as they came
 CURVES = ("train_loss", "val_loss", "val_acc")
+# the columns of a table of trials that hold numbers whatever became of them
+NUMBERS = (*CURVES, "best_val_acc", "best_epoch", "seconds")
 
 
 class Results:
@@ -61,11 +66,17 @@ class Results:
         self.state = path / "state"
         self._records: dict[str, Record] = {}  # a finished trial never changes
 
-    def open(self, identity: Mapping[str, Any]) -> None:
-        """Makes the folder, or checks that it is of the same search.
+    def open(
+        self, identity: Mapping[str, Any], grown_from: Sequence[Mapping[str, Any]] = ()
+    ) -> list[dict[str, Any]]:
+        """Makes the folder, or checks that it is of the same search, or of one that it grew from.
 
         Args:
             identity: all that the results depend on, as JSON types.
+            grown_from: earlier definitions that others know; written where the folder is new.
+
+        Returns:
+            Earlier definitions, the oldest first; see ``space.rounds``.
 
         Raises:
             ValueError: it holds another search, or a damaged ``search.json``.
@@ -74,18 +85,45 @@ class Results:
             folder.mkdir(parents=True, exist_ok=True)
         about = self.path / "search.json"
         if not about.is_file():
-            create_json(about, {**identity, "provenance": provenance()})
-        held = read_json(
-            about,
+            history = {"grown_from": list(grown_from)} if grown_from else {}
+            create_json(about, {**identity, **history, "provenance": provenance()})
+        remedy = (
             "delete this file if the folder's trials are of this search, and it is written anew;"
-            " else choose another folder with --name",
+            " else choose another folder with --folder"
         )
-        for key, value in identity.items():
-            if held.get(key) != value:
-                raise ValueError(
-                    f"{self.path} holds another search: {_difference(key, held.get(key), value)}."
-                    " Choose another folder with --name, or delete this one"
-                )
+        held = read_json(about, remedy)
+        earlier = held.get("grown_from", [])
+        if not isinstance(earlier, list) or not all(
+            isinstance(past, dict) and past.keys() >= set(DEFINITION) for past in earlier
+        ):
+            raise ValueError(f"{about} is damaged (grown_from): {remedy}")
+        # with the order of axes: random points follow from it, and trials keep theirs
+        if json.dumps({key: held.get(key) for key in identity}) == json.dumps(identity):
+            return earlier
+        try:
+            grows = check_growth(held, identity)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{about} is damaged: {remedy}") from error
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path} holds another search: {error}. A search can grow (more values, seeds,"
+                " trials, epochs), not change or shrink: choose another folder with --folder"
+            ) from error
+        past = {name: held[name] for name in DEFINITION}
+        past |= {"numbers": self._numbers(), "provenance": held.get("provenance")}
+        held = {**held, **identity, "grown_from": [*earlier, past]}
+        write_json(about, {**held, "provenance": provenance()})
+        if grows:
+            print(f"{self.path} grows: {', '.join(grows)}", flush=True)
+        return held["grown_from"]
+
+    def _numbers(self) -> int:
+        """How many numbers of trials are taken."""
+        taken = [-1]
+        for file in self.trials.glob("[!.]*.json"):
+            with contextlib.suppress(ValueError):  # damaged: trained again
+                taken += [cast(Record, self.record(file.stem))["number"]]
+        return 1 + max(taken)
 
     def heal(self) -> list[str]:
         """Sets damaged files aside: trials, and checkpoints with their trials.
@@ -99,7 +137,7 @@ class Results:
             except ValueError as error:
                 set_aside(file)
                 reason = str(error).rpartition(": ")[0]
-                print(f"{reason}: set aside as {file.name}.damaged", flush=True)
+                print(printable(f"{reason}: set aside as {file.name}.damaged"), flush=True)
         without_weights = []
         for id in list(self._records):
             weights = self.checkpoints / f"{id}.ckpt"
@@ -113,7 +151,8 @@ class Results:
                 del self._records[id]
                 without_weights.append(id)
                 aside = f"{weights.name}.damaged"
-                print(f"{error}: set aside as {aside}, trial {id} is trained again", flush=True)
+                what = f"{error}: set aside as {aside}, trial {id} is trained again"
+                print(printable(what), flush=True)
         return without_weights
 
     def record(self, id: str) -> Record | None:
@@ -306,31 +345,94 @@ def score(record: Record, objective: str) -> Score | None:
     return Score(record["best_val_acc"], record["curves"]["val_loss"][record["best_epoch"] - 1])
 
 
-def load_results(path: str | os.PathLike[str]) -> "pandas.DataFrame":
-    """The trials of a search as a table, a row each.
-
-    Args:
-        path: the search's folder (finished or not), or its ``results.json``.
-
-    Returns:
-        Columns as in ``results.csv`` and, last, ``curves``: a dict of lists, see ``CURVES``.
+def search_folders(path: Path) -> list[Path]:
+    """The folder itself if it is that of a search, else those of searches directly in it.
 
     Raises:
-        ValueError: there is no search, or pandas is not installed.
+        ValueError: there is none.
     """
+    folders = [path] if (path / "search.json").is_file() else []
+    folders = folders or sorted(file.parent for file in path.glob("*/search.json"))
+    if not folders:
+        raise ValueError(
+            f"{path} is not the folder of a search: it has no search.json, nor has a folder in it."
+            " Searches are in lightning_logs/search"
+        )
+    return folders
+
+
+def load_results(*paths: str | os.PathLike[str]) -> "pandas.DataFrame":
+    """The trials of searches as a table, a row each.
+
+    Args:
+        paths: what ``report`` takes: folders of searches, finished or not, or folders that hold
+            several; also a ``results.json``.
+
+    Returns:
+        Columns, all but those in brackets numbers; what a trial does not have is missing (NaN):
+        (``search``): its folder's name; (``id``), ``number``, ``round``, ``seed``;
+        (``state``): COMPLETE, PRUNED or FAIL; one for each parameter, like ``lr``;
+        ``train_loss``, ``val_loss`` and ``val_acc`` after the last epoch; ``best_val_acc`` and its
+        ``best_epoch``, from 1; ``epochs`` and ``seconds`` that it took; (``error``) of one that
+        failed; (``curves``): see ``load_curves``, which has them as numbers.
+
+    Raises:
+        ValueError: there is no search, a file is damaged, or pandas is not installed.
+    """
+    pandas = _pandas()
+    rows = [
+        {"search": name, **_flat(record), "curves": record["curves"]}
+        for name, record in _records(paths)
+    ]
+    table = pandas.DataFrame(rows)
+    for name in set(NUMBERS) & set(table.columns):  # of failed trials alone, no type is known
+        table[name] = pandas.to_numeric(table[name])
+    return table
+
+
+def load_curves(*paths: str | os.PathLike[str]) -> "pandas.DataFrame":
+    """What happened in each epoch of the trials of searches, a row each.
+
+    Args:
+        paths: see ``load_results``.
+
+    Returns:
+        Columns ``search`` and ``id``, as in ``load_results``; ``epoch``, from 1; ``train_loss``,
+        ``val_loss`` and ``val_acc``, numbers (NaN where a loss was no number).
+
+    Raises:
+        ValueError: as ``load_results``.
+    """
+    pandas = _pandas()
+    columns: dict[str, list[Any]] = {name: [] for name in ("search", "id", "epoch", *CURVES)}
+    for search, record in _records(paths):
+        curves = record["curves"]
+        epochs = len(curves["val_acc"])
+        columns["search"] += [search] * epochs
+        columns["id"] += [record["id"]] * epochs
+        columns["epoch"] += range(1, epochs + 1)
+        for name in CURVES:
+            columns[name] += curves[name]
+    return pandas.DataFrame(columns).astype(dict.fromkeys(CURVES, float) | {"epoch": int})
+
+
+def _pandas() -> Any:
     try:
         import pandas
     except ImportError as error:
         raise ValueError("a table needs pandas: pip install 'mnist-lightning[search]'") from error
-    path = Path(path)
-    folder = path.parent if path.is_file() else path
-    if not (folder / "search.json").is_file():
-        raise ValueError(f"{path} is not the folder of a search: it has no search.json")
-    if path.is_dir() and (folder / "trials").is_dir():
-        records = Results(folder).in_order()
-    else:
-        records = _read_tables(folder)
-    return pandas.DataFrame([{**_flat(r), "curves": r["curves"]} for r in records])
+    return pandas
+
+
+def _records(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, Record]]:
+    """The trials of all searches, each with the name of its search."""
+    for path in map(Path, paths):
+        alone = path.is_file()
+        for folder in search_folders(path.parent if alone else path):
+            whole = (folder / "trials").is_dir() and not alone
+            records = Results(folder).in_order() if whole else _read_tables(folder)
+            for record in records:
+                yield folder.resolve().name, record
 
 
 def _read_tables(folder: Path) -> list[Record]:
@@ -375,12 +477,3 @@ def _flat(record: Record) -> Record:
         elif name != "curves":
             row[name] = value
     return row
-
-
-def _difference(key: str, held: Any, asked: Any) -> str:
-    """Where two values differ, as deep as can be said in a line."""
-    if isinstance(held, dict) and isinstance(asked, dict):
-        for name in [*asked, *held]:
-            if held.get(name) != asked.get(name):
-                return _difference(f"{key}.{name}", held.get(name), asked.get(name))
-    return f"its {key} is {json.dumps(held)}, not {json.dumps(asked)}"

@@ -1,15 +1,15 @@
 """Run a search: trials in, results out; resumed, spread over workers and machines."""
 
 import contextlib
-import hashlib
-import json
+import dataclasses
 import multiprocessing
 import os
 import signal
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -23,7 +23,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from mnist_lightning import space
 from mnist_lightning.claims import Claim, ClaimLost, Claims, open_storage, start_of
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.files import write_bytes
+from mnist_lightning.files import printable, write_bytes
 from mnist_lightning.names import SearchByName, allow_classes
 from mnist_lightning.plan import (
     OBJECTIVES,
@@ -34,11 +34,13 @@ from mnist_lightning.plan import (
     Unit,
     all_units,
     check_count,
+    digest,
     networks,
     open_units,
-    rounds,
+    planned,
 )
 from mnist_lightning.results import Record, Results, score
+from mnist_lightning.space import Score
 from mnist_lightning.worker import (
     ATTEMPTS,
     Report,
@@ -46,6 +48,7 @@ from mnist_lightning.worker import (
     adopt,
     fill_index,
     make_trainer,
+    optuna_study,
     sampler_and_pruner,
 )
 
@@ -191,10 +194,7 @@ class Progress:
         """Looks what there is to do; again whenever a round ends."""
         records = self.results.records()
         self._done = len(records)
-        if self.search.sampled:
-            self.total = self.search.strategy["n"]
-        else:
-            self.total = sum(len(trials) for trials in rounds(self.search, records))
+        self.total = len({*records, *planned(self.search, records)})
         left = open_units(self.search, records, self.images)
         self._work = {unit.name: unit.work for unit in left}
         self._first: dict[str, float] = {}  # how much of a unit was done when we came
@@ -211,18 +211,18 @@ class Progress:
         done = len(self.results.records())
         if done == self.total and done > self._done:
             self._plan()
-        text = ", ".join(self._facts())
+        facts = self._facts()
         self._bar.total, self._bar.n = self.total, done
-        self._bar.set_postfix_str(text)
+        self._bar.set_postfix_str(", ".join(facts))
         if self._bar.disable and time.monotonic() - self._said > 30:
             self._said = time.monotonic()
-            print(f"{done}/{self.total} trials, {text}", flush=True)
+            print(", ".join([f"{done}/{self.total} trials", *facts]), flush=True)
 
     def _facts(self) -> list[str]:
         facts = []
         scores = [score(r, self.search.objective) for r in self.results.records().values()]
         if good := [found.val_acc for found in scores if found]:
-            facts.append(f"best {self.search.objective} {max(good):.4f}")
+            facts.append(f"best trial {max(good):.4f}")
         parts = [(self._work.get(unit, 0), self._first[unit], p) for unit, p in self._part.items()]
         if done := sum(work * (part - first) for work, first, part in parts):
             whole = sum(self._work.values()) - sum(work * first for work, first, _ in parts)
@@ -242,7 +242,7 @@ def run(
     storage: str | None = None,
     device: str = "cpu",
 ) -> list[Record]:
-    """Runs a search, or what is left of it.
+    """Runs a search, or what is left of it, or what it has grown by: see ``space.check_growth``.
 
     Args:
         search: what to search.
@@ -270,8 +270,10 @@ def run(
     results = Results(folder or ROOT / search.name)
     data = search.load_data()
     identity = search.identity(data)
-    results.open(identity)
-    key = f"{search.name}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]}"
+    known = _history(open_storage(storage, results.path), search.name, identity) if storage else ()
+    search = dataclasses.replace(search, grown_from=tuple(results.open(identity, known)))
+    # that of the first definition: workers that know no other one meet the others there
+    key = f"{search.name}-{digest(search.at(0).identity(data))}"
     meeting_point = open_storage(storage, results.path)
     claims = Claims(meeting_point, key)
     images = len(data.train_set)
@@ -279,6 +281,8 @@ def run(
         claims.forget(without_weights)
     if storage is not None:
         _agree(search, results, claims, images)
+        index = optuna_study(search, meeting_point, key)
+        index.set_user_attr("definitions", [*search.grown_from, identity])
     print(f"{search.name}: {search.model}, {data.describe()}")
     if left := open_units(search, results.records(), images):
         if workers is None:
@@ -287,10 +291,13 @@ def run(
             workers = 1 if alone and torch.cuda.is_available() else os.cpu_count() or 1
         if search.second_round is None and search.strategy["name"] != "refine":
             workers = min(workers, len(left))  # no further round will need more
-        _say_plan(search, left, max(workers, 1))
+        _say_plan(search, results.records(), left, max(workers, 1))
         if search.sampled:
             # what the sampler learns from
-            fill_index(search, meeting_point, key, results.in_order())
+            for generation in range(len(search.grown_from) + 1):
+                past = search.at(generation)
+                drawn = [r for r in results.in_order() if r["number"] < past.strategy["n"]]
+                fill_index(past, meeting_point, key, drawn)
         threads = max(1, (os.cpu_count() or 1) // max(workers, 1))
         arguments = (search, key, results.path, storage, device, threads)
         progress = Progress(search, results, images)
@@ -319,6 +326,8 @@ def run(
         if errors and open_units(search, results.records(), images):
             results.write_tables()
             raise ValueError(f"{errors[0]} (what is finished stays; the same command goes on)")
+    else:
+        print(f"holds all its {counted(len(results.records()), 'trial')}: nothing to train")
     found = results.write_tables()
     fill_index(search, meeting_point, key, found)
     results.write_tensorboard(search.model)
@@ -334,6 +343,21 @@ def _check_device(device: str) -> None:
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind != "cpu" and (there is None or there.type != kind):
         raise ValueError(f"device {device!r} is not on this machine; there is {there or 'cpu'}")
+
+
+def _history(storage: Any, name: str, identity: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """What this search grew from on other machines: nothing where none has it."""
+    for study in storage.get_all_studies():
+        definitions = study.user_attrs.get("definitions")
+        known = isinstance(definitions, list) and definitions[-1:] == [identity]
+        if known and study.study_name.startswith(f"{name}-"):
+            return definitions[:-1]
+    return ()
+
+
+def counted(count: int, what: str) -> str:
+    """``1 trial``, ``2 trials``."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _agree(search: Search, results: Results, claims: Claims, images: int) -> None:
@@ -353,33 +377,38 @@ def _agree(search: Search, results: Results, claims: Claims, images: int) -> Non
             adopt(search, results, claims, unit, claim)
 
 
-def _say_plan(search: Search, left: Sequence[Unit], workers: int) -> None:
-    line = f"{sum(len(unit.ids) for unit in left)} trials to go"
+def _say_plan(
+    search: Search, records: Mapping[str, Record], left: Sequence[Unit], workers: int
+) -> None:
+    ids = planned(search, records)
+    missing = sum(id not in records for id in ids)
+    line = f"trains {counted(missing, 'trial')}"
+    if records:
+        whole = len({*records, *ids})
+        line = f"holds {counted(len(records), 'trial')} of {whole:,}; trains {missing:,}"
     if together := [unit for unit in left if unit.together]:
         count = sum(len(networks(search, unit.trials)) for unit in together)
-        line += f": {count} networks in {len(together)} population{'s' * (len(together) > 1)}"
+        line += f": {counted(count, 'network')} in {counted(len(together), 'population')}"
         if any("-part" in unit.name for unit in together):
             line += f", split to stay below {UNIT_BYTES >> 20} MiB each"
-    print(f"{line}; {workers} worker{'s' * (workers > 1)}", flush=True)
+    print(f"{line}; {counted(workers, 'worker')}", flush=True)
 
 
 def _crown(search: Search, results: Results, records: Sequence[Record]) -> None:
     """Names the best, and keeps the winner's checkpoint as ``best.ckpt``."""
     if failed := [record for record in records if record["state"] == "FAIL"]:
-        print(f"{len(failed)} failed, the first: {failed[0]['id']}: {failed[0]['error']}")
+        first = " ".join(f"{failed[0]['id']}: {failed[0]['error']}".split())
+        print(f"{len(failed)} failed, the first: {printable(first)}")
     scored = [(found, r) for r in records if (found := score(r, search.objective))]
     if not scored:
         print("no trial succeeded")
         return
     ranked = sorted(scored, key=lambda pair: (-pair[0].val_acc, pair[0].val_loss))
     # of several seeds, the best mean wins, and of its trials the best one
-    cells = space.best([({**r["params"], "seed": r["seed"]}, found) for found, r in scored])
-    winner = next(record for _, record in ranked if record["params"] == cells[0])
-    print(f"\n{'id':<10}{search.objective:<14}parameters")
-    for found, record in ranked[:5]:
-        params = {**record["params"], "seed": record["seed"]}
-        words = "  ".join(f"{name} {value}" for name, value in params.items())
-        print(f"{record['id']:<10}{found.val_acc:<14.4f}{words}")
+    cells = space.ranking([({**r["params"], "seed": r["seed"]}, found) for found, r in scored])[:5]
+    best_of = [next(r for _, r in ranked if r["params"] == params) for params, _ in cells]
+    winner = best_of[0]
+    print(printable(_table(search, cells, best_of)))
     weights = results.checkpoints / f"{winner['id']}.ckpt"
     if not weights.is_file():
         print(f"\nwinner       {winner['id']}; its weights are on the machine that trained it")
@@ -393,6 +422,39 @@ def _crown(search: Search, results: Results, records: Sequence[Record]) -> None:
         f"\nanother one  python -m mnist_lightning test --ckpt_path {best.parent / 'ID.ckpt'}"
         f"\nsee them     tensorboard --logdir {results.path}"
     )
+
+
+def _table(
+    search: Search,
+    cells: Sequence[tuple[Mapping[str, Any], Sequence[Score]]],
+    best_of: list[Record],
+) -> str:
+    """Configurations by the mean over their seeds, the best first.
+
+    Args:
+        search: the search.
+        cells: parameters and the scores of their seeds.
+        best_of: the best trial of each.
+    """
+    rows = [(OBJECTIVES[search.objective], "n", "best trial", "configuration")]
+    shown = [name for name in cells[0][0] if name not in search.fixed] or list(cells[0][0])
+    for (params, scores), record in zip(cells, best_of, strict=True):
+        found = [score.val_acc for score in scores]
+        mean = f"{statistics.fmean(found):.4f}"
+        if len(found) > 1:
+            mean += f" ± {statistics.stdev(found):.4f}"
+        words = ", ".join(f"{name} {_rounded(params[name])}" for name in shown if name in params)
+        rows.append((mean, str(len(found)), record["id"], words))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = (
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    )
+    return "\n" + "\n".join(lines)
+
+
+def _rounded(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else " ".join(str(value).split())
 
 
 def _parser() -> ArgumentParser:

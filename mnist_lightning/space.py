@@ -17,6 +17,23 @@ from typing import Any, NamedTuple
 Axis = Sequence[Any] | Mapping[str, Any]
 Space = Mapping[str, Axis]
 
+# name: its options, with their defaults; ... must be given
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "grid": {},
+    "random": {"n": ..., "seed": 0},
+    "refine": {"rounds": 3},
+    "optuna": {
+        "n": ...,
+        "seed": 0,
+        "sampler": "TPESampler",
+        "sampler_args": {},
+        "pruner": "NopPruner",
+        "pruner_args": {},
+    },
+}
+# The part of a search that may grow: its definition. The rest of it never changes.
+DEFINITION = ("space", "strategy", "fixed", "seeds", "second_round")
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -26,11 +43,13 @@ class Trial:
         params: what tells it from the others, its ``seed`` among them.
         number: its place in the search, from 0.
         round: of the search, from 0.
+        generation: the definition that brought it, from 0: how often the search had grown.
     """
 
     params: Mapping[str, Any]
     number: int
     round: int = 0
+    generation: int = 0
 
     @property
     def id(self) -> str:
@@ -181,16 +200,24 @@ def best(scored: Sequence[tuple[Mapping[str, Any], Score]], k: int = 1) -> list[
     Returns:
         Parameters without ``seed``, the best first.
     """
+    return [cell for cell, _ in ranking(scored)[:k]]
+
+
+def ranking(
+    scored: Sequence[tuple[Mapping[str, Any], Score]],
+) -> list[tuple[dict[str, Any], list[Score]]]:
+    """All parameter sets with the scores of their seeds, in the order of ``best``."""
     cells: dict[str, tuple[dict[str, Any], list[Score]]] = {}
     for params, score in scored:
         cell = {name: value for name, value in params.items() if name != "seed"}
-        cells.setdefault(json.dumps(cell), (cell, []))[1].append(score)
+        key = json.dumps(cell, sort_keys=True)
+        cells.setdefault(key, (cell, []))[1].append(score)
 
     def rank(cell: tuple[dict[str, Any], list[Score]]) -> tuple[float, float]:
         accuracies, losses = zip(*cell[1], strict=True)
         return -math.fsum(accuracies) / len(accuracies), math.fsum(losses) / len(losses)
 
-    return [cell for cell, _ in sorted(cells.values(), key=rank)[:k]]
+    return sorted(cells.values(), key=rank)
 
 
 def rounds(
@@ -200,8 +227,13 @@ def rounds(
     fixed: Mapping[str, Any] | None = None,
     second_round: Mapping[str, int] | None = None,
     scores: Mapping[str, Score | None] | None = None,
+    grown_from: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[list[Trial]]:
     """The rounds of a search, each the trials that the rounds before did not have.
+
+    The first round of a search that has grown holds the first round of each earlier definition,
+    in the order in which they came: trials keep their numbers. Later rounds follow from the
+    newest definition alone.
 
     Args:
         space: as ``check`` accepts it.
@@ -211,33 +243,47 @@ def rounds(
         fixed: parameters that all trials share.
         second_round: ``{best: k, max_epochs: n}`` trains the best k again, for n epochs.
         scores: of finished trials by id; ``None`` is a trial that failed.
+        grown_from: earlier definitions, the oldest first: see ``check_growth``. Their ``numbers``
+            are how many numbers of trials were taken when the next one came.
 
     Yields:
         As far as the scores reach: the first round that is not finished is the last one.
     """
     scores = scores or {}
+    strategy = {**STRATEGIES[strategy["name"]], **strategy}
+    newest = {"space": space, "strategy": strategy, "fixed": fixed or {}, "seeds": seeds}
     known: dict[str, Trial] = {}
+    next_number = 0
 
-    def new(combinations: Sequence[Mapping[str, Any]], round: int) -> list[Trial]:
+    def new(
+        combinations: Sequence[Mapping[str, Any]], seeds: Sequence[int], round: int, generation: int
+    ) -> list[Trial]:
+        nonlocal next_number
         fresh = []
         for params in combinations:
             for seed in seeds:
-                trial = Trial({**(fixed or {}), **params, "seed": seed}, len(known), round)
+                trial = Trial({**params, "seed": seed}, next_number, round, generation)
                 if known.setdefault(trial.id, trial) is trial:
                     fresh.append(trial)
+                    next_number += 1
         return fresh
 
     def ranked(k: int) -> list[dict[str, Any]]:
         scored = ((trial.params, scores[id]) for id, trial in known.items())
         return best([(params, score) for params, score in scored if score is not None], k)
 
-    number = 0
-    for number in range(strategy["rounds"] if strategy["name"] == "refine" else 1):
-        if strategy["name"] == "random":
-            combinations = random(space, strategy["n"], strategy.get("seed", 0))
-        else:
-            combinations = grid(space)
-        yield new(combinations, number)
+    first: list[Trial] = []
+    combinations: list[dict[str, Any]] = []
+    for generation, definition in enumerate([*grown_from, newest]):
+        combinations = _first(definition, combinations)
+        first += new(combinations, definition["seeds"], 0, generation)
+        next_number = max(next_number, definition.get("numbers", 0))
+    yield first
+    number, generation = 0, len(grown_from)
+    for number in range(strategy.get("rounds", 1)):
+        if number:
+            combinations = [{**(fixed or {}), **params} for params in grid(space)]
+            yield new(combinations, seeds, number, generation)
         if not known.keys() <= scores.keys() or not (winner := ranked(1)):
             return
         if strategy["name"] == "refine":
@@ -247,4 +293,127 @@ def rounds(
             {**cell, "max_epochs": second_round["max_epochs"]}
             for cell in ranked(second_round["best"])
         ]
-        yield new(again, number + 1)
+        yield new(again, seeds, number + 1, generation)
+
+
+def _first(definition: Mapping[str, Any], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Combinations of the first round, the fixed parameters among them.
+
+    Args:
+        definition: of the search.
+        before: those of the definition that it grew from. A random search keeps them, and draws
+            from its space as many as are missing.
+    """
+    strategy, fixed = definition["strategy"], definition["fixed"]
+    if strategy["name"] != "random":
+        return [{**fixed, **params} for params in grid(definition["space"])]
+    n = strategy["n"]
+    drawn = random(definition["space"], n, strategy.get("seed", 0))
+    all_of_them = [*before, *({**fixed, **params} for params in drawn)]
+    return list({json.dumps(p, sort_keys=True): p for p in all_of_them}.values())[:n]
+
+
+def check_growth(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Refuses a search that another one cannot grow to.
+
+    What grows: an axis (more values, a wider range), a fixed parameter that becomes an axis with
+    its value on it, the seeds, the number of trials or rounds, and the second round. All trials of
+    the old search are trials of the new one. A parameter that no trial has named cannot become an
+    axis, for nobody knows its value in the trials that are there.
+
+    Args:
+        held: what the folder holds, see ``Search.identity``.
+        asked: what is asked for.
+
+    Returns:
+        Names of what grows.
+
+    Raises:
+        ValueError: the first difference that is no growth.
+    """
+    for key, value in asked.items():
+        if key not in DEFINITION and _differ(held.get(key), value):
+            raise ValueError(difference(key, held.get(key), value))
+    grows = [
+        *_check_parameters_grow(held, asked),
+        *_check_strategy_grows(held["strategy"], asked["strategy"]),
+    ]
+    if "strategy.n" not in grows and "n" in asked["strategy"] and grows:
+        n = asked["strategy"]["n"]
+        raise ValueError(
+            f"its {grows[0]} would grow, but trials are drawn from it only with more than"
+            f" {n} of them: strategy.n"
+        )
+    if not set(held["seeds"]) <= set(asked["seeds"]):
+        raise ValueError(difference("seeds", held["seeds"], asked["seeds"]))
+    old, new = held["second_round"], asked["second_round"]
+    if old and not (new and all(new[name] >= old[name] for name in old)):
+        raise ValueError(difference("second_round", old, new))
+    grows += [name for name in ("seeds", "second_round") if _differ(held[name], asked[name])]
+    return grows
+
+
+def _check_parameters_grow(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Names of the parameters that get more values."""
+    old, new = (
+        {**{name: [value] for name, value in search["fixed"].items()}, **search["space"]}
+        for search in (held, asked)
+    )
+    for name, axis in old.items():
+        if name not in new or not _holds(new[name], axis):
+            homes = ["space" if name in search["space"] else "fixed" for search in (held, asked)]
+            values = [
+                search[home].get(name) for search, home in zip((held, asked), homes, strict=True)
+            ]
+            reason = difference(f"{homes[0]}.{name}", *values)
+            if homes == ["fixed", "fixed"] and name in new:
+                both = ", ".join(map(_text, values))
+                reason += f" (as an axis, space.{name}: [{both}], it would grow)"
+            raise ValueError(reason)
+    for name in new:
+        if name not in old:
+            raise ValueError(f"it leaves {name} to its default, so that its trials do not name it")
+    return [f"space.{name}" for name, axis in new.items() if _differ(axis, old[name])]
+
+
+def _holds(axis: Axis, other: Axis) -> bool:
+    """Whether an axis has all the values of another."""
+    if not isinstance(axis, Mapping):
+        words = [_text(value) for value in axis]
+        return not isinstance(other, Mapping) and all(_text(value) in words for value in other)
+    if isinstance(other, Mapping):
+        same = bool(axis.get("log")) == bool(other.get("log"))
+        return same and axis["low"] <= other["low"] and other["high"] <= axis["high"]
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in other)
+    return numbers and all(axis["low"] <= value <= axis["high"] for value in other)
+
+
+def _check_strategy_grows(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    if held["name"] != asked["name"]:
+        raise ValueError(difference("strategy.name", held["name"], asked["name"]))
+    old = {**STRATEGIES[held["name"]], **held}
+    new = {**STRATEGIES[asked["name"]], **asked}
+    counts = [name for name in ("n", "rounds") if name in old and name in new]
+    for name in new:
+        if old.get(name) != new[name] and not (name in counts and new[name] > old[name]):
+            raise ValueError(difference(f"strategy.{name}", old.get(name), new[name]))
+    return [f"strategy.{name}" for name in counts if new[name] > old[name]]
+
+
+def difference(key: str, held: Any, asked: Any) -> str:
+    """Where two values differ, as deep as can be said in a line."""
+    if isinstance(held, dict) and isinstance(asked, dict):
+        for name in [*asked, *held]:
+            if _differ(held.get(name), asked.get(name)):
+                return difference(f"{key}.{name}", held.get(name), asked.get(name))
+    return f"its {key} is {_text(held)}, not {_text(asked)}"
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two values of JSON types differ, as the parameters of two trials do."""
+    return _text(one) != _text(other)
+
+
+def _text(value: Any) -> str:
+    """As JSON: 1 and 1.0 make different trials."""
+    return json.dumps(value, sort_keys=True)

@@ -12,7 +12,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +21,20 @@ from mnist_lightning import space
 from mnist_lightning.claims import Claim, ClaimLost, Claims, StorageLost
 from mnist_lightning.data import ImageSet
 from mnist_lightning.execution import kept_memory
-from mnist_lightning.files import read_torch, set_aside, write_torch
+from mnist_lightning.files import printable, read_torch, set_aside, write_torch
 from mnist_lightning.models import Classifier
 from mnist_lightning.names import hint
-from mnist_lightning.plan import SMALL, STRATEGIES, Search, Unit, member, networks, open_units
+from mnist_lightning.plan import (
+    SMALL,
+    STRATEGIES,
+    Search,
+    Unit,
+    digest,
+    generation,
+    member,
+    networks,
+    open_units,
+)
 from mnist_lightning.population import PopulationTraining
 from mnist_lightning.results import CURVES, Record, Results, fault, new_record
 from mnist_lightning.space import Trial
@@ -81,6 +90,7 @@ class Worker:
         self.search, self.key, self.results, self.storage = search, key, results, storage
         self.device, self.threads, self.report = device, threads, report
         self.data = search.load_data()
+        self._prepared: list[tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]] = []
 
     def work(self) -> None:
         """Takes units until there are none left, here or anywhere."""
@@ -188,18 +198,19 @@ class Worker:
         if lost:
             raise lost
 
-    @cached_property
-    def _train_set(self) -> tuple[Tensor, Tensor]:
-        return self._as_rows(self.data.train_set)
+    def _as_rows(self, trial: Trial) -> dict[str, tuple[Tensor, Tensor]]:
+        """Images and labels as ``population`` wants them, as this trial sees them."""
+        settings = self.search.data_settings(trial.params)
+        if settings not in [prepared for prepared, _ in self._prepared]:
+            data = self.search.data_module(trial.params)
 
-    @cached_property
-    def _val_set(self) -> tuple[Tensor, Tensor]:
-        return self._as_rows(self.data.val_set)
+            def rows(part: ImageSet) -> tuple[Tensor, Tensor]:
+                pixels = data.preprocess(part.images).flatten(1)
+                return pixels.to(self.device), part.labels.to(self.device)
 
-    def _as_rows(self, part: ImageSet) -> tuple[Tensor, Tensor]:
-        """Images and labels as ``population`` wants them."""
-        rows = self.data.preprocess(part.images).flatten(1)
-        return rows.to(self.device), part.labels.to(self.device)
+            sets = {"train": rows(self.data.train_set), "val": rows(self.data.val_set)}
+            self._prepared = [(settings, sets)]  # the last one alone: they are large
+        return self._prepared[0][1]
 
     def _train_together(self, unit: Unit, claim: Claim) -> None:
         together = networks(self.search, unit.trials)
@@ -242,15 +253,15 @@ class Worker:
             return training, float(state["seconds"])
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             aside = set_aside(file)
-            print(f"{error}: set aside as {aside.name}, trained from the start", flush=True)
+            what = f"{error}: set aside as {aside.name}, trained from the start"
+            print(printable(what), flush=True)
             return self._new_training(unit), 0.0
 
     def _new_training(self, unit: Unit) -> PopulationTraining:
         params = unit.trials[0].params
         return PopulationTraining(
             [member(key, trials) for key, trials in networks(self.search, unit.trials).items()],
-            train=self._train_set,
-            val=self._val_set,
+            **self._as_rows(unit.trials[0]),
             batch_size=self.search.batch_size(params),
             seed=params["seed"],
         )
@@ -285,24 +296,37 @@ class Worker:
         """What a sampler draws for a unit; for a unit that was drawn before, the same again."""
         import optuna
 
-        study = optuna_study(self.search, self.storage, self.key, unit.number)
-        axes = self.search.space
+        search = self.search.at(unit.generation)
+        study = optuna_study(search, self.storage, self.key, unit.number)
+        if told_elsewhere := [r for r in self._of_earlier(unit) if r[0] != study.study_name]:
+            records = [record for _, record in told_elsewhere]
+            fill_index(search, self.storage, self.key, records)
+        axes = search.space
         for old in study.get_trials(deepcopy=False):
             if old.user_attrs.get("number") != unit.number:
                 continue
             if old.state == optuna.trial.TrialState.RUNNING:  # its worker died, or we thought so
                 study.tell(old.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
             if old.params.keys() == axes.keys():
-                sampler = sampler_and_pruner(self.search, unit.number)[0]
+                sampler = sampler_and_pruner(search, unit.number)[0]
                 study.sampler = optuna.samplers.PartialFixedSampler(old.params, sampler)
         drawn = study.ask({name: _distribution(axis) for name, axis in axes.items()})
         drawn.set_user_attr("number", unit.number)
-        params = {**self.search.fixed, **drawn.params, "seed": self.search.seeds[0]}
+        params = {**search.fixed, **drawn.params, "seed": search.seeds[0]}
         for name, axis in axes.items():
             if not isinstance(axis, Mapping):
                 params[name] = next(v for v in axis if _word(v) == drawn.params[name])
 
         return Trial(params, unit.number), study, drawn
+
+    def _of_earlier(self, unit: Unit) -> "list[tuple[str, Record]]":
+        """Finished trials of earlier definitions, and the study that each was told to."""
+        found = []
+        for record in self.results.in_order() if unit.generation else ():
+            at = generation(self.search, record["number"])
+            if at < unit.generation:
+                found.append((study_name(self.search.at(at), self.key), record))
+        return found
 
     def _train_drawn(self, unit: Unit, claim: Claim) -> None:
         import optuna
@@ -367,8 +391,7 @@ class Worker:
         """A population of one: the model, and those of its tensors that training changes."""
         training = PopulationTraining(
             [member(*next(iter(networks(self.search, [trial]).items())))],
-            train=self._train_set,
-            val=self._val_set,
+            **self._as_rows(trial),
             batch_size=self.search.batch_size(trial.params),
             seed=trial.params["seed"],
         )
@@ -434,7 +457,7 @@ def adopt(
     trials = dict(itertools.zip_longest(unit.ids, unit.trials))
     for id, record in records.items():
         if wrong := fault(record, id) or _foreign(search, unit, trials[id], record):
-            print(f"the storage has a false trial {id} ({wrong}): set aside", flush=True)
+            print(printable(f"the storage has a false trial {id} ({wrong}): set aside"), flush=True)
             claims.forget([id])
         else:
             results.adopt(record)
@@ -446,6 +469,7 @@ def _foreign(search: Search, unit: Unit, trial: Trial | None, record: Record) ->
     if trial:
         number, round, expected = trial.number, trial.round, dict(trial.params)
     else:  # a sampler drew it
+        search = search.at(unit.generation)
         fixed = {**search.fixed, "seed": search.seeds[0]}
         number, round, expected = unit.number, 0, {**params, **fixed}
         for name, axis in search.space.items():
@@ -562,12 +586,21 @@ def optuna_study(
     sampler, pruner = sampler_and_pruner(search, number)
     return optuna.create_study(
         storage=storage,
-        study_name=key,
+        study_name=study_name(search, key),
         sampler=sampler,
         pruner=pruner,
         direction="maximize",
         load_if_exists=True,
     )
+
+
+def study_name(search: Search, key: str) -> str:
+    """Of the search's study: another one where its axes have grown, for Optuna's cannot."""
+    axes: Any = search.space
+    grown = axes != search.at(0).space
+    if not search.sampled:  # the values of the axes follow from the trials
+        grown, axes = bool(search.grown_from), search.grown_from
+    return f"{key}-{digest(axes)}" if grown else key
 
 
 def fill_index(
@@ -590,9 +623,16 @@ def fill_index(
                 params={name: _word(record["params"][name]) for name in axes},
                 distributions={name: _distribution(axis) for name, axis in axes.items()},
                 user_attrs={"number": record["number"]},
+                intermediate_values=_reported(record) if search.sampled else None,
                 **_outcome(record, search.objective),
             )
             study.add_trial(trial)
+
+
+def _reported(record: Record) -> dict[int, float]:
+    """What a pruner has been told of a trial, epoch by epoch."""
+    accuracies = enumerate(record["curves"]["val_acc"], 1)
+    return {epoch: value for epoch, value in accuracies if value is not None}
 
 
 def _distribution(axis: space.Axis) -> "optuna.distributions.BaseDistribution":

@@ -458,6 +458,77 @@ def test_a_test_of_another_setting_is_not_judged(repeated):
     assert "15 were measured again; 14 of these can be judged" in words[1]
 
 
+@pytest.mark.parametrize(
+    ("changes", "repeats"),
+    [
+        ({}, True),
+        ({"data": {"source": "digits"}}, False),
+        ({"data": {"split": "canonical"}}, False),
+        ({"data": {"name": "FashionMNIST"}}, False),
+        ({"space": {"lr": [0.1, 0.01], "hidden_units": [50, 100]}}, False),
+        ({"space": {"lr": [0.3, 0.1, 0.01, 0.001, 0.0001]}}, True),  # it has grown
+        ({"model": "DeepNetwork"}, False),
+    ],
+)
+def test_the_study_is_compared_where_its_own_grid_was_run(repeated, changes, repeats):
+    space = repeated.about["space"]
+    wanted = {
+        **repeated.about,
+        **changes,
+        "data": {**repeated.about["data"], **changes.get("data", {})},
+        "space": {**space, **changes["space"]} if "space" in changes else space,
+    }
+    other = Found(Path("other"), wanted, repeated.trials, [])
+    assert analysis.repeats_the_study(other) == repeats
+    assert len(analysis.comparable([other])) == repeats
+    words = " ".join(in_words([other]))
+    assert ("the study" in words) == repeats
+    assert ("**The best of other:**" in words) == (not repeats)
+
+
+def test_beside_the_study_a_search_of_ones_own_comes_first_and_is_not_compared(repeated):
+    """Its digits have other accuracies for the very settings that were published."""
+    data = {**repeated.about["data"], "source": "digits"}
+    trials = repeated.trials.assign(val_acc=repeated.trials["val_acc"] * 0.8)
+    own = Found(Path("own"), {**repeated.about, "data": data}, trials, [])
+    words = in_words([own, repeated])
+    assert words[0].startswith("**The best of own:** batch_size 8, max_epochs 50, lr 0.1, hidden")
+    assert ", with 0.7857 ± 0.0004 on validation (n=3)." in words[0]
+    assert words[1].startswith("**What matters most in own:** ")
+    (compared,) = analysis.comparable([own, repeated])
+    assert compared is repeated
+    assert "agree within noise" in words[2]
+
+
+def test_what_matters_most_is_said_whatever_was_searched():
+    def accuracy(lr, hidden_units, **_):
+        return 0.5 + lr + hidden_units / 1000
+
+    grid = made_up({"lr": [0.1, 0.2], "hidden_units": [1, 2]}, accuracy)
+    assert in_words([grid])[1].startswith("**What matters most in made_up:** lr 100 % of the var")
+    data = {**grid.about["data"], "source": "digits"}
+    few = made_up(
+        {"lr": [0.1, 0.2], "hidden_units": [1, 2]}, accuracy, strategy={"name": "random", "n": 4}
+    )
+    assert in_words([few])[1].endswith(
+        "lr: between its best and its worst value the mean accuracy differs by 0.1000."
+    )
+    alone = made_up({"lr": [0.1], "hidden_units": [1]}, accuracy, data=data)
+    assert in_words([alone]) == [
+        "**The best of made_up:** lr 0.1, hidden_units 1, with 0.6010 on validation (n=1)."
+    ]
+
+
+def test_four_groups_have_the_ends_of_the_values():
+    """The first began a thousandth below the smallest, at less than a learning rate can be."""
+    rates = [0.00101 * 1.5**n for n in range(12)]
+    labels = analysis.groups(pd.Series(rates)).cat.categories
+    assert labels[0].startswith("0.00101 to ")
+    assert labels[-1].endswith(f" to {analysis.value_text(rates[-1])}")
+    edges = np.quantile(rates, [0, 0.25, 0.5, 0.75, 1])
+    assert [label.split(" to ")[1] for label in labels] == [f"{edge:.3g}" for edge in edges[1:]]
+
+
 # The mistakes of a test
 
 
@@ -513,6 +584,20 @@ def test_the_page_needs_no_other_file(report):
     assert page.count('role="img" aria-label="') == page.count("<svg")
     ids = re.findall(r'<(?:h2|h3|section|table|input)[^>]* id="([^"]*)"', page)
     assert len(ids) == len(set(ids))
+
+
+def test_a_report_on_ones_own_search_is_about_that_search(report, searched):
+    (found,) = read(searched)
+    words = (report / "README.md").read_text()
+    first = next(line for line in words.partition("## In words")[2].splitlines() if line)
+    setting = analysis.setting_text(dict(found.cells.iloc[0][list(SPACE)]))
+    assert first.startswith(f"- **The best of small:** {setting}, with {found.cells['acc'][0]:.4f}")
+    assert "- **What matters most in small:** " in words
+    for text in (words, (report / "index.html").read_text()):
+        assert "published" not in text.lower()
+        assert "the study" not in text
+        assert "Not measured" not in text
+    assert not (report / "tables" / "results.md").exists()
 
 
 def test_each_figure_and_table_is_a_file(report, searched):

@@ -5,9 +5,11 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,8 +32,8 @@ from mnist_lightning.claims import Claim, ClaimLost, Claims, StorageLost, open_s
 from mnist_lightning.models import Perceptron, ShallowNetwork
 from mnist_lightning.plan import Search, rounds, units
 from mnist_lightning.population import PopulationTraining
-from mnist_lightning.results import load_results
-from mnist_lightning.search import read, run
+from mnist_lightning.results import CURVES, Results, load_curves, load_results
+from mnist_lightning.search import Progress, _crown, read, run
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "search").glob("*.yaml"))
 AXES = {
@@ -50,6 +52,10 @@ def small(**changes) -> Search:
         "data": {"source": "digits"},
     }
     return Search(**{**settings, **changes})
+
+
+FIXED = {"max_epochs": 1}
+DEEP = {"hidden_units.1": 5, "hidden_units.2": 5}
 
 
 def one_trial(**changes) -> Search:
@@ -124,6 +130,29 @@ def test_results_load_as_a_table(finished):
     assert len(rows) == 16
 
 
+def test_results_are_loaded_as_a_report_is_and_hold_numbers(finished, folder):
+    """Several searches, or the folder that holds them; also where every trial failed."""
+    several = folder / "several"
+    shutil.copytree(finished, several / "small")
+    failed = small(model="DeepNetwork", space={"lr": [1e30]}, fixed={**FIXED, **DEEP}, name="bad")
+    run(failed, several / "bad", workers=0)
+    table = load_results(several)
+    assert table["search"].tolist() == ["bad"] + ["small"] * 16
+    assert table.equals(load_results(several / "bad", str(several / "small")))
+    words = {"search", "id", "state", "error", "curves"}
+    for part in (table, load_results(several / "bad")):
+        numeric = set(part.select_dtypes("number").columns)
+        assert set(part.columns) - numeric == words
+    curves = load_curves(several)
+    assert set(curves.select_dtypes("number").columns) == {"epoch", *CURVES}
+    last = curves[curves["search"] == "small"].groupby("id", sort=False).last()
+    trials = table[table["search"] == "small"].set_index("id")
+    for name in CURVES:
+        assert last[name].tolist() == trials[name].tolist()
+    assert last["epoch"].tolist() == trials["max_epochs"].tolist()
+    assert curves[curves["search"] == "bad"]["train_loss"].isna().any()
+
+
 def val_acc(checkpoint: Path) -> float:
     """What the weights in a checkpoint are worth, without any code of the search."""
     model = ShallowNetwork.load_from_checkpoint(checkpoint).eval()
@@ -189,6 +218,69 @@ def test_seeds_are_trials_of_their_own_and_the_best_mean_wins(folder, capsys):
     row = next(record for record in records if record["id"] == winner)
     cell = tuple(row["params"][name] for name in ("batch_size", "lr", "hidden_units"))
     assert means.idxmax() == cell
+
+
+def test_the_table_has_a_row_for_each_configuration_the_winner_first(folder, capsys):
+    axes = {"lr": [0.006097378631749905, 0.1], "hidden_units": [5, 8]}
+    wanted = small(
+        space=axes,
+        fixed={"max_epochs": 2, "batch_size": 64},
+        seeds=(0, 1, 2),
+        objective="best_val_acc",
+    )
+    records = run(wanted, folder, workers=0)
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("validation accuracy"))
+    head, *rows = lines[start : start + 5]
+    assert re.split(" {2,}", head) == [
+        "validation accuracy, best epoch",
+        "n",
+        "best trial",
+        "configuration",
+    ]
+    expected = []
+    for cell in space.grid(axes):
+        alike = [r for r in records if cell.items() <= r["params"].items()]
+        found = [r["best_val_acc"] for r in alike]
+        best = max(alike, key=lambda r: r["best_val_acc"])
+        words = f"lr {cell['lr']:.2g}, hidden_units {cell['hidden_units']}"
+        spread = f"{statistics.mean(found):.4f} ± {statistics.stdev(found):.4f}"
+        expected.append([spread, "3", best["id"], words])
+    expected.sort(key=lambda row: row[0], reverse=True)
+    assert [re.split(" {2,}", row) for row in rows] == expected
+    assert "lr 0.0061" in " ".join(rows)
+    winner = next(line.split()[1] for line in lines if line.startswith("winner"))
+    assert winner == expected[0][2]
+
+
+def test_one_is_one(folder, capsys):
+    """And before the first trial is done, nothing is promised."""
+    wanted = one_trial()
+    results = Results(folder)
+    results.open({})
+    progress = Progress(wanted, results, 1000)
+    progress._said = -1e9
+    progress.show()
+    assert capsys.readouterr().out.splitlines() == ["0/1 trials"]
+    run(wanted, folder.parent / "other", workers=0)
+    said = capsys.readouterr().out
+    assert "trains 1 trial: 1 network in 1 population; 1 worker\n" in said
+
+
+def test_what_files_hold_cannot_steer_the_terminal(finished, tmp_path, capsys):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    for number, file in enumerate(sorted((copy / "trials").iterdir())):
+        record = json.loads(file.read_text())
+        if number:
+            record["params"] = {**record["params"], "lr": "\x1b[2J\x1b]0;title\x07"}
+        else:
+            record |= {"state": "FAIL", "error": "\x1b[31m\x9b5n"}
+        file.write_text(json.dumps(record))
+    _crown(small(), Results(copy), Results(copy).in_order())
+    said = capsys.readouterr().out
+    assert "\\x1b[2J" in said
+    assert "\\x1b[31m\\x9b5n" in said
+    assert all(c.isprintable() or c == "\n" for c in said)
 
 
 # Interrupted, resumed, shared
@@ -617,6 +709,46 @@ def test_a_diverging_trial_is_a_row_with_its_reason(folder, model, capsys):
     assert load_results(folder)["val_acc"].count() == 1
 
 
+def test_settings_of_the_data_are_axes_like_any_other(folder):
+    """Small networks together and others alone: each as one search with that setting has it."""
+    axes = {"data.normalization": ["unit", "mnist"], "hidden_units": [5, 8]}
+    fixed = {"max_epochs": 1, "batch_size": 64}
+    found = run(small(space=axes, fixed=fixed), folder / "both", workers=0)
+    assert [r["params"]["data.normalization"] for r in found] == ["unit", "unit", "mnist", "mnist"]
+    for normalization, pair in (("unit", found[:2]), ("mnist", found[2:])):
+        data = {"source": "digits", "normalization": normalization}
+        search = small(space={"hidden_units": [5, 8]}, fixed=fixed, data=data)
+        alone = run(search, folder / normalization, workers=0)
+        assert [r["curves"] for r in alone] == [r["curves"] for r in pair]
+        checkpoint = folder / "both" / "checkpoints" / f"{pair[0]['id']}.ckpt"
+        settings = torch.load(checkpoint, weights_only=True)["datamodule_hyper_parameters"]
+        assert settings["normalization"] == normalization
+    axes = {"data.normalization": ["unit", "mnist"]}
+    perceptrons = run(small(model="Perceptron", space=axes, fixed=fixed), folder / "p", workers=0)
+    assert perceptrons[0]["curves"] != perceptrons[1]["curves"]
+
+
+WIDE = """
+from mnist_lightning.models import Perceptron
+
+class Wide(Perceptron):
+    def __init__(self, momentum=0.0, **options):
+        super().__init__(**options)
+        self.momentum = momentum
+"""
+
+
+def test_options_of_ones_own_class_are_axes(folder, monkeypatch):
+    """Also those that it passes on to its base."""
+    (folder.parent / "wide.py").write_text(WIDE)
+    monkeypatch.syspath_prepend(folder.parent)
+    axes = {"momentum": [0.0, 0.5], "lr": [0.001]}
+    records = run(small(model="wide.Wide", space=axes, fixed=FIXED), folder, workers=0)
+    assert [r["state"] for r in records] == ["COMPLETE"] * 2
+    with pytest.raises(ValueError, match="did you mean momentum"):
+        run(small(model="wide.Wide", space={"momentm": [0.5]}, fixed=FIXED), folder)
+
+
 def test_a_search_where_all_fails_says_so(folder, capsys):
     run(small(space={"lr": [1e30]}, fixed={"max_epochs": 2}), folder, workers=0)
     assert "no trial succeeded" in capsys.readouterr().out
@@ -778,9 +910,6 @@ def test_flags_win_over_the_file(folder, capsys):
     assert "digits" in capsys.readouterr().out
 
 
-FIXED = {"max_epochs": 1}
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -809,6 +938,13 @@ FIXED = {"max_epochs": 1}
         ({"objective": "test_acc"}, "objective must be one of"),
         ({"second_round": {"best": 5}}, "second_round is"),
         ({"data": {"source": "digits", "image_size": 32}}, "must be 28"),
+        ({"space": {"data.image_size": [28, 32]}}, "must be 28"),
+        ({"space": {"data.val_fraction": [0.1]}}, "the same validation images. Make a search for"),
+        ({"space": {"data.split_seed": [0, 1]}}, "the same validation images"),
+        ({"space": {"data.normalisation": ["unit"]}}, "did you mean data.normalization"),
+        ({"space": {"data.normalization": ["none"]}}, "normalization must be one of unit"),
+        ({"space": {"data.batch_size": [8]}}, "is called batch_size here"),
+        ({"space": {"data.eval_batch_size": [8]}}, "changes no result"),
         ({"data": {"source": "digits", "split": "mine"}}, "split must be one of"),
     ],
 )
@@ -1131,7 +1267,7 @@ def freeze_once(self):
 
 if frozen != "never":
     PopulationTraining.run_epoch = freeze_once
-from mnist_lightning.search import read, run
+from mnist_lightning.search import Progress, _crown, read, run
 search, place = read(words)
 run(search, **{**place, "workers": 0})
 """
