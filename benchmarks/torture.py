@@ -12,7 +12,6 @@ code right; at the end all tensors and figures must have the undisturbed trainin
 import argparse
 import csv
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import damaged, write_section
 
 from mnist_lightning import checkpoints
 from mnist_lightning.provenance import provenance
@@ -41,7 +41,6 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MOMENTS = ("start", "training", "checkpoint", "end")
 # of the shell: a process that a signal ends has 128 and the signal's number, or says so itself
 CODES = {number: {-number, 128 + number} for number in SIGNALS}
-TABLE = Path(__file__).with_name("reliability.md")
 TITLE = "## Trainings that are killed"
 SECTION = f"""{TITLE}
 
@@ -130,15 +129,7 @@ def strike(
     _, errors = process.communicate()
     if process.returncode not in ({0} if ended else {0, *CODES[signal.Signals(number)]}):
         return not ended, f"exit code {process.returncode}: {errors.strip()[-300:]}"
-    for file in root.glob("lightning_logs/*/*/*"):
-        if file.suffix in (".yaml", ".json", ".csv") and not file.stat().st_size:
-            return not ended, f"{file.name} is empty"
-    for file in root.glob("lightning_logs/*/*/checkpoints/[!.]*"):
-        try:
-            checkpoints.read(file)
-        except ValueError as error:
-            return not ended, str(error)
-    return not ended, None
+    return not ended, next(iter(damaged(root)), None)
 
 
 def torture(model: Sequence[str], kills: int, folder: Path) -> tuple[dict[str, int], list[str]]:
@@ -176,14 +167,6 @@ def torture(model: Sequence[str], kills: int, folder: Path) -> tuple[dict[str, i
     return struck, wrong
 
 
-def write(section: str, file: Path = TABLE) -> None:
-    """Puts the section in the place of an earlier one, or at the end."""
-    text = file.read_text() if file.is_file() else "# What failures cost\n"
-    kept = re.sub(rf"{TITLE}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
-    kept = re.sub(r"\n{3,}", "\n\n", kept).rstrip("\n")
-    file.write_text(f"{kept}\n\n{section}")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=12, help="of each model")
@@ -200,7 +183,8 @@ def main() -> int:
         print(rows[-1], *wrong, sep="\n  ", flush=True)
         faults += wrong
         # after each model: whoever cannot wait for all of them keeps what there is
-        write(SECTION.format(arguments=arguments, commit=commit, rows="\n".join(rows)))
+        text = SECTION.format(arguments=arguments, commit=commit, rows="\n".join(rows))
+        write_section(TITLE, text)
     return 1 if faults else 0
 
 

@@ -128,7 +128,7 @@ class Worker:
             adopt(self.search, self.results, claims, unit, claim.records)
             if not all(self.results.record(id) for id in unit.ids):
                 self.train(unit, claim)
-            claim.finish([self.results.records()[id] for id in unit.ids])
+            claim.finish([record for id in unit.ids if (record := self.results.record(id))])
 
     def train(self, unit: Unit, claim: Claim) -> None:
         """Trains a unit's trials and writes what came out.
@@ -159,7 +159,7 @@ class Worker:
     def _give_up(self, unit: Unit, claim: Claim) -> None:
         """Notes that the trials of a unit failed: they ended every worker that trained them."""
         reason = f"its worker died {len(claim.deaths)} times; the last one: {claim.deaths[-1]}"
-        trials = unit.trials or [self._draw(unit)[0]]
+        trials = unit.trials or [self._draw(unit, claim)[0]]
         curves: dict[str, list[float]] = {name: [] for name in CURVES}
         for trial, id in zip(trials, unit.ids, strict=True):
             if not self.results.record(id):
@@ -281,19 +281,23 @@ class Worker:
         epoch = record["best_epoch"] if best else epochs
         self._write(claim, record, lambda: self._save(trial, trial.id, model, epoch))
 
-    def _draw(self, unit: Unit) -> "tuple[Trial, optuna.Study, optuna.Trial]":
+    @cached_property
+    def _study(self) -> "optuna.Study":
+        return optuna_study(self.search, self.storage, self.key)
+
+    def _draw(self, unit: Unit, claim: Claim) -> "tuple[Trial, optuna.Study, optuna.Trial]":
         """What a sampler draws for a unit; for a unit that was drawn before, the same again."""
         import optuna
 
-        study = optuna_study(self.search, self.storage, self.key, unit.number)
-        axes = self.search.space
-        for old in study.get_trials(deepcopy=False):
+        study, axes = self._study, self.search.space
+        sampler, study.pruner = sampler_and_pruner(self.search, unit.number)
+        study.sampler = sampler
+        for old in study.get_trials(deepcopy=False) if claim.had_before else []:
             if old.user_attrs.get("number") != unit.number:
                 continue
             if old.state == optuna.trial.TrialState.RUNNING:  # its worker died, or we thought so
                 study.tell(old.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
             if old.params.keys() == axes.keys():
-                sampler = sampler_and_pruner(self.search, unit.number)[0]
                 study.sampler = optuna.samplers.PartialFixedSampler(old.params, sampler)
         drawn = study.ask({name: _distribution(axis) for name, axis in axes.items()})
         drawn.set_user_attr("number", unit.number)
@@ -307,7 +311,7 @@ class Worker:
     def _train_drawn(self, unit: Unit, claim: Claim) -> None:
         import optuna
 
-        trial, study, drawn = self._draw(unit)
+        trial, study, drawn = self._draw(unit, claim)
 
         def prune(epoch: int, val_acc: float) -> bool:
             try:
@@ -547,7 +551,7 @@ def sampler_and_pruner(
 
 
 def optuna_study(
-    search: Search, storage: "optuna.storages.BaseStorage", key: str, number: int = 0
+    search: Search, storage: "optuna.storages.BaseStorage", key: str
 ) -> "optuna.Study":
     """The search as an Optuna study: what samplers learn from, and dashboards show.
 
@@ -555,11 +559,10 @@ def optuna_study(
         search: the search.
         storage: of the study.
         key: its name.
-        number: of the trial to draw.
     """
     import optuna
 
-    sampler, pruner = sampler_and_pruner(search, number)
+    sampler, pruner = sampler_and_pruner(search)
     return optuna.create_study(
         storage=storage,
         study_name=key,
