@@ -7,7 +7,7 @@
   its validation, logs and checkpoints, and resident memory: the last tenth beside the first.
 - grid, drawn: a search of 5,000 trials on the digits, one epoch each, in one process; networks
   that are trained together, a hundred at a time, and trials that a sampler draws one by one.
-  Processor time of a trial, from the one before it to its own file: the last tenth beside the first.
+  Processor time from one trial's file to the next: the last tenth beside the first.
 - runs: the whole command in a folder of 1,000 runs (copies of one) beside a folder of one run.
 - together: eight `fit` started at once in one folder.
 
@@ -118,7 +118,7 @@ def grid(count: int = 5000) -> dict[str, Any]:
     rates = [round(0.01 * 1.2**i, 4) for i in range(10)]
     axes = {"lr": rates, "hidden_units": list(range(2, 12))}
     with quietly() as folder:
-        search = Search("grid", space=axes, seeds=range(count // 100), **TRIAL)
+        search = Search("grid", space=axes, seeds=list(range(count // 100)), **TRIAL)
         return {"count": count, "processor_seconds": pace(search, Path(folder))}
 
 
