@@ -438,6 +438,14 @@ def test_a_diverged_training_is_not_saved_over_the_last_good_checkpoint(
 
 
 @pytest.mark.slow
+def test_eight_trainings_that_start_at_once_get_a_run_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    assert import_module("load").start(8, tmp_path) == []
+
+
+@pytest.mark.slow
 def test_trainings_that_are_killed_end_as_if_nothing_had_happened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
