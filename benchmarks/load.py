@@ -7,8 +7,8 @@
   its validation, logs and checkpoints, and resident memory: the last tenth beside the first.
 - grid: a search of 5,000 trials on the digits, one epoch each, in one process: networks that are
   trained together, a hundred at a time. Processor time of a trial: the last tenth beside the first.
-- drawn: the same of trials that a sampler draws one by one: the last 250 beside the first 250. Those
-  between are drawn, claimed and written like these, but not trained, which would take an hour.
+- drawn: the same of trials that a sampler draws one by one: the last 250 beside the first 250.
+  Those between are drawn, claimed and written like these, but not trained: that would take long.
 - runs: the whole command in a folder of 1,000 runs (copies of one) beside a folder of one run.
 - together: eight `fit` started at once in one folder.
 
@@ -151,7 +151,7 @@ def drawn(count: int = 5000, trained: int = 250) -> dict[str, Any]:
     return {"count": count, "trained": 2 * trained, "processor_seconds": processor}
 
 
-def runs(count: int = 1000, rounds: int = 5) -> dict[str, Any]:
+def runs(count: int = 1000, rounds: int = 3) -> dict[str, Any]:
     commands = {
         "fit": [*FIT, "--trainer.max_epochs", "1"],
         "test": ["-m", "mnist_lightning", "test", "--ckpt_path", "shallow"],
@@ -287,10 +287,11 @@ def main() -> None:
     results: dict[str, Any] = {}
     code = provenance()["code"]  # before results are written, which git would call a modification
     for part in arguments.only:
-        facts = {**provenance(load_average=os.getloadavg()[0]), "code": code}
-        found = {**PARTS[part](), "provenance": facts}
+        load_average = os.getloadavg()[0]
+        found = PARTS[part]()
+        facts = {**provenance(load_average=load_average), "code": code}
         results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-        results[part] = found
+        results[part] = {**found, "provenance": facts}
         write_json(RESULTS, results)
         write_section(TITLE, section(results))
     print("\n".join(" | ".join(row) for row in rows(results)))
