@@ -1,8 +1,9 @@
-"""What the benchmarks share: the data, a Trainer with everything on, runs that alternate."""
+"""What the benchmarks share: data, a Trainer with everything on, alternating runs, their report."""
 
 import contextlib
 import logging
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,10 +12,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from mnist_lightning import Dashboard, EarlyStopping, LayerFreezing, MNISTDataModule, RunLogger
+from mnist_lightning import (
+    Dashboard,
+    EarlyStopping,
+    LayerFreezing,
+    MNISTDataModule,
+    RunLogger,
+    checkpoints,
+)
 from mnist_lightning.callbacks import ProgressBar
 from mnist_lightning.checkpoints import ModelCheckpoint
 from mnist_lightning.data import ImageSet
+
+RELIABILITY = Path(__file__).with_name("reliability.md")
 
 
 def mnist(images: int | None = None, **settings: Any) -> MNISTDataModule:
@@ -83,3 +93,26 @@ def alternate(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list
         for name, run in ways.items():
             found[name].append(run())
     return found
+
+
+def damaged(root: Path) -> list[str]:
+    """What is wrong with the files of the runs below a folder, if anything."""
+    wrong = [
+        f"{file} is empty"
+        for file in root.glob("lightning_logs/*/*/*")
+        if file.suffix in (".yaml", ".json", ".csv") and not file.stat().st_size
+    ]
+    for file in root.glob("lightning_logs/*/*/checkpoints/[!.]*"):
+        try:
+            checkpoints.read(file)
+        except ValueError as error:
+            wrong.append(str(error))
+    return wrong
+
+
+def write_section(title: str, section: str, file: Path = RELIABILITY) -> None:
+    """Puts a section of this title in the place of an earlier one, or at the end."""
+    text = file.read_text() if file.is_file() else "# Reliability\n"
+    earlier = re.compile(rf"{title}\n.*?(?=\n## |\Z)", re.DOTALL)
+    text, found = earlier.subn(lambda _: section, text)
+    file.write_text(text if found else f"{text.rstrip()}\n\n{section}")

@@ -15,7 +15,6 @@ import argparse
 import csv
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import RELIABILITY, damaged, write_section
 from torch import Tensor, nn
 
 from mnist_lightning import Classifier, checkpoints
@@ -56,7 +56,6 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MOMENTS = ("start", "training", "validation", "checkpoint", "end")
 # of the shell: a process that a signal ends has 128 and the signal's number, or says so itself
 CODES = {number: {-number, 128 + number} for number in SIGNALS}
-TABLE = Path(__file__).with_name("reliability.md")
 TITLE = "## Trainings that are killed"
 SECTION = f"""{TITLE}
 
@@ -215,15 +214,7 @@ def kill(
     _, errors = process.communicate()
     if process.returncode not in ({0} if ended else {0, *CODES[signal.Signals(number)]}):
         return not ended, f"exit code {process.returncode}: {errors.strip()[-300:]}"
-    for file in root.glob("lightning_logs/*/*/*"):
-        if file.suffix in (".yaml", ".json", ".csv") and not file.stat().st_size:
-            return not ended, f"{file.name} is empty"
-    for file in root.glob("lightning_logs/*/*/checkpoints/[!.]*"):
-        try:
-            checkpoints.read(file)
-        except ValueError as error:
-            return not ended, str(error)
-    return not ended, None
+    return not ended, next(iter(damaged(root)), None)
 
 
 def torture(name: str, kills: int, folder: Path) -> tuple[dict[str, int], int, list[str]]:
@@ -274,20 +265,12 @@ def torture(name: str, kills: int, folder: Path) -> tuple[dict[str, int], int, l
     return killed, within, wrong
 
 
-def write(title: str, section: str, file: Path = TABLE) -> None:
-    """Puts a section in the place of the one with this title, or at the end."""
-    text = file.read_text() if file.is_file() else "# Reliability\n"
-    kept = re.sub(rf"{title}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
-    kept = re.sub(r"\n{3,}", "\n\n", kept).rstrip("\n")
-    file.write_text(f"{kept}\n\n{section}")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=30, help="of each model")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
     parser.add_argument("--only", nargs="+", default=MODELS, help="models, by name")
-    parser.add_argument("--table", type=Path, default=TABLE, help="the file to write to")
+    parser.add_argument("--table", type=Path, default=RELIABILITY, help="the file to write to")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
     rows, faults = [], []
@@ -303,7 +286,7 @@ def main() -> int:
         section = SECTION.format(
             kills=arguments.kills, seed=arguments.seed, commit=commit, rows="\n".join(rows)
         )
-        write(TITLE, section, arguments.table)
+        write_section(TITLE, section, arguments.table)
     return 1 if faults else 0
 
 

@@ -60,7 +60,8 @@ class Claims:
             unit: its name.
             ids: of its trials.
         """
-        import optuna
+        from optuna.exceptions import DuplicatedStudyError
+        from optuna.study import StudyDirection
 
         records: dict[str, Record] = {}
         deaths: list[str] = []
@@ -68,11 +69,10 @@ class Claims:
         for attempt in itertools.count():
             name = f"{self.search}/{unit}/{attempt}"
             try:
-                study = optuna.create_study(
-                    storage=self.storage, study_name=name, direction="maximize"
-                )
-            except optuna.exceptions.DuplicatedStudyError:
-                known = optuna.load_study(storage=self.storage, study_name=name).user_attrs
+                # not through optuna.create_study, which in a journal reads all names once more
+                study_id = self.storage.create_new_study([StudyDirection.MAXIMIZE], name)
+            except DuplicatedStudyError:
+                known = self._attributes(name)
                 records |= _published(known, ids)
                 if "finished" in known and set(ids) <= records.keys():
                     return records
@@ -86,14 +86,16 @@ class Claims:
                         deaths = []
                     deaths.append(known["died"])
             else:
-                study.set_user_attr("owner", {**_process(), "beat": 0})
+                self.storage.set_study_user_attr(study_id, "owner", {**_process(), "beat": 0})
                 if attempt:  # what the one before published until we took the unit from it
                     before = f"{self.search}/{unit}/{attempt - 1}"
-                    last = optuna.load_study(storage=self.storage, study_name=before).user_attrs
-                    records |= _published(last, ids)
+                    records |= _published(self._attributes(before), ids)
                 follower = f"{self.search}/{unit}/{attempt + 1}"
-                return Claim(study, self.storage, follower, records, deaths)
+                return Claim(study_id, self.storage, follower, attempt > 0, records, deaths)
         raise AssertionError("there is always a next attempt")
+
+    def _attributes(self, study_name: str) -> dict[str, Any]:
+        return self.storage.get_study_user_attrs(self.storage.get_study_id_from_name(study_name))
 
     def _dead(self, name: str, owner: dict[str, Any] | None) -> bool:
         if owner and owner["machine"] == _process()["machine"]:
@@ -139,20 +141,22 @@ class Claim:
     """A unit that is ours to train, until another worker takes us for dead.
 
     Attributes:
+        had_before: whether another worker had it before.
         records: of its trials that are finished already, by id.
         deaths: how the workers ended that it killed without getting any further.
     """
 
     def __init__(
         self,
-        study: "optuna.Study",
+        study_id: int,
         storage: "optuna.storages.BaseStorage",
         follower: str,
+        had_before: bool,
         records: dict[str, Record],
         deaths: Sequence[str],
     ) -> None:
-        self.records, self.deaths = records, deaths
-        self._study, self._storage, self._follower = study, storage, follower
+        self.had_before, self.records, self.deaths = had_before, records, deaths
+        self._study_id, self._storage, self._follower = study_id, storage, follower
         self._published: set[str] = set()
         self._lost = threading.Event()
 
@@ -174,7 +178,7 @@ class Claim:
 
     def goes_on(self, part: float) -> None:
         """Notes that training goes on from a state in which this part of it was done."""
-        self._study.set_user_attr("from", part)
+        self._storage.set_study_user_attr(self._study_id, "from", part)
 
     def publish(self, record: Record) -> None:
         """Shows a finished trial to the others.
@@ -183,7 +187,7 @@ class Claim:
             ClaimLost: the unit is no longer ours, and the record does not count: another worker's
                 may differ from it, and others may have that one.
         """
-        self._study.set_user_attr(f"trial {record['id']}", record)
+        self._storage.set_study_user_attr(self._study_id, f"trial {record['id']}", record)
         # Whoever takes the unit from now on reads the record first; whoever took it before has not.
         self.check()
         self._published.add(record["id"])
@@ -198,7 +202,9 @@ class Claim:
             if record["id"] not in self._published and self.records.get(record["id"]) != record:
                 self.publish(record)
         self.check()
-        self._study.set_user_attr("finished", [record["id"] for record in records])
+        self._storage.set_study_user_attr(
+            self._study_id, "finished", [record["id"] for record in records]
+        )
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
@@ -210,7 +216,9 @@ class Claim:
             while not over.wait(HEARTBEAT_SECONDS):
                 number += 1
                 with contextlib.suppress(Exception):  # a storage out of reach may come back
-                    self._study.set_user_attr("owner", {**_process(), "beat": number})
+                    self._storage.set_study_user_attr(
+                        self._study_id, "owner", {**_process(), "beat": number}
+                    )
                     self.check()
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -219,7 +227,7 @@ class Claim:
             yield
         except BaseException:
             with contextlib.suppress(Exception):
-                self._study.set_user_attr("released", True)
+                self._storage.set_study_user_attr(self._study_id, "released", True)
             raise
         finally:
             over.set()

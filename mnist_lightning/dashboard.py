@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -60,11 +61,14 @@ class RunLogger(TensorBoardLogger):
         self._trainer: Trainer | None = None
         self._by_step: SummaryWriter | None = None
         self._rows: dict[int, dict[str, Any]] = {}
+        self._columns: list[str] = []  # after the epoch
+        self._lines: dict[int, str] = {}  # rows as the file has them, formatted once
         if first_epoch is not None and self.table.is_file():
             with self.table.open(newline="") as file:
                 for row in csv.DictReader(file):
-                    if int(row["epoch"]) < first_epoch:
-                        self._rows[int(row.pop("epoch"))] = row
+                    epoch = int(row.pop("epoch"))
+                    if epoch < first_epoch:
+                        self._note(epoch, row)
 
     def log_graph(self, model: LightningModule, input_array: Tensor | None = None) -> None:  # type: ignore[override]
         # Called before the first figure, and the only call that leads a logger to its trainer.
@@ -97,17 +101,25 @@ class RunLogger(TensorBoardLogger):
                 writer.add_scalar(f"by_step/{name}", value, step)
         else:
             super().log_metrics(metrics, epoch)
-        self._rows.setdefault(epoch, {}).update(metrics)
+        self._note(epoch, metrics)
 
     @rank_zero_only
     def complete(self, epoch: int, metrics: dict[str, float]) -> None:
         """Logs figures of a finished epoch that a kill kept from being logged, if any."""
-        row = self._rows.setdefault(epoch, {})
+        row = self._rows.get(epoch, {})
         missing = {name: value for name, value in metrics.items() if row.get(name, "") == ""}
         if missing:
             super().log_metrics(missing, epoch)
-            row.update(missing)
+            self._note(epoch, missing)
             self.save()
+
+    def _note(self, epoch: int, metrics: Mapping[str, Any]) -> None:
+        """Puts figures into the epoch's row of the table."""
+        self._rows.setdefault(epoch, {}).update(metrics)
+        self._lines.pop(epoch, None)
+        if new := [name for name in metrics if name not in self._columns]:
+            self._columns += new
+            self._lines.clear()  # every row gets another cell
 
     def _step_writer(self, step: int) -> "SummaryWriter":
         """Writes beside the run: forgetting steps of a killed run would take epochs along."""
@@ -124,12 +136,11 @@ class RunLogger(TensorBoardLogger):
             self._by_step.flush()
         if not self._rows:
             return
-        names = list(dict.fromkeys(name for row in self._rows.values() for name in row))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, ["epoch", *names])
-        writer.writeheader()
-        writer.writerows({"epoch": epoch, **row} for epoch, row in sorted(self._rows.items()))
-        write_text(self.table, text.getvalue())
+        for epoch in self._rows.keys() - self._lines.keys():
+            row = self._rows[epoch]
+            self._lines[epoch] = _csv_line([epoch, *(row.get(name) for name in self._columns)])
+        lines = [self._lines[epoch] for epoch in sorted(self._lines)]
+        write_text(self.table, "".join([_csv_line(["epoch", *self._columns]), *lines]))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -249,6 +260,12 @@ def hparams_row(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
     }
+
+
+def _csv_line(cells: Iterable[Any]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow(cells)
+    return text.getvalue()
 
 
 def _run_logger(trainer: Trainer) -> RunLogger | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
@@ -53,6 +54,7 @@ from mnist_lightning.worker import (
 )
 
 ROOT = Path("lightning_logs") / "search"
+SHOW_SECONDS = 1.0
 STOPS = {signal.SIGINT, signal.SIGTERM}
 
 
@@ -182,7 +184,9 @@ class Progress:
 
         self.search, self.results, self.images = search, results, images
         self._plan()
-        self._said = time.monotonic()
+        self._best: float | None = None
+        self._scored = 0
+        self._said = self._shown = time.monotonic()
         self._bar = tqdm(
             total=self.total,
             initial=self._done,
@@ -197,18 +201,33 @@ class Progress:
         self.total = len({*records, *planned(self.search, records)})
         left = open_units(self.search, records, self.images)
         self._work = {unit.name: unit.work for unit in left}
-        self._first: dict[str, float] = {}  # how much of a unit was done when we came
         self._part: dict[str, float] = {}
+        self._to_do = sum(self._work.values())  # since we came, and how much of it is done
+        self._worked = 0.0
         self._started = time.monotonic()
 
     def note(self, unit: str, part: float) -> None:
         """A worker has done this part of its unit."""
-        self._first.setdefault(unit, part)
+        work = self._work.get(unit, 0.0)
+        if unit in self._part:
+            self._worked += work * (part - self._part[unit])
+        else:
+            self._to_do -= work * part
         self._part[unit] = part
 
     def show(self) -> None:
-        """Shows how things stand, if it is time."""
-        done = len(self.results.records())
+        """Shows how things stand, if it is time: with many trials, looking takes a while."""
+        if time.monotonic() - self._shown > SHOW_SECONDS:
+            self._show()
+
+    def _show(self) -> None:
+        self._shown = time.monotonic()
+        records = self.results.records()
+        done = len(records)
+        for record in itertools.islice(records.values(), self._scored, None):  # the new ones
+            if found := score(record, self.search.objective):
+                self._best = max(found.val_acc, self._best or 0.0)
+        self._scored = done
         if done == self.total and done > self._done:
             self._plan()
         facts = self._facts()
@@ -220,18 +239,17 @@ class Progress:
 
     def _facts(self) -> list[str]:
         facts = []
-        scores = [score(r, self.search.objective) for r in self.results.records().values()]
-        if good := [found.val_acc for found in scores if found]:
-            facts.append(f"best trial {max(good):.4f}")
-        parts = [(self._work.get(unit, 0), self._first[unit], p) for unit, p in self._part.items()]
-        if done := sum(work * (part - first) for work, first, part in parts):
-            whole = sum(self._work.values()) - sum(work * first for work, first, _ in parts)
-            left = (time.monotonic() - self._started) * (whole / done - 1)
+        if self._best is not None:
+            facts.append(f"best trial {self._best:.4f}")
+        if self._worked:
+            left = (time.monotonic() - self._started) * (self._to_do / self._worked - 1)
             facts.append(f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
         return facts
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Leaves the bar as things stand."""
+        if not self._bar.disable:
+            self._show()
         self._bar.close()
 
 

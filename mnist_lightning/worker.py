@@ -90,6 +90,7 @@ class Worker:
         self.search, self.key, self.results, self.storage = search, key, results, storage
         self.device, self.threads, self.report = device, threads, report
         self.data = search.load_data()
+        self._studies: dict[int, optuna.Study] = {}  # by generation
         self._prepared: list[tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]] = []
 
     def work(self) -> None:
@@ -138,7 +139,7 @@ class Worker:
             adopt(self.search, self.results, claims, unit, claim.records)
             if not all(self.results.record(id) for id in unit.ids):
                 self.train(unit, claim)
-            claim.finish([self.results.records()[id] for id in unit.ids])
+            claim.finish([record for id in unit.ids if (record := self.results.record(id))])
 
     def train(self, unit: Unit, claim: Claim) -> None:
         """Trains a unit's trials and writes what came out.
@@ -169,7 +170,7 @@ class Worker:
     def _give_up(self, unit: Unit, claim: Claim) -> None:
         """Notes that the trials of a unit failed: they ended every worker that trained them."""
         reason = f"its worker died {len(claim.deaths)} times; the last one: {claim.deaths[-1]}"
-        trials = unit.trials or [self._draw(unit)[0]]
+        trials = unit.trials or [self._draw(unit, claim)[0]]
         curves: dict[str, list[float]] = {name: [] for name in CURVES}
         for trial, id in zip(trials, unit.ids, strict=True):
             if not self.results.record(id):
@@ -292,23 +293,29 @@ class Worker:
         epoch = record["best_epoch"] if best else epochs
         self._write(claim, record, lambda: self._save(trial, trial.id, model, epoch))
 
-    def _draw(self, unit: Unit) -> "tuple[Trial, optuna.Study, optuna.Trial]":
+    def _study(self, generation: int) -> "optuna.Study":
+        if generation not in self._studies:
+            search = self.search.at(generation)
+            self._studies[generation] = optuna_study(search, self.storage, self.key)
+        return self._studies[generation]
+
+    def _draw(self, unit: Unit, claim: Claim) -> "tuple[Trial, optuna.Study, optuna.Trial]":
         """What a sampler draws for a unit; for a unit that was drawn before, the same again."""
         import optuna
 
-        search = self.search.at(unit.generation)
-        study = optuna_study(search, self.storage, self.key, unit.number)
+        search, study = self.search.at(unit.generation), self._study(unit.generation)
         if told_elsewhere := [r for r in self._of_earlier(unit) if r[0] != study.study_name]:
             records = [record for _, record in told_elsewhere]
             fill_index(search, self.storage, self.key, records)
         axes = search.space
-        for old in study.get_trials(deepcopy=False):
+        sampler, study.pruner = sampler_and_pruner(search, unit.number)
+        study.sampler = sampler
+        for old in study.get_trials(deepcopy=False) if claim.had_before else []:
             if old.user_attrs.get("number") != unit.number:
                 continue
             if old.state == optuna.trial.TrialState.RUNNING:  # its worker died, or we thought so
                 study.tell(old.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
             if old.params.keys() == axes.keys():
-                sampler = sampler_and_pruner(search, unit.number)[0]
                 study.sampler = optuna.samplers.PartialFixedSampler(old.params, sampler)
         drawn = study.ask({name: _distribution(axis) for name, axis in axes.items()})
         drawn.set_user_attr("number", unit.number)
@@ -331,7 +338,7 @@ class Worker:
     def _train_drawn(self, unit: Unit, claim: Claim) -> None:
         import optuna
 
-        trial, study, drawn = self._draw(unit)
+        trial, study, drawn = self._draw(unit, claim)
 
         def prune(epoch: int, val_acc: float) -> bool:
             try:
@@ -571,7 +578,7 @@ def sampler_and_pruner(
 
 
 def optuna_study(
-    search: Search, storage: "optuna.storages.BaseStorage", key: str, number: int = 0
+    search: Search, storage: "optuna.storages.BaseStorage", key: str
 ) -> "optuna.Study":
     """The search as an Optuna study: what samplers learn from, and dashboards show.
 
@@ -579,11 +586,10 @@ def optuna_study(
         search: the search.
         storage: of the study.
         key: its name.
-        number: of the trial to draw.
     """
     import optuna
 
-    sampler, pruner = sampler_and_pruner(search, number)
+    sampler, pruner = sampler_and_pruner(search)
     return optuna.create_study(
         storage=storage,
         study_name=study_name(search, key),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import load
 import pytest
 import torch
 import torture
@@ -411,6 +412,11 @@ def test_a_diverged_training_is_not_saved_over_the_last_good_checkpoint(
     last = Path("lightning_logs/shallow/version_0/checkpoints/last.ckpt")
     weights = torch.load(last, weights_only=True)
     assert all(torch.isfinite(loss).all() for loss in weights["seen"][:1])
+
+
+@pytest.mark.slow
+def test_eight_trainings_that_start_at_once_get_a_run_each(tmp_path: Path) -> None:
+    assert load.start(8, tmp_path) == []
 
 
 @pytest.mark.slow

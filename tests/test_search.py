@@ -507,6 +507,38 @@ def test_a_late_worker_hears_that_its_unit_is_gone(finished, folder, monkeypatch
     assert {r["id"]: r for r in found if r["id"] in records} == records  # the seconds too
 
 
+@pytest.mark.parametrize("drawn", [True, False], ids=["drawn one by one", "trained together"])
+def test_a_late_trial_costs_the_search_no_more_than_an_early_one(drawn, folder, monkeypatch):
+    """Whatever reads all trials, or all names, is not asked once a trial."""
+    asked = Counter()
+
+    def counted(owner, name):
+        ask = getattr(owner, name)
+
+        def note(*args, **kwargs):
+            asked[name] += 1
+            return ask(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, note)
+
+    monkeypatch.setattr("mnist_lightning.search.SHOW_SECONDS", float("inf"))
+    counted(Results, "records")
+    counted(optuna.Study, "get_trials")
+    counted(optuna, "create_study")
+    strategy = {"name": "optuna", "n": 30, "sampler": "RandomSampler"}
+    found = run(
+        small(
+            space={"lr": [0.1 / (1 + i) for i in range(30)]},
+            strategy=strategy if drawn else {"name": "grid"},
+            fixed={"max_epochs": 1, "batch_size": 64, "hidden_units": 2},
+        ),
+        folder,
+        workers=0,
+    )
+    assert len(found) == 30
+    assert max(asked.values()) < 15, asked
+
+
 def death_of(claim: Claim, part: float = 0.0) -> None:
     if part:
         claim.goes_on(part)

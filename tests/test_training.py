@@ -288,6 +288,33 @@ def test_a_resumed_run_keeps_its_figures_by_step(interval: str, tmp_path: Path) 
     assert ours == theirs
 
 
+def test_an_epoch_late_in_a_run_costs_the_table_no_more_than_an_early_one(tmp_path: Path) -> None:
+    """Each figure is formatted once or twice, however many epochs come after it."""
+
+    class Figure(float):
+        formatted = 0
+
+        def __str__(self) -> str:
+            Figure.formatted += 1
+            return super().__str__()
+
+    logger = RunLogger(tmp_path / "run")
+    for epoch in range(100):  # as Lightning logs one: the validation, then the training
+        for name in ("val/loss", "train/loss"):
+            logger.log_metrics({"epoch": epoch, name: Figure(epoch)})
+            logger.save()
+    assert Figure.formatted <= 100 * 3
+    # what comes late is in the table all the same: a new column, and an earlier epoch's figure
+    logger.log_metrics({"epoch": 99, "a, b": 0.5})
+    logger.log_metrics({"epoch": 2, "val/loss": 7.5})
+    logger.save()
+    rows = _rows(tmp_path / "run")
+    assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, 101)]
+    assert [row["a, b"] for row in rows] == [""] * 99 + ["0.5"]
+    assert [float(row["val/loss"]) for row in rows] == [0, 1, 7.5, *range(3, 100)]
+    logger.finalize("success")
+
+
 def test_hparams_tab_has_the_same_columns_for_different_models(tmp_path: Path) -> None:
     """Asked of TensorBoard's own backend: what its HParams page would show for three models."""
     from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
