@@ -259,7 +259,7 @@ def test_one_is_one(folder, capsys):
     results = Results(folder)
     results.open({})
     progress = Progress(wanted, results, 1000)
-    progress._said = -1e9
+    progress._said = progress._shown = -1e9
     progress.show()
     assert capsys.readouterr().out.splitlines() == ["0/1 trials"]
     run(wanted, folder.parent / "other", workers=0)
