@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: fit test test-slow lint bench bench-quick bench-fit torture clean
+.PHONY: fit test test-slow lint bench bench-quick bench-fit torture load clean
 
 fit: $(VENV)/ready
 	$(BIN)/python -m mnist_lightning fit --config shallow.yaml
@@ -34,6 +34,10 @@ bench-quick: $(VENV)/ready
 # kills trainings at random moments, has them go on, and compares bits: some minutes
 torture: $(VENV)/ready
 	$(BIN)/python benchmarks/torture.py
+
+# long trainings and searches, full folders, many trainings at once: twenty minutes
+load: $(VENV)/ready
+	$(BIN)/python benchmarks/load.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
