@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: fit test test-slow lint audit bench bench-quick bench-fit torture clean
+.PHONY: fit test test-slow lint audit bench bench-quick bench-fit torture load clean
 
 fit: $(VENV)/ready
 	$(BIN)/python -m mnist_lightning fit --config shallow.yaml
@@ -40,6 +40,10 @@ bench-quick: $(VENV)/ready
 # kills trainings at random moments, has them go on, and compares bits: some minutes
 torture: $(VENV)/ready
 	$(BIN)/python benchmarks/torture.py
+
+# long trainings and searches, full folders, many trainings at once: twenty minutes
+load: $(VENV)/ready
+	$(BIN)/python benchmarks/load.py
 
 # as a variable, pip pins what builds the package too
 $(VENV)/ready: pyproject.toml constraints.txt

@@ -235,7 +235,7 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
         if part := results.get("epochs"):
             ratios = [share(training) for training in part[key]]
             middle = statistics.median(ratios)
-            spread = f"{middle:.3f} ({min(ratios):.3f} to {max(ratios):.3f}, n={len(ratios)})"
+            spread = f"{middle:.3f} (n={len(ratios)}, {min(ratios):.3f} to {max(ratios):.3f})"
             name = f"{part['count']:,} epochs, {what}: last tenth / first tenth"
             table.append((name, spread, "1.05 at most", within(middle)))
     for name, how in (
