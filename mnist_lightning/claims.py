@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mnist_lightning import console
+
 if TYPE_CHECKING:
     import optuna
 
@@ -280,7 +282,7 @@ def open_storage(url: str | None, folder: Path) -> "optuna.storages.BaseStorage"
     try:
         import optuna
     except ImportError as error:
-        raise ValueError("a search needs Optuna: pip install 'mnist-lightning[search]'") from error
+        raise ValueError(f"a search needs Optuna: {console.install('search')}") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     journal = folder / "journal.log"

@@ -11,12 +11,14 @@ figures/       each figure as PNG and SVG
 import argparse
 import itertools
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mnist_lightning import console
 from mnist_lightning.files import csv_cell, write_bytes, write_text
 from mnist_lightning.provenance import provenance
 
@@ -163,9 +165,7 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
 
         from mnist_lightning import analysis, findings
     except ImportError as error:
-        raise ValueError(
-            f"a report needs {error.name}: pip install 'mnist-lightning[search]'"
-        ) from error
+        raise ValueError(f"a report needs {error.name}: {console.install('search')}") from error
     searches = [found for folder in folders for found in analysis.read(folder)]
     names = [found.name for found in searches]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -568,7 +568,7 @@ def _test(found: "Found") -> list[Block]:
     if test is None:
         text = (
             f"The winner has not been tested yet.{partial} To test it:"
-            f" python -m mnist_lightning test --ckpt_path {found.path}"
+            f" python -m mnist_lightning test --ckpt_path {shlex.quote(str(found.path))}"
         )
         return [Block("Test", text)]
     winner = analysis.setting_text(dict(found.cells.iloc[0][found.params]))

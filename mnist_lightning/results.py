@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mnist_lightning import console
 from mnist_lightning.files import (
     JSON_BYTES,
     create_json,
@@ -321,7 +322,7 @@ def load_results(path: str | os.PathLike[str]) -> "pandas.DataFrame":
     try:
         import pandas
     except ImportError as error:
-        raise ValueError("a table needs pandas: pip install 'mnist-lightning[search]'") from error
+        raise ValueError(f"a table needs pandas: {console.install('search')}") from error
     path = Path(path)
     folder = path.parent if path.is_file() else path
     if not (folder / "search.json").is_file():

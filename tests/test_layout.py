@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "mnist_lightning"
 FLOORS = {
     "__init__": 0,
     "files": 0,
+    "console": 0,
     "provenance": 0,
     "names": 1,
     "memory": 0,
@@ -20,7 +21,7 @@ FLOORS = {
     "space": 0,
     "callbacks": 1,
     "stacked": 0,
-    "claims": 0,
+    "claims": 1,
     "execution": 2,
     "models": 3,
     "dashboard": 3,
