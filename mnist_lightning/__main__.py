@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
+from types import ModuleType
 
 from mnist_lightning import __version__
 
@@ -73,6 +74,10 @@ def _guarded(words: list[str], debug: bool) -> int:
         threading.excepthook = _without_write_errors
     try:
         with _stops_at_once():
+            check = import_module("mnist_lightning.words").check
+            check(words[0], words[1:])
+            if words[0] != "report":
+                _import_torchmetrics()
             imported = import_module(f"mnist_lightning.{module}")
         run: Callable[[list[str]], None] = getattr(imported, function)
         run(words[1:])
@@ -111,6 +116,25 @@ def _stops_at_once() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _import_torchmetrics() -> None:
+    """Imports what Lightning will import, without ``scipy.signal``, which costs a second or more.
+
+    torchmetrics imports that where SciPy is installed (scikit-learn needs it), only to give it back
+    an old name, ``hamming``, that some other package may look for. It finds an empty module here
+    that has the name, and that is gone before anything else could take it for the real one.
+    """
+    name = "scipy.signal"
+    if name in sys.modules or "torchmetrics" in sys.modules:
+        return
+    stand_in = ModuleType(name)
+    stand_in.hamming = None  # type: ignore[attr-defined]
+    sys.modules[name] = stand_in
+    try:
+        import_module("torchmetrics")
+    finally:
+        del sys.modules[name]
 
 
 def _without_write_errors(failure: threading.ExceptHookArgs) -> None:

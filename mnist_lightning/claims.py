@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_lightning import console
+from mnist_lightning.console import require
 
 if TYPE_CHECKING:
     import optuna
@@ -279,10 +279,9 @@ def open_storage(url: str | None, folder: Path) -> "optuna.storages.BaseStorage"
     Raises:
         ValueError: it cannot be reached, or Optuna is not installed.
     """
-    try:
-        import optuna
-    except ImportError as error:
-        raise ValueError(f"a search needs Optuna: {console.install('search')}") from error
+    require("optuna", "a search")
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     journal = folder / "journal.log"

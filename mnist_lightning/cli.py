@@ -7,7 +7,6 @@ weights contradict it.
 
 import copy
 import csv
-import inspect as inspect_module
 import io
 import logging
 import os
@@ -22,7 +21,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from filelock import FileLock, Timeout
@@ -57,11 +56,11 @@ from mnist_lightning.names import (
     allow_classes,
     classes_in,
     classes_in_option,
-    hint,
     import_class,
+    newest_first,
     read_config,
-    shipped_configs,
 )
+from mnist_lightning.parser import Parser, shorten
 
 LOGS = "lightning_logs"
 
@@ -105,66 +104,6 @@ def inspect(words: list[str]) -> None:
         images, labels = next(iter(data.train_dataloader()))
         rows = inspection.tensor_table(model, data, data.preprocess(images), labels)
         print(inspection.format_table(("Tensor", "Shape", "Meaning"), rows))
-
-
-class Parser(LightningArgumentParser):
-    """Says what is wrong in a line or two, where argparse would print a page of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:
-            super().error(message, ex)
-        raise ValueError(_shorten(message, self))
-
-
-def _shorten(message: str, parser: LightningArgumentParser) -> str:
-    """The core of a jsonargparse message, and what was probably meant."""
-    if denied := re.search(r"Importing '[\w.]+' is not allowed", message):
-        return denied[0]
-    given = "".join(re.findall(r"^ *Given value: (.*)$", message, re.MULTILINE)[-1:])
-    noise = r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value"
-    lines = [line.strip(" -") for line in message.splitlines()]
-    core = " ".join(line for line in lines if line and not re.match(noise, line))
-    core = re.sub(r'Parser key "([\w.]+)":', r"--\1:", core)
-    core = re.sub(r"Problem with given class_path '[\w.]*?(\w+)':", r"\1:", core)
-    core = re.sub(r"--(\w+): \w+: --(\w+):", r"--\1.\2:", core)
-    core = re.sub(r"typing\.Literal\[(.+?)\]", r"one of \1", core)
-    core = re.sub(r"<class '(\w+)'>", r"\1", core)
-    core = re.sub(r"Expected an? (.+?)\. Got value: ", r"expected \1, got ", core)
-    models = {model.__name__: model for model in _subclasses(Classifier)}
-    configs = [path.name for path in shipped_configs()]
-    if re.search(r"required: (\w+\.)?model$", core):
-        return f"which model? --config NAME ({', '.join(configs)}), or --model CLASS"
-    if match := re.search(r"Expected a dot import path string: (\S+)", core):
-        return f"no model {match[1]!r}; {hint(match[1], models)}"
-    if match := re.search(r"does not correspond to a subclass of (\w+)", core):
-        if match[1] != "Classifier":
-            wrong = re.search(r"Import path (\S+) does not", core)
-            return f"{core.partition(':')[0]}: {wrong[1] if wrong else given} is no {match[1]}"
-        return f"--model {given}: no Classifier; {hint(given, models)}"
-    if match := re.search(r"argument (?:\S+/)?(\S+): expected one argument", core):
-        return f"{match[1]} needs a value after it"
-    if match := re.search(r"(\w+): Option '(\w+)' is not accepted", core):
-        known = inspect_module.signature(models[match[1]]).parameters if match[1] in models else []
-        return f"{match[1]} has no option {match[2]!r}; {hint(match[2], known)}"
-    if match := re.search(r"unrecognized arguments: (\S+)|not accept option '(\S+)'", core):
-        word = (match[1] or match[2]).partition("=")[0]
-        nested = getattr(parser, "_subcommands_action", None)
-        parsers = [parser, *(nested.choices.values() if nested else [])]
-        options = [o for p in parsers for action in p._actions for o in action.option_strings]
-        if match[2]:  # in a file, where there are no dashes
-            options = [option.lstrip("-") for option in options]
-        return f"no option {word}; {hint(word, options, 'all of them: --help')}"
-    if given and "Expected a" in core:  # of several types
-        start, *types = re.split(r"Expected an? ", core)
-        return f"{start}expected {' or '.join(kind.strip() for kind in types)}, got {given}"
-    return core
-
-
-def _subclasses(base: type) -> Iterator[type]:
-    subclass: type
-    for subclass in base.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -373,7 +312,7 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:  # of a constructor, wrapped by the parser
-            raise ValueError(_shorten(str(error), self._parser(self.subcommand))) from error
+            raise ValueError(shorten(str(error), self._parser(self.subcommand))) from error
 
     def _check_memory(self) -> None:
         settings = self.config["fit"]
@@ -719,9 +658,7 @@ def _new_run(folder: Path) -> Path:
         return folder / "version_0"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        number = (
-            max((int(run.name[8:]) for run in checkpoints.newest_first(folder)), default=-1) + 1
-        )
+        number = max((int(run.name[8:]) for run in newest_first(folder)), default=-1) + 1
         while True:
             run = folder / f"version_{number}"
             try:

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_lightning import console
+from mnist_lightning.console import require
 from mnist_lightning.files import (
     JSON_BYTES,
     create_json,
@@ -319,10 +319,9 @@ def load_results(path: str | os.PathLike[str]) -> "pandas.DataFrame":
     Raises:
         ValueError: there is no search, or pandas is not installed.
     """
-    try:
-        import pandas
-    except ImportError as error:
-        raise ValueError(f"a table needs pandas: {console.install('search')}") from error
+    require("pandas", "a table")
+    import pandas
+
     path = Path(path)
     folder = path.parent if path.is_file() else path
     if not (folder / "search.json").is_file():

@@ -397,7 +397,7 @@ def _crown(search: Search, results: Results, records: Sequence[Record]) -> None:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="mnist_lightning search",
+        prog=f"{console.PROGRAM} search",
         description="Train many models and compare them. Flags win over the configuration.",
         exit_on_error=False,
     )

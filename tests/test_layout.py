@@ -16,6 +16,8 @@ FLOORS = {
     "console": 0,
     "provenance": 0,
     "names": 1,
+    "words": 2,
+    "parser": 4,
     "memory": 0,
     "data": 0,
     "space": 0,
