@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
 
-from mnist_lightning import __version__
+from mnist_lightning import __version__, console
 
 # word: (module, function of the remaining words, what it does)
 COMMANDS = {
@@ -23,23 +23,23 @@ COMMANDS = {
     "inspect": ("cli", "inspect", "print the layers of a model, and the perceptron's tensors"),
 }
 
-HELP = f"""usage: mnist-lightning COMMAND [options]        (or: python -m mnist_lightning ...)
+HELP = """usage: mnist-lightning COMMAND [options]        (or: python -m mnist_lightning ...)
 
 Train small and medium image classifiers with PyTorch Lightning, and study them properly.
 
 commands:
-{{commands}}
+{commands}
 
 options:
   -h, --help   this page; after a COMMAND, its options
-  --version    the version: {__version__}
+  --version    the version: {version}
   --debug      with any command: show where an error comes from
   --trust      with --ckpt_path: import what the run's files name, which runs its code
 
 A first training, its dashboard, its test:
-  mnist-lightning fit --config shallow.yaml
-  tensorboard --logdir lightning_logs
-  mnist-lightning test --ckpt_path lightning_logs/shallow"""
+  {fit}
+  {board}
+  {test}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if not words or words[0] in ("-h", "--help", "help"):
-        commands = (f"  {word:<10} {what}" for word, (_, _, what) in COMMANDS.items())
-        print(HELP.format(commands="\n".join(commands)))
+        print(_first_page())
         return 0
     if words[0] == "--version":
         print(__version__)
@@ -65,6 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: no command {words[0]!r}; {hint}", file=sys.stderr)
         return 2
     return _guarded(words, debug)
+
+
+def _first_page() -> str:
+    return HELP.format(
+        commands="\n".join(f"  {word:<10} {what}" for word, (_, _, what) in COMMANDS.items()),
+        version=__version__,
+        fit=console.command("fit", "--config", "shallow.yaml"),
+        board=console.tensorboard("lightning_logs"),
+        test=console.command("test", "--ckpt_path", "lightning_logs/shallow"),
+    )
 
 
 def _guarded(words: list[str], debug: bool) -> int:

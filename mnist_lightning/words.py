@@ -50,12 +50,15 @@ def check(command: str, words: Sequence[str]) -> None:
             )
     found = list(options(words))
     given = dict(found)
+    for name in ("config", "ckpt_path"):
+        if given.get(name) == "":
+            raise ValueError(f"--{name} needs a value after it")
     configs = [
         find_config(value, "search" if command == "search" else ".")
         for name, value in found
         if name == "config" and value
     ]
-    if {"h", "help"} & given.keys():
+    if "help" in given:
         return
     if command == "search":
         require("optuna", "a search")
@@ -118,7 +121,7 @@ def options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
             name, equals, value = word.lstrip("-").partition("=")
             if not equals:
                 value = "" if following.startswith("--") else following
-            yield {"c": "config"}.get(name, name), value
+            yield {"c": "config", "h": "help"}.get(name, name), value
 
 
 def _configured(configs: list[Path], group: str) -> str | None:
