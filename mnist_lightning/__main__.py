@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
+from types import ModuleType
 
-from mnist_lightning import __version__
+from mnist_lightning import __version__, console
 
 # word: (module, function of the remaining words, what it does)
 COMMANDS = {
@@ -25,23 +26,23 @@ COMMANDS = {
     "completion": ("completion", "main", "print what makes bash, zsh or fish complete words"),
 }
 
-HELP = f"""usage: mnist-lightning COMMAND [options]        (or: python -m mnist_lightning ...)
+HELP = """usage: mnist-lightning COMMAND [options]        (or: python -m mnist_lightning ...)
 
 Train small and medium image classifiers with PyTorch Lightning, and study them properly.
 
 commands:
-{{commands}}
+{commands}
 
 options:
   -h, --help   this page; after a COMMAND, its options
-  --version    the version: {__version__}
+  --version    the version: {version}
   --debug      with any command: show where an error comes from
   --trust      with --ckpt_path: import what the run's files name, which runs its code
 
 A first training, its dashboard, its test:
-  mnist-lightning fit --config shallow.yaml
-  tensorboard --logdir lightning_logs
-  mnist-lightning test --ckpt_path lightning_logs/shallow"""
+  {fit}
+  {board}
+  {test}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if not words or words[0] in ("-h", "--help", "help"):
-        commands = (f"  {word:<11} {what}" for word, (_, _, what) in COMMANDS.items())
-        print(HELP.format(commands="\n".join(commands)))
+        print(_first_page())
         return 0
     if words[0] == "--version":
         print(__version__)
@@ -69,6 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _guarded(words, debug)
 
 
+def _first_page() -> str:
+    return HELP.format(
+        commands="\n".join(f"  {word:<11} {what}" for word, (_, _, what) in COMMANDS.items()),
+        version=__version__,
+        fit=console.command("fit", "--config", "shallow.yaml"),
+        board=console.tensorboard("lightning_logs"),
+        test=console.command("test", "--ckpt_path", "lightning_logs/shallow"),
+    )
+
+
 def _guarded(words: list[str], debug: bool) -> int:
     module, function, _ = COMMANDS[words[0]]
     hook = threading.excepthook
@@ -76,6 +86,9 @@ def _guarded(words: list[str], debug: bool) -> int:
         threading.excepthook = _without_write_errors
     try:
         with _stops_at_once():
+            if module in ("cli", "search"):  # which import PyTorch
+                import_module("mnist_lightning.words").check(words[0], words[1:])
+                _import_torchmetrics()
             imported = import_module(f"mnist_lightning.{module}")
         run: Callable[[list[str]], int | None] = getattr(imported, function)
         return run(words[1:]) or 0
@@ -113,6 +126,25 @@ def _stops_at_once() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _import_torchmetrics() -> None:
+    """Imports what Lightning will import, without ``scipy.signal``, which costs a second or more.
+
+    torchmetrics imports that where SciPy is installed (scikit-learn needs it), only to give it back
+    an old name, ``hamming``, that some other package may look for. It finds an empty module here
+    that has the name, and that is gone before anything else could take it for the real one.
+    """
+    name = "scipy.signal"
+    if name in sys.modules or "torchmetrics" in sys.modules:
+        return
+    stand_in = ModuleType(name)
+    stand_in.hamming = None  # type: ignore[attr-defined]
+    sys.modules[name] = stand_in
+    try:
+        import_module("torchmetrics")
+    finally:
+        del sys.modules[name]
 
 
 def _without_write_errors(failure: threading.ExceptHookArgs) -> None:

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mnist_lightning.console import require
+
 if TYPE_CHECKING:
     import optuna
 
@@ -285,10 +287,9 @@ def open_storage(url: str | None, folder: Path) -> "optuna.storages.BaseStorage"
     Raises:
         ValueError: it cannot be reached, or Optuna is not installed.
     """
-    try:
-        import optuna
-    except ImportError as error:
-        raise ValueError("a search needs Optuna: pip install 'mnist-lightning[search]'") from error
+    require("optuna", "a search")
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     journal = folder / "journal.log"

@@ -7,34 +7,34 @@ weights contradict it.
 
 import copy
 import csv
-import inspect as inspect_module
 import io
 import logging
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from filelock import FileLock, Timeout
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from mnist_lightning import checkpoints, evaluations, inspection, memory
+from mnist_lightning import checkpoints, console, evaluations, inspection, memory
 from mnist_lightning.callbacks import (
     EarlyStopping,
     EpochLines,
@@ -42,8 +42,10 @@ from mnist_lightning.callbacks import (
     Mistakes,
     ProgressBar,
     SafePoints,
+    say,
 )
 from mnist_lightning.checkpoints import ModelCheckpoint, WholeFiles
+from mnist_lightning.console import short
 from mnist_lightning.dashboard import Dashboard, RunLogger
 from mnist_lightning.data import MNISTDataModule, in_image_order
 from mnist_lightning.execution import Execution
@@ -54,11 +56,11 @@ from mnist_lightning.names import (
     allow_classes,
     classes_in,
     classes_in_option,
-    hint,
     import_class,
+    newest_first,
     read_config,
-    shipped_configs,
 )
+from mnist_lightning.parser import Parser, shorten
 
 LOGS = "lightning_logs"
 
@@ -102,66 +104,6 @@ def inspect(words: list[str]) -> None:
         images, labels = next(iter(data.train_dataloader()))
         rows = inspection.tensor_table(model, data, data.preprocess(images), labels)
         print(inspection.format_table(("Tensor", "Shape", "Meaning"), rows))
-
-
-class Parser(LightningArgumentParser):
-    """Says what is wrong in a line or two, where argparse would print a page of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:
-            super().error(message, ex)
-        raise ValueError(_shorten(message, self))
-
-
-def _shorten(message: str, parser: LightningArgumentParser) -> str:
-    """The core of a jsonargparse message, and what was probably meant."""
-    if denied := re.search(r"Importing '[\w.]+' is not allowed", message):
-        return denied[0]
-    given = "".join(re.findall(r"^ *Given value: (.*)$", message, re.MULTILINE)[-1:])
-    noise = r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value"
-    lines = [line.strip(" -") for line in message.splitlines()]
-    core = " ".join(line for line in lines if line and not re.match(noise, line))
-    core = re.sub(r'Parser key "([\w.]+)":', r"--\1:", core)
-    core = re.sub(r"Problem with given class_path '[\w.]*?(\w+)':", r"\1:", core)
-    core = re.sub(r"--(\w+): \w+: --(\w+):", r"--\1.\2:", core)
-    core = re.sub(r"typing\.Literal\[(.+?)\]", r"one of \1", core)
-    core = re.sub(r"<class '(\w+)'>", r"\1", core)
-    core = re.sub(r"Expected an? (.+?)\. Got value: ", r"expected \1, got ", core)
-    models = {model.__name__: model for model in _subclasses(Classifier)}
-    configs = [path.name for path in shipped_configs()]
-    if re.search(r"required: (\w+\.)?model$", core):
-        return f"which model? --config NAME ({', '.join(configs)}), or --model CLASS"
-    if match := re.search(r"Expected a dot import path string: (\S+)", core):
-        return f"no model {match[1]!r}; {hint(match[1], models)}"
-    if match := re.search(r"does not correspond to a subclass of (\w+)", core):
-        if match[1] != "Classifier":
-            wrong = re.search(r"Import path (\S+) does not", core)
-            return f"{core.partition(':')[0]}: {wrong[1] if wrong else given} is no {match[1]}"
-        return f"--model {given}: no Classifier; {hint(given, models)}"
-    if match := re.search(r"argument (?:\S+/)?(\S+): expected one argument", core):
-        return f"{match[1]} needs a value after it"
-    if match := re.search(r"(\w+): Option '(\w+)' is not accepted", core):
-        known = inspect_module.signature(models[match[1]]).parameters if match[1] in models else []
-        return f"{match[1]} has no option {match[2]!r}; {hint(match[2], known)}"
-    if match := re.search(r"unrecognized arguments: (\S+)|not accept option '(\S+)'", core):
-        word = (match[1] or match[2]).partition("=")[0]
-        nested = getattr(parser, "_subcommands_action", None)
-        parsers = [parser, *(nested.choices.values() if nested else [])]
-        options = [o for p in parsers for action in p._actions for o in action.option_strings]
-        if match[2]:  # in a file, where there are no dashes
-            options = [option.lstrip("-") for option in options]
-        return f"no option {word}; {hint(word, options, 'all of them: --help')}"
-    if given and "Expected a" in core:  # of several types
-        start, *types = re.split(r"Expected an? ", core)
-        return f"{start}expected {' or '.join(kind.strip() for kind in types)}, got {given}"
-    return core
-
-
-def _subclasses(base: type) -> Iterator[type]:
-    subclass: type
-    for subclass in base.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -295,10 +237,9 @@ class CLI(LightningCLI):
             self.run_name = settings.model.class_path.rpartition(".")[2]
 
     def _untrusted(self, what: str, words: list[str]) -> str:
-        again = shlex.join(["python", "-m", "mnist_lightning", *words, "--trust"])
         return (
             f"{what}, which is neither ours, PyTorch's nor Lightning's: its code would be run."
-            f" If you trust the file:\n{again}"
+            f" If you trust the file:\n{console.command(*words, '--trust')}"
         )
 
     def _start_from(
@@ -349,11 +290,11 @@ class CLI(LightningCLI):
             self.lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(
-                f"{_short(run)} is being trained by another process: wait for it, or stop it"
+                f"{short(run)} is being trained by another process: wait for it, or stop it"
             ) from None
         except (OSError, NotImplementedError) as error:
             reason = (getattr(error, "strerror", None) or str(error)).lower()
-            raise ValueError(f"{_short(run / '.lock')} cannot be locked: {reason}") from error
+            raise ValueError(f"{short(run / '.lock')} cannot be locked: {reason}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's own would now put the checkpoint's values over the user's flags again."""
@@ -371,7 +312,7 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:  # of a constructor, wrapped by the parser
-            raise ValueError(_shorten(str(error), self._parser(self.subcommand))) from error
+            raise ValueError(shorten(str(error), self._parser(self.subcommand))) from error
 
     def _check_memory(self) -> None:
         settings = self.config["fit"]
@@ -394,13 +335,15 @@ class CLI(LightningCLI):
             if self.subcommand == "fit" and settings.get(name) == 0:
                 raise ValueError(f"nothing would be trained: --trainer.{name} is 0")
         extra: list[Any] = []
-        if settings.get("enable_progress_bar") is not False:
-            terminal = sys.stdout.isatty()
-            extra.append(ProgressBar() if terminal else EpochLines())
+        terminal = sys.stdout.isatty()
+        extra.append(EpochLines(shutil.get_terminal_size().columns if terminal else None))
+        own = any(isinstance(c, AnyProgressBar) for c in settings.get("callbacks") or [])
+        if settings.get("enable_progress_bar") is not False and not own:
             kwargs["enable_progress_bar"] = terminal
+            extra += [ProgressBar()] if terminal else []
         kwargs["logger"] = False
         threads = self._get(self.config_init, "threads")
-        extra += [Dashboard(), Execution(threads=threads, say=_say)]
+        extra += [Dashboard(), Execution(threads=threads, say=say)]
         if self.subcommand == "fit":
             self._check_goes_on()
             self.safe_points = SafePoints(self._get(self.config_init, "save_every_minutes"))
@@ -465,14 +408,13 @@ class CLI(LightningCLI):
         stopping = next(c for c in trainer.early_stopping_callbacks if isinstance(c, EarlyStopping))
         limit = f"patience {stopping.patience}" if stopping.enabled else "off"
         parameters = sum(p.numel() for p in model.parameters())
-        _say(
-            f"{type(model).__name__}, {parameters:,} parameters, on {trainer.strategy.root_device}"
-        )
-        _say(self.datamodule.describe())
-        _say(
+        say(f"{type(model).__name__}, {parameters:,} parameters, on {trainer.strategy.root_device}")
+        say(self.datamodule.describe())
+        say(
             f"batch size {self.datamodule.batch_size}, at most {trainer.max_epochs} epochs,"
             f" early stopping {limit}"
         )
+        self._say_what_goes_on()
         received: list[int] = []
         try:
             with self._stop_after_a_step(received):
@@ -503,7 +445,7 @@ class CLI(LightningCLI):
                 # of any of its files; those that were complete before still are
                 reason = (getattr(error, "strerror", None) or str(error)).lower()
                 raise ValueError(
-                    f"{_short(self.run)} cannot be written: {reason}. Make room there, or give"
+                    f"{short(self.run)} cannot be written: {reason}. Make room there, or give"
                     " another place: --trainer.default_root_dir DIR"
                 ) from error
             raise
@@ -511,11 +453,34 @@ class CLI(LightningCLI):
             if self.checkpoint is None:
                 self._take_back_run()
                 raise ValueError("nothing was trained: the training was over before its first step")
-            _say(
+            say(
                 f"\nnothing was left to train: {trainer.current_epoch} epochs are done."
                 " For more: --trainer.max_epochs N"
             )
         self._summarize()
+
+    def _say_what_goes_on(self) -> None:
+        """Of a training that is resumed: which one, from where, and what was best so far."""
+        if self.checkpoint is None or self.checkpoint_path is None:
+            return
+        path, (epochs, batches) = self.checkpoint_path, checkpoints.progress(self.checkpoint)
+        files = ", ".join(short(Path(str(file))) for file in self.config["fit"].config or [])
+        say(
+            f"resuming {short(path)} after {_progress(epochs, batches)}"
+            + (f", with {files}" if files else "")
+            + ("" if self.run else "; what is trained from here on is a run of its own")
+        )
+        if (best := _best_so_far(path)) is not None:
+            say(f"best so far: val/acc {best[1]:.4f} in epoch {best[0]}")
+        last = path.with_name("last.ckpt")
+        if path.name == "best.ckpt" and (done := _epochs(last)) is not None and done > epochs:
+            again = (
+                f"epoch {done} is" if done == epochs + 1 else f"epochs {epochs + 1} to {done} are"
+            )
+            say(
+                f"this is the best epoch: {again} trained again. To go on after the last one:"
+                f"\n  {console.command('fit', '--ckpt_path', short(last))}"
+            )
 
     @contextmanager
     def _stop_after_a_step(self, received: list[int]) -> Iterator[None]:
@@ -548,10 +513,9 @@ class CLI(LightningCLI):
         """From where a training that diverged can be tried again."""
         if self.run is None or not (self.run / "checkpoints" / "last.ckpt").is_file():
             return "No checkpoint had been saved before"
-        return (
-            "The last good checkpoint is last.ckpt. To go on from it:"
-            f"\n  python -m mnist_lightning fit --ckpt_path {_short(self.run)}/last"
-            f" --model.lr {self.model.lr / 10:g}"
+        return "The last good checkpoint is last.ckpt. To go on from it:\n  " + console.command(
+            *("fit", "--ckpt_path", f"{short(self.run)}/last"),
+            *("--model.lr", f"{self.model.lr / 10:g}"),
         )
 
     def _say_how_to_go_on(self) -> None:
@@ -559,40 +523,39 @@ class CLI(LightningCLI):
         if self.run is None or not last.is_file():
             if self.trainer.global_step == 0:
                 self._take_back_run()
-            _say("\nstopped; nothing was saved")
+            say("\nstopped; nothing was saved")
             return
         epochs, batches = checkpoints.progress(torch.load(last, weights_only=True, mmap=True))
-        within = f"{batches:,} mini-batches of epoch {epochs + 1}"
-        saved = f"epoch {epochs}" if not batches else f"epoch {epochs} and {within}"
-        _say(
-            f"\nstopped; saved up to {saved if epochs else within}. To go on:"
-            f"\n  python -m mnist_lightning fit --ckpt_path {_short(self.run)}/last"
+        say(
+            f"\nstopped; saved up to {_progress(epochs, batches)}. To go on:"
+            f"\n  {console.command('fit', '--ckpt_path', f'{short(self.run)}/last')}"
         )
 
     def _summarize(self) -> None:
         trainer = self.trainer
-        best = next(
-            (c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_score", None)), None
-        )
-        if not isinstance(best, ModelCheckpoint) or self.run is None:
+        ours = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
+        best = next((c for c in ours if c.best_model_score is not None), None)
+        if best is None or self.run is None:
             return
         file = Path(best.best_model_path)
         epoch = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
-        stopped = any(c.stopped_epoch for c in trainer.early_stopping_callbacks)  # type: ignore[attr-defined]
-        _say(
+        stops = [c.stopped_epoch for c in trainer.early_stopping_callbacks]  # type: ignore[attr-defined]
+        # a stop of an earlier session is still in there
+        stopped = any(stop and stop + 1 == trainer.current_epoch for stop in stops)
+        say(
             f"\nbest epoch   {epoch} of {trainer.current_epoch}"
             + (" (stopped early)" if stopped else "")
             + f"\n{best.monitor:<12} {best.best_model_score:.4f}"
-            f"\ncheckpoint   {_short(file)}"
-            f"\ntest it      python -m mnist_lightning test --ckpt_path {_short(self.run)}"
-            f"\nsee it       tensorboard --logdir {_short(self.run.parent.parent)}"
+            f"\ncheckpoint   {short(file)}"
+            f"\ntest it      {console.command('test', '--ckpt_path', short(self.run))}"
+            f"\nsee it       {console.tensorboard(short(self.run.parent.parent))}"
         )
 
     def validate(self, **kwargs: Any) -> None:
         results = self.trainer.validate(**{**kwargs, "verbose": False})
         if not results:
             raise ValueError("no image was scored: --trainer.limit_val_batches is 0")
-        _say(f"{self.datamodule.describe()}\n{_figures(results[0])}")
+        say(f"{self.datamodule.describe()}\n{_figures(results[0])}")
 
     def test(self, **kwargs: Any) -> None:
         assert self.checkpoint is not None
@@ -621,13 +584,13 @@ class CLI(LightningCLI):
             **mistakes.facts(data.test_set.images),
             data=data.describe(),
         )
-        _say(f"{data.describe()}\n{_figures(metrics)}")
-        _say(f"test evaluation {number} of this run, recorded in {_short(run / 'test.json')}")
+        say(f"{data.describe()}\n{_figures(metrics)}")
+        say(f"test evaluation {number} of this run, recorded in {short(run / 'test.json')}")
         if number > 1:
-            _say("  The more evaluations, the less a test says: choose on the validation images.")
+            say("  The more evaluations, the less a test says: choose on the validation images.")
         if images < test_set:
             part = f"{images:,} of the {test_set:,} test images"
-            _say(f"  It scored {part}, so it is not the run's test result.")
+            say(f"  It scored {part}, so it is not the run's test result.")
             return
         from torch.utils.tensorboard import SummaryWriter
 
@@ -667,12 +630,12 @@ class CLI(LightningCLI):
             )
         ]
         header = ("image", "predicted", "probability")
-        _say(inspection.format_table(header, rows[:10], right=(1, 2)))
+        say(inspection.format_table(header, rows[:10], right=(1, 2)))
         target = checkpoints.run_folder(self.checkpoint_path) / "predictions.csv"
         text = io.StringIO(newline="")
         csv.writer(text).writerows([header, *([csv_cell(cell) for cell in row] for row in rows)])
         write_text(target, text.getvalue())
-        _say(f"{len(rows):,} predictions in {_short(target)}")
+        say(f"{len(rows):,} predictions in {short(target)}")
 
 
 def _check_image_size(model: Classifier, size: int) -> None:
@@ -694,9 +657,7 @@ def _new_run(folder: Path) -> Path:
         return folder / "version_0"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        number = (
-            max((int(run.name[8:]) for run in checkpoints.newest_first(folder)), default=-1) + 1
-        )
+        number = max((int(run.name[8:]) for run in newest_first(folder)), default=-1) + 1
         while True:
             run = folder / f"version_{number}"
             try:
@@ -737,38 +698,55 @@ def _as_list(setting: Any) -> list[Any]:
     return setting if isinstance(setting, list) else [] if setting is None else [setting]
 
 
+def _progress(epochs: int, batches: int) -> str:
+    """How far a training is: whole epochs, and mini-batches of the next one."""
+    within = f"{batches:,} mini-batches of epoch {epochs + 1}"
+    if not batches:
+        return f"epoch {epochs}"
+    return f"epoch {epochs} and {within}" if epochs else within
+
+
+def _epochs(file: Path) -> int | None:
+    """How many epochs the training was after that saved a checkpoint, if it can be read."""
+    with suppress(ValueError, KeyError, TypeError):
+        return checkpoints.progress(checkpoints.read(file))[0]
+    return None
+
+
+def _best_so_far(checkpoint: Path) -> tuple[int, float] | None:
+    """Epoch and validation accuracy of the best checkpoint of a run, if it can be read."""
+    with suppress(ValueError, KeyError, TypeError, StopIteration):
+        best = checkpoints.read(checkpoint.with_name("best.ckpt"))
+        states = best["callbacks"].values()
+        score = next(s["best_model_score"] for s in states if s.get("monitor") == "val/acc")
+        return checkpoints.progress(best)[0], float(score)
+    return None
+
+
 def _figures(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
-
-
-def _short(path: Path) -> str:
-    """Relative to the working directory where that is shorter: to be read, and copied."""
-    relative = os.path.relpath(path)
-    return relative if len(relative) < len(str(path.absolute())) else str(path)
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(printable(text), flush=True)
 
 
 @contextmanager
 def _quiet(training: bool) -> Iterator[None]:
     """Within, only what concerns the user: no adverts, and no advice that does not apply here."""
     loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
-    levels, form = [logger.level for logger in loggers], warnings.formatwarning
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         for logger in loggers:
             logger.setLevel(logging.WARNING)
         _ignore_advice(training)
-        # a warning is a sentence for the user, not a place in the code
-        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        warnings.showwarning = _warn
         try:
             yield
         finally:
-            warnings.formatwarning = form
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as a sentence for the user, not a place in the code; above a progress bar."""
+    Tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def _ignore_advice(training: bool) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from mnist_lightning.callbacks import say
 from mnist_lightning.files import read_json, write_json, write_text
 from mnist_lightning.provenance import provenance
 
@@ -212,9 +213,12 @@ class Dashboard(Callback):
             seed=row["seed"],
             device=str(trainer.strategy.root_device),
             precision=str(trainer.precision),
+            processes=trainer.world_size,
             threads=torch.get_num_threads(),
             resumed_at_epoch=trainer.current_epoch,
         )
+        if changes := _changes(earlier[-1] if earlier else {}, facts):
+            say(f"{changes}: the results are not those of a training that was never interrupted")
         write_json(sessions, [*earlier, facts])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -235,6 +239,16 @@ class Dashboard(Callback):
                 "run/seconds": self._seconds,
             }.items():
                 logger.experiment.add_scalar(tag, value, epochs)
+
+
+def _changes(before: Any, now: dict[str, Any]) -> str:
+    """What differs between two sessions of a training and changes its numbers."""
+    before = before if isinstance(before, dict) else {}
+    return ", ".join(
+        f"{name} {now[name]}, {before[name]} before"
+        for name in ("processes", "threads", "device", "precision")
+        if name in before and before[name] != now[name]
+    )
 
 
 def hparams_row(trainer: Trainer, module: LightningModule) -> dict[str, Any]:

@@ -164,6 +164,9 @@ def _operations(module: nn.Module, batch_size: int) -> float:
 def obstacle(trainer: Trainer) -> str | None:
     """What is not known to leave single steps alone, or nothing."""
     module: LightningModule = trainer.lightning_module
+    # first: such a strategy puts a forward of its own into the module
+    if trainer.world_size > 1:
+        return f"{trainer.world_size} processes exchange gradients after each mini-batch"
     loop = trainer.fit_loop
     loops = (type(loop), type(loop.epoch_loop), type(loop.epoch_loop.automatic_optimization))
     if loops != (_FitLoop, _EpochLoop, _AutomaticOptimization):
@@ -179,8 +182,6 @@ def obstacle(trainer: Trainer) -> str | None:
         return changed
     if _own_loader(trainer) is None:
         return "the training images come from another loader than the data module's own"
-    if trainer.world_size > 1:
-        return f"{trainer.world_size} processes exchange gradients after each mini-batch"
     if type(trainer.strategy) is not SingleDeviceStrategy:
         return f"{type(trainer.strategy).__name__} may act on each mini-batch"
     plugin = type(trainer.precision_plugin)

@@ -25,6 +25,7 @@ from torchmetrics import MeanMetric
 from torchvision.models import ResNet18_Weights, resnet18
 
 from mnist_lightning.callbacks import LayerFreezing
+from mnist_lightning.console import python
 from mnist_lightning.data import answering
 from mnist_lightning.execution import Execution, hooked
 from mnist_lightning.files import check_archive
@@ -631,7 +632,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
-        raise ValueError(f"{path} needs a package: pip install safetensors") from error
+        needed = python("-m", "pip", "install", "safetensors")
+        raise ValueError(f"{path} needs a package: {needed}") from error
     except UnpicklingError as error:
         if "nsupported" not in str(error):  # neither an unsupported global, nor operand
             raise ValueError(f"{path} is damaged, or no file of weights") from error

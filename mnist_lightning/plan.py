@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from mnist_lightning import models, space
+from mnist_lightning.catalog import hint
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.models import CLASSES, PIXELS, Classifier, DeepNetwork, ShallowNetwork
-from mnist_lightning.names import hint, import_class
+from mnist_lightning.names import import_class
 from mnist_lightning.population import Member, training_bytes
 from mnist_lightning.results import Record, score
 from mnist_lightning.space import DEFINITION, STRATEGIES, Trial

@@ -11,12 +11,14 @@ figures/       each figure as PNG and SVG
 import argparse
 import itertools
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mnist_lightning.console import PROGRAM, require
 from mnist_lightning.files import csv_cell, write_bytes, write_text
 from mnist_lightning.provenance import provenance
 
@@ -157,15 +159,12 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
     Raises:
         ValueError: no search, a damaged file, or nothing to write to.
     """
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401 (to find out now)
+    for package in ("jinja2", "matplotlib", "pandas"):
+        require(package, "a report")
+    import jinja2
 
-        from mnist_lightning import analysis, findings
-    except ImportError as error:
-        raise ValueError(
-            f"a report needs {error.name}: pip install 'mnist-lightning[search]'"
-        ) from error
+    from mnist_lightning import analysis, findings
+
     searches = [found for folder in folders for found in analysis.read(folder)]
     names = [found.name for found in searches]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -582,7 +581,7 @@ def _test(found: "Found") -> list[Block]:
     if test is None:
         text = (
             f"The winner has not been tested yet.{partial} To test it:"
-            f" python -m mnist_lightning test --ckpt_path {found.path}"
+            f" python -m mnist_lightning test --ckpt_path {shlex.quote(str(found.path))}"
         )
         return [Block("Test", text)]
     winner = analysis.setting_text(dict(found.cells.iloc[0][found.params]))
@@ -663,7 +662,7 @@ def main(argv: Sequence[str]) -> int:
         ValueError: no search to report on, or nothing to write to.
     """
     parser = argparse.ArgumentParser(
-        prog="mnist_lightning report",
+        prog=f"{PROGRAM} report",
         description="What searches found, as one page with tables and figures.",
         exit_on_error=False,
     )

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from mnist_lightning.console import require
 from mnist_lightning.files import (
     JSON_BYTES,
     create_json,
@@ -420,10 +421,9 @@ def load_curves(*paths: str | os.PathLike[str]) -> "pandas.DataFrame":
 
 
 def _pandas() -> Any:
-    try:
-        import pandas
-    except ImportError as error:
-        raise ValueError("a table needs pandas: pip install 'mnist-lightning[search]'") from error
+    require("pandas", "a table")
+    import pandas
+
     return pandas
 
 

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
-from mnist_lightning import space
+from mnist_lightning import console, space
 from mnist_lightning.claims import Claim, ClaimLost, Claims, open_storage, start_of
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.files import printable, write_bytes
@@ -436,9 +436,9 @@ def _crown(search: Search, results: Results, records: Sequence[Record]) -> None:
     print(
         f"\nwinner       {winner['id']}"
         f"\nresults      {results.path / 'results.csv'}"
-        f"\ntest it      python -m mnist_lightning test --ckpt_path {results.path}"
-        f"\nanother one  python -m mnist_lightning test --ckpt_path {best.parent / 'ID.ckpt'}"
-        f"\nsee them     tensorboard --logdir {results.path}"
+        f"\ntest it      {console.command('test', '--ckpt_path', results.path)}"
+        f"\nanother one  {console.command('test', '--ckpt_path', best.parent / 'ID.ckpt')}"
+        f"\nsee them     {console.tensorboard(results.path)}"
     )
 
 
@@ -477,7 +477,7 @@ def _rounded(value: Any) -> str:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="mnist_lightning search",
+        prog=f"{console.PROGRAM} search",
         description="Train many models and compare them. Flags win over the configuration.",
         exit_on_error=False,
     )

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from mnist_lightning import space
+from mnist_lightning.catalog import hint
 from mnist_lightning.claims import Claim, ClaimLost, Claims, StorageLost
 from mnist_lightning.data import ImageSet
 from mnist_lightning.execution import kept_memory
 from mnist_lightning.files import printable, read_torch, set_aside, write_torch
 from mnist_lightning.models import Classifier
-from mnist_lightning.names import hint
 from mnist_lightning.plan import (
     SMALL,
     STRATEGIES,

@@ -131,7 +131,10 @@ WRONG_WORDS: list[tuple[str, list[str]]] = [
     ("fit --config shallow.yaml --model.optimizer sdg", ["'sgd'", "got sdg"]),
     ("fit --model ShalowNetwork", ["'ShalowNetwork'", "did you mean ShallowNetwork?"]),
     ("fit --model torch.nn.Linear", ["torch.nn.Linear", "no Classifier", "ShallowNetwork"]),
-    ("fit --config shallow.yaml --model.hiden_units 3", ["'hiden_units'", "did you mean hidden_"]),
+    (
+        "fit --config shallow.yaml --model.hiden_units 3",
+        ["--model.hiden_units;", "mean --model.hidden_units?"],
+    ),
     ("validate", ["--ckpt_path FILE, or the folder of a run"]),
     ("validate --config shallow.yaml", ["--ckpt_path FILE, or the folder of a run"]),
     ("test --config shallow.yaml", ["--ckpt_path FILE, or the folder of a run"]),

@@ -1,0 +1,97 @@
+"""What the terminal is told: commands that work when they are pasted there."""
+
+import os
+import shlex
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+PROGRAM = "mnist-lightning"
+
+
+def command(*words: str | Path) -> str:
+    """This program with other words, as it can be typed where the present command was typed.
+
+    It is named as the user named it: ``mnist-lightning``, or ``python -m mnist_lightning``, with
+    the way to the file where typing the name would start another one or none.
+    """
+    if Path(sys.argv[0]).name == PROGRAM:
+        return _quoted(_typed(sys.argv[0]), *words)
+    return python("-m", "mnist_lightning", *words)
+
+
+def python(*words: str | Path) -> str:
+    """The Python that runs, with these words."""
+    for name in ("python", "python3"):
+        found = shutil.which(name)
+        if found and _same(found, sys.executable):
+            return _quoted(name, *words)
+    return _quoted(_typed(sys.executable), *words)
+
+
+def tensorboard(folder: str | Path) -> str:
+    """The command that shows what TensorBoard knows of a folder."""
+    found = shutil.which("tensorboard")
+    if found and _same_folder(found, sys.executable):
+        return _quoted("tensorboard", "--logdir", folder)
+    return python("-m", "tensorboard.main", "--logdir", folder)
+
+
+def install(extra: str) -> str:
+    """The command that installs what an optional part of this package needs.
+
+    Args:
+        extra: its name in ``pyproject.toml``.
+    """
+    checkout = Path(__file__).parent.parent
+    if (checkout / "pyproject.toml").is_file():
+        return python("-m", "pip", "install", "-e", f"{short(checkout)}[{extra}]")
+    return python("-m", "pip", "install", f"{PROGRAM}[{extra}]")
+
+
+def require(package: str, what: str) -> None:
+    """Refuses to go on without a package of the ``search`` extra.
+
+    Args:
+        package: its name.
+        what: the thing that needs it, for the message.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if find_spec(package) is None:
+        raise ValueError(f"{what} needs {package}: {install('search')}")
+
+
+def short(path: Path) -> str:
+    """Relative to the working directory where that is shorter: to be read, and copied."""
+    relative = os.path.relpath(path)
+    return relative if len(relative) < len(str(path.absolute())) else str(path)
+
+
+def _typed(program: str) -> str:
+    """The name of a program that is found by its name; else the way to it."""
+    name = os.path.basename(program)
+    found = shutil.which(name)
+    if found and _same(found, program):
+        return name
+    path = short(Path(os.path.abspath(program)))
+    return path if os.sep in path else os.path.join(os.curdir, path)
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two paths start the same program.
+
+    The Pythons of several environments are links to one file, each in a folder of its own.
+    """
+    return _same_folder(one, other) and os.path.realpath(one) == os.path.realpath(other)
+
+
+def _same_folder(one: str, other: str) -> bool:
+    folders = (os.path.realpath(os.path.dirname(os.path.abspath(path))) for path in (one, other))
+    return len(set(folders)) == 1
+
+
+def _quoted(*words: str | Path) -> str:
+    return shlex.join(map(str, words))

@@ -1,0 +1,178 @@
+"""The parser of fit, validate, test, predict and inspect: its help, and its errors."""
+
+import inspect as inspect_module
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from mnist_lightning import console
+from mnist_lightning.catalog import hint, shipped_configs
+from mnist_lightning.models import Classifier
+from mnist_lightning.names import find_config, import_class, read_config
+from mnist_lightning.words import options
+
+# the sections of the help after those of the command and the model, in their order
+SECTIONS = {
+    "data": "data",
+    "early_stopping": "early stopping",
+    "freezing": "layer freezing",
+    "trainer": "Lightning's Trainer",
+}
+# what is needed first, and better words than the parser's own
+GENERAL = {
+    "config": None,
+    "model": "A model by its class, one of this package or my_module.MyModel of your own.",
+    "ckpt_path": "A checkpoint: its file, the folder of a run, or the name of one, like shallow or"
+    " shallow/last.",
+    "seed_everything": "The seed of the training; true draws one.",
+    "threads": None,
+    "save_every_minutes": None,
+    "verbose": None,
+    "print_config": None,
+    "weights_only": "As in Lightning; checkpoints are read as data in any case.",
+    "help": None,
+}
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in a line or two, and in its help first what users need first."""
+
+    def parse_args(self, args: Any = None, *others: Any, **settings: Any) -> Any:
+        words = list(args or [])
+        if {"-h", "--help"} & set(words):
+            print(self._help(words))
+            raise SystemExit(0)
+        return super().parse_args(args, *others, **settings)
+
+    def _help(self, words: list[str]) -> str:
+        """The options of a command: of the model at hand, then the others, Lightning's own last."""
+        command, parser = "inspect", self
+        if self._subcommands_action is not None:
+            command = words[0]
+            parser = self._subcommands_action.choices[command]
+        groups = parser._action_groups
+        actions = [action for group in groups for action in group._group_actions]
+        model, settings = _model(words, parser.get_defaults(skip_validation=True).get("model"))
+        by_name = {_name(action): action for action in actions}
+        general = [by_name[name] for name in GENERAL if name in by_name]
+        for action in general:
+            action.help = GENERAL[_name(action)] or action.help
+        sections: list[tuple[str, list[Any]]] = [("general", general)]
+        if model is not None:
+            own = ArgumentParser()
+            own.add_class_arguments(model, "model")
+            with suppress(Exception):  # of a configuration that does not fit the class
+                own.set_defaults({f"model.{name}": value for name, value in settings.items()})
+            summary = (model.__doc__ or "").strip().partition("\n")[0]
+            title = f"{model.__name__}: {summary}".rstrip(".: ")
+            sections.append((title, [a for a in own._actions if _name(a).startswith("model.")]))
+        for group, title in SECTIONS.items():
+            sections.append((title, [a for a in actions if _name(a).startswith(f"{group}.")]))
+        parser._action_groups = []
+        for title, members in sections:
+            section = parser.add_argument_group(title)
+            section._group_actions = members
+        first = "--config NAME" if command in ("fit", "inspect") else "--ckpt_path RUN"
+        parser.usage = f"{console.PROGRAM} {command} {first} [options]"
+        parser.description = None
+        usage, _, rest = parser.format_help().rstrip().partition("\n\n")
+        return "\n\n".join([usage, _introduction(command, model), rest])
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise ValueError(shorten(message, self))
+
+
+def shorten(message: str, parser: LightningArgumentParser) -> str:
+    """The core of a jsonargparse message, and what was probably meant."""
+    if denied := re.search(r"Importing '[\w.]+' is not allowed", message):
+        return denied[0]
+    given = "".join(re.findall(r"^ *Given value: (.*)$", message, re.MULTILINE)[-1:])
+    noise = r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value"
+    lines = [line.strip(" -") for line in message.splitlines()]
+    core = " ".join(line for line in lines if line and not re.match(noise, line))
+    core = re.sub(r'Parser key "([\w.]+)":', r"--\1:", core)
+    core = re.sub(r"Problem with given class_path '[\w.]*?(\w+)':", r"\1:", core)
+    core = re.sub(r"--(\w+): \w+: --(\w+):", r"--\1.\2:", core)
+    core = re.sub(r"typing\.Literal\[(.+?)\]", r"one of \1", core)
+    core = re.sub(r"<class '(\w+)'>", r"\1", core)
+    core = re.sub(r"Expected an? (.+?)\. Got value: ", r"expected \1, got ", core)
+    models = {model.__name__: model for model in _subclasses(Classifier)}
+    configs = [path.name for path in shipped_configs()]
+    if re.search(r"required: (\w+\.)?model$", core):
+        return f"which model? --config NAME ({', '.join(configs)}), or --model CLASS"
+    if match := re.search(r"Expected a dot import path string: (\S+)", core):
+        return f"no model {match[1]!r}; {hint(match[1], models)}"
+    if match := re.search(r"does not correspond to a subclass of (\w+)", core):
+        if match[1] != "Classifier":
+            wrong = re.search(r"Import path (\S+) does not", core)
+            return f"{core.partition(':')[0]}: {wrong[1] if wrong else given} is no {match[1]}"
+        return f"--model {given}: no Classifier; {hint(given, models)}"
+    if match := re.search(r"argument (?:\S+/)?(\S+): expected one argument", core):
+        return f"{match[1]} needs a value after it"
+    if match := re.search(r"(\w+): Option '(\w+)' is not accepted", core):
+        known = inspect_module.signature(models[match[1]]).parameters if match[1] in models else []
+        return f"{match[1]} has no option {match[2]!r}; {hint(match[2], known)}"
+    if match := re.search(r"unrecognized arguments: (\S+)|not accept option '(\S+)'", core):
+        word = (match[1] or match[2]).partition("=")[0]
+        nested = getattr(parser, "_subcommands_action", None)
+        parsers = [parser, *(nested.choices.values() if nested else [])]
+        options = [o for p in parsers for action in p._actions for o in action.option_strings]
+        if match[2]:  # in a file, where there are no dashes
+            options = [option.lstrip("-") for option in options]
+        return f"no option {word}; {hint(word, options, 'all of them: --help')}"
+    if given and "Expected a" in core:  # of several types
+        start, *types = re.split(r"Expected an? ", core)
+        return f"{start}expected {' or '.join(kind.strip() for kind in types)}, got {given}"
+    return core
+
+
+def _name(action: Any) -> str:
+    return max(action.option_strings, key=len, default="").lstrip("-")
+
+
+def _model(words: list[str], default: Any) -> tuple[type | None, dict[str, Any]]:
+    """The class of the model that the words speak of, if they do, and its settings."""
+    given = list(options(words))
+    said: list[Any] = [default]
+    for name, value in given:
+        if name == "config" and value:
+            said.append(read_config(find_config(value)).get("model"))
+    said += [value for name, value in given if name == "model" and value]
+    found: tuple[type | None, dict[str, Any]] = (None, {})
+    for one in said:
+        path, settings = one, {}
+        if isinstance(one, Mapping | Namespace):
+            path, settings = one.get("class_path"), dict(one.get("init_args") or {})
+        if isinstance(path, str):
+            ours = {model.__name__: model for model in _subclasses(Classifier)}
+            name = path.rpartition(".")[2]
+            made = ours[name] if name in ours else import_class(path)
+            found = made, settings
+    return found
+
+
+def _introduction(command: str, model: type | None) -> str:
+    if model is not None:
+        return f"The options of {model.__name__}, of its data, and of the training."
+    models = sorted(model.__name__ for model in _subclasses(Classifier))
+    configs = (path.name for path in shipped_configs())
+    return (
+        "A model has options of its own, like its learning rate. To see them too, name it:\n"
+        f"  {console.command(command, '--help', '--config', 'shallow.yaml')}\n"
+        f"  {console.command(command, '--help', '--model', 'ShallowNetwork')}\n"
+        f"models: {', '.join(models)}; or your own: my_module.MyModel\n"
+        f"configurations: {', '.join(configs)}"
+    )
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    subclass: type
+    for subclass in base.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
