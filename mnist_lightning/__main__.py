@@ -74,6 +74,8 @@ def _guarded(words: list[str], debug: bool) -> int:
     try:
         with _stops_at_once():
             imported = import_module(f"mnist_lightning.{module}")
+        if "" not in sys.path:  # the working directory, as with python -m: one's own models
+            sys.path.insert(0, "")
         run: Callable[[list[str]], None] = getattr(imported, function)
         run(words[1:])
     except KeyboardInterrupt:

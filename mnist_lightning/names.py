@@ -4,10 +4,13 @@ A class in a file is code that runs. A file may name those of ``OURS``; every ot
 named by the user: on the command line, or in a configuration that was given there.
 """
 
+import argparse
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -117,15 +120,125 @@ def classes_in(content: Any) -> Iterator[str]:
             yield from classes_in(part)
 
 
-def classes_in_option(name: str, value: str) -> Iterator[str]:
-    """The same for an option of the command line; of one that names a file, those in it."""
-    if name == "config" and value:
-        yield from classes_in(read_config(find_config(value)))
-    elif re.match(r"model|trainer\.(?!default_root_dir)", name):
-        if value.endswith((".yaml", ".yml", ".json")) and os.path.isfile(value):
-            yield from classes_in(read_config(Path(value)))
-        elif not os.path.exists(value):
-            yield from _CLASS.findall(value)
+def classes_in_word(word: str) -> Iterator[str]:
+    """The same for a word of the command line; of one that is a file of settings, those in it."""
+    value = word.partition("=")[2] if word.startswith("-") else word
+    if value.endswith((".yaml", ".yml", ".json")) and os.path.isfile(value):
+        yield from classes_in(read_config(Path(value)))
+    elif not os.path.exists(value):
+        yield from _CLASS.findall(value)
+
+
+@dataclass
+class Asked:
+    """What of a command decides how the rest of it is understood.
+
+    Flags win over files, and later files over earlier ones, wherever they stand.
+    """
+
+    configs: list[Path]
+    """In their order."""
+    ckpt_path: str | None
+    model: str | None
+    """The class, as it was named."""
+    data: str | None
+    root: str
+    """``trainer.default_root_dir``."""
+    words: list[str]
+    """All the words but the configurations and the checkpoint."""
+
+
+class _Words(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        option = re.match(r"argument (?:\S+/)?(\S+): expected one argument", message)
+        raise ValueError(f"{option[1]} needs a value after it" if option else message)
+
+
+def asked(words: Sequence[str]) -> Asked:
+    """Reads the few options that the parser of all options depends on, on the line and in files.
+
+    By argparse, which jsonargparse is made of: both agree on what an option is.
+
+    Raises:
+        ValueError: a configuration is not there, or cannot be read.
+    """
+    first = _Words(add_help=False, allow_abbrev=False)
+    first.add_argument("-c", "--config", action="append", default=[])
+    first.add_argument("--ckpt_path")
+    found, others = first.parse_known_args(words)
+    second = _Words(add_help=False, allow_abbrev=False)
+    for name in ("model", "data"):
+        second.add_argument(f"--{name}", f"--{name}.class_path", dest=name)
+    second.add_argument("--trainer.default_root_dir", dest="root")
+    flags = vars(second.parse_known_args(others)[0]) | {"ckpt_path": found.ckpt_path}
+    flags |= {key: _class_name(flags[key]) for key in ("model", "data")}
+    configs = [find_config(name) for name in found.config]
+    said: dict[str, str | None] = {}
+    for config in configs:
+        settings = read_config(config)
+        for key in ("model", "data"):
+            said[key] = _class_name(settings.get(key)) or said.get(key)
+        trainer = settings.get("trainer")
+        if isinstance(trainer, dict) and isinstance(trainer.get("default_root_dir"), str):
+            said["root"] = trainer["default_root_dir"]
+        checkpoint = settings.get("ckpt_path")
+        # the config.yaml of a resumed run names its own checkpoint: it is there to start again
+        if isinstance(checkpoint, str) and not _within(checkpoint, config.parent):
+            said["ckpt_path"] = checkpoint
+    said |= {key: value for key, value in flags.items() if value is not None}
+    return Asked(
+        configs,
+        said.get("ckpt_path"),
+        said.get("model"),
+        said.get("data"),
+        said.get("root") or ".",
+        others,
+    )
+
+
+def run_name(asked: Asked) -> str | None:
+    """The name that a command's configuration gives to its runs, if it has one."""
+    if not asked.configs:
+        return None
+    file = asked.configs[-1].absolute()
+    # of a run's own, that of the run: lightning_logs/NAME/version_N/config.yaml
+    of_run = file.name == "config.yaml" and re.fullmatch(r"version_\d+", file.parent.name)
+    return file.parent.parent.name if of_run else file.stem
+
+
+def _class_name(value: Any) -> str | None:
+    """The class that a setting names: by its path, within its settings, or in a file of them."""
+    if isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")):
+        value = read_config(Path(value)) if os.path.isfile(value) else None
+    elif isinstance(value, str) and value.startswith("{"):
+        with contextlib.suppress(yaml.YAMLError):
+            value = yaml.safe_load(value)
+    name = value.get("class_path") if isinstance(value, dict) else value
+    return name if isinstance(name, str) and not name.startswith("{") else None
+
+
+def _within(path: str, folder: Path) -> bool:
+    return Path(path).absolute().is_relative_to(folder.absolute())
+
+
+def is_own(path: str | None) -> bool:
+    """Whether it is the dotted path of a class in a module of the user's own."""
+    ours = tuple(f"{part}." for part in OURS)
+    if path is None or not _CLASS.fullmatch(path) or path.startswith(ours):
+        return False
+    return _is_users(path.partition(".")[0])
+
+
+def naming(**classes: str) -> str:
+    """What a command has to say so that classes of the user's own are imported.
+
+    Args:
+        classes: dotted paths, by the option that names them: ``model="my_module.MyModel"``.
+
+    Returns:
+        ``" --model my_module.MyModel"``, with its space, or nothing for classes that are not own.
+    """
+    return "".join(f" --{option} {path}" for option, path in classes.items() if is_own(path))
 
 
 def allow_classes(named: Iterable[str]) -> None:
