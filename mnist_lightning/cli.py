@@ -12,7 +12,6 @@ import io
 import logging
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -32,7 +31,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
 from mnist_lightning import checkpoints, evaluations, inspection, memory, own
@@ -54,8 +53,10 @@ from mnist_lightning.names import (
     ConfigByName,
     allow_classes,
     asked,
+    class_path,
     classes_in,
     classes_in_word,
+    command,
     hint,
     import_class,
     is_own,
@@ -312,7 +313,7 @@ class CLI(LightningCLI):
             self.run_name = settings.model.class_path.rpartition(".")[2]
 
     def _untrusted(self, what: str) -> str:
-        again = shlex.join(["python", "-m", "mnist_lightning", *self.words, "--trust"])
+        again = command(*self.words, "--trust")
         return (
             f"{what}, which is neither ours, PyTorch's nor Lightning's: its code would be run."
             f" If you trust the file:\n{again}"
@@ -349,17 +350,19 @@ class CLI(LightningCLI):
         said = {word.partition("=")[0].removeprefix("--data.") for word in asked.words}
         checkpoints.check_facts(checkpoint, model, said, path)
         self.defaults["model"] = {
-            "class_path": f"{model.__module__}.{model.__qualname__}",
+            "class_path": class_path(model),
             "init_args": checkpoints.arguments(model, checkpoint.get("hyper_parameters", {})),
         }
         data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
-        if data.get("data_dir") and not Path(data["data_dir"]).is_dir():
-            del data["data_dir"]  # a folder of another machine
+        if data.get("data_dir") and (
+            data.get("source") == "digits" or not Path(data["data_dir"]).is_dir()
+        ):
+            del data["data_dir"]  # not used, or a folder of another machine
         if asked.data is None and "data_class" not in checkpoint:
             self.defaults |= {f"data.{key}": value for key, value in data.items()}
             return
         kind = self._class_in("data", asked.data, named, LightningDataModule)
-        asked.data = f"{kind.__module__}.{kind.__qualname__}"
+        asked.data = class_path(kind)
         self.defaults["data"] = {
             "class_path": asked.data,
             "init_args": checkpoints.arguments(kind, data),
@@ -418,11 +421,17 @@ class CLI(LightningCLI):
         """Lightning's own would now put the checkpoint's values over the user's flags again."""
 
     def before_instantiate_classes(self) -> None:
+        data, saved = self._data_settings(), {}
         if self.checkpoint is not None:
-            data = self._data_settings()
-            if data.get("source") == "auto":  # asked for nothing in particular
-                saved = self.checkpoint.get("datamodule_hyper_parameters", {})
-                data.source = saved.get("source", "auto")
+            saved = self.checkpoint.get("datamodule_hyper_parameters", {})
+        folder = data.get("data_dir")
+        if data.get("source") == "auto" and folder in (None, saved.get("data_dir")):
+            data.source = saved.get("source", "auto")  # asked for nothing in particular
+        elif data.get("source") == "digits" and folder is not None:
+            raise ValueError(
+                f"--data.data_dir {folder}: scikit-learn's digits lie in no folder. Leave it out,"
+                " or give --data.source mnist"
+            )
 
     def _data_settings(self) -> Any:
         data = self._get(self.config, "data")
@@ -637,11 +646,12 @@ class CLI(LightningCLI):
         """From where a training that diverged can be tried again."""
         if self.run is None or not (self.run / "checkpoints" / "last.ckpt").is_file():
             return "No checkpoint had been saved before"
-        return (
-            "The last good checkpoint is last.ckpt. To go on from it:"
-            f"\n  python -m mnist_lightning fit --ckpt_path {_short(self.run)}/last"
-            f" --model.lr {cast(Classifier, self.model).lr / 10:g}{self._naming()}"
+        again = command(
+            *("fit", "--ckpt_path", f"{_short(self.run)}/last"),
+            *("--model.lr", f"{cast(Classifier, self.model).lr / 10:g}"),
+            *self._naming(),
         )
+        return f"The last good checkpoint is last.ckpt. To go on from it:\n  {again}"
 
     def _say_how_to_go_on(self) -> None:
         last = (self.run or Path()) / "checkpoints" / "last.ckpt"
@@ -655,16 +665,12 @@ class CLI(LightningCLI):
         saved = f"epoch {epochs}" if not batches else f"epoch {epochs} and {within}"
         _say(
             f"\nstopped; saved up to {saved if epochs else within}. To go on:"
-            f"\n  python -m mnist_lightning fit --ckpt_path {_short(self.run)}/last{self._naming()}"
+            f"\n  {command('fit', '--ckpt_path', f'{_short(self.run)}/last', *self._naming())}"
         )
 
-    def _naming(self) -> str:
+    def _naming(self) -> list[str]:
         """What a further command has to say of classes of the user's own."""
-        model, data = type(self.model), type(self.datamodule)
-        return naming(
-            model=f"{model.__module__}.{model.__qualname__}",
-            data=f"{data.__module__}.{data.__qualname__}",
-        )
+        return naming(model=class_path(type(self.model)), data=class_path(type(self.datamodule)))
 
     def _summarize(self) -> None:
         trainer = self.trainer
@@ -681,8 +687,7 @@ class CLI(LightningCLI):
             + (" (stopped early)" if stopped else "")
             + f"\n{best.monitor:<12} {best.best_model_score:.4f}"
             f"\ncheckpoint   {_short(file)}"
-            f"\ntest it      python -m mnist_lightning test --ckpt_path {_short(self.run)}"
-            f"{self._naming()}"
+            f"\ntest it      {command('test', '--ckpt_path', _short(self.run), *self._naming())}"
             f"\nsee it       tensorboard --logdir {_short(self.run.parent.parent)}"
         )
 
@@ -747,7 +752,15 @@ class CLI(LightningCLI):
         assert self.checkpoint_path is not None
         trainer, data = self.trainer, self.datamodule
         self._check_returns()
-        batches = trainer.predict(**{**kwargs, "return_predictions": True})
+        try:
+            batches = trainer.predict(**{**kwargs, "return_predictions": True})
+        except MisconfigurationException as error:
+            if "more than one `__init__` argument" not in str(error):
+                raise
+            raise ValueError(  # Lightning makes the loader anew
+                f"{type(data).__name__}: predict needs the arguments of its DataLoader by name:"
+                " DataLoader(images, batch_size=...)"
+            ) from error
         if not batches:
             raise ValueError("no image was labelled: --trainer.limit_predict_batches is 0")
         classes = 10 if type(data) is MNISTDataModule else None

@@ -31,6 +31,7 @@ from mnist_lightning.callbacks import LayerFreezing
 from mnist_lightning.data import answering
 from mnist_lightning.execution import Execution, hooked
 from mnist_lightning.files import check_archive, is_plain
+from mnist_lightning.names import class_path
 
 PIXELS = 28 * 28
 CLASSES = 10
@@ -211,7 +212,7 @@ class Classifier(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # so that a checkpoint alone is enough to test it, whoever trained it
-        checkpoint["model_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        checkpoint["model_class"] = class_path(type(self))
         seen = self._seen.get("train")
         if seen and self._trainer is not None and self.trainer.world_size == 1:
             losses, correct, sizes = zip(*seen, strict=True)

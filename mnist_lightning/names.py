@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ class Asked:
 
 class _Words(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        option = re.match(r"argument (?:\S+/)?(\S+): expected one argument", message)
+        option = re.match(r"argument (?:-\w/)?(--[\w.]+).*: expected one argument", message)
         raise ValueError(f"{option[1]} needs a value after it" if option else message)
 
 
@@ -229,16 +230,27 @@ def is_own(path: str | None) -> bool:
     return _is_users(path.partition(".")[0])
 
 
-def naming(**classes: str) -> str:
+def class_path(kind: type) -> str:
+    """The dotted path that a class is named by, in files and in commands."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def command(*words: str) -> str:
+    """A command of this program, to be pasted."""
+    return shlex.join(["python", "-m", "mnist_lightning", *words])
+
+
+def naming(**classes: str) -> list[str]:
     """What a command has to say so that classes of the user's own are imported.
 
     Args:
         classes: dotted paths, by the option that names them: ``model="my_module.MyModel"``.
 
     Returns:
-        ``" --model my_module.MyModel"``, with its space, or nothing for classes that are not own.
+        The words ``--model my_module.MyModel``; none for classes that are not own.
     """
-    return "".join(f" --{option} {path}" for option, path in classes.items() if is_own(path))
+    own = [(f"--{option}", path) for option, path in classes.items() if is_own(path)]
+    return [word for pair in own for word in pair]
 
 
 def allow_classes(named: Iterable[str]) -> None:

@@ -1,12 +1,12 @@
 """Models and data of the user's own: what any LightningModule can do without being a Classifier."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -58,10 +58,26 @@ def figures(model: LightningModule, data: LightningDataModule) -> list[str]:
 
 def watched(names: Sequence[str]) -> Watched:
     """What decides in a training whose validation logs figures of these names."""
-    loss, accuracy = _first("loss", names), _first("acc", names)
+    loss, accuracy = find("loss", names), find("acc", names)
     lowest = (loss, "min") if loss else None
     highest = (accuracy, "max") if accuracy else None
     return Watched(best=highest or lowest, stopping=lowest or highest)
+
+
+def compared(model: LightningModule, data: LightningDataModule) -> list[str]:
+    """The names of the loss and the accuracy that the trials of a search are compared by.
+
+    Raises:
+        ValueError: the model does not log both in a validation.
+    """
+    names = figures(model, data)
+    loss, accuracy = find("loss", names), find("acc", names)
+    if loss is None or accuracy is None:
+        raise ValueError(
+            "a search compares val_loss and val_acc, which the model must log in its validation;"
+            f" {type(model).__name__} logs {', '.join(names) or 'nothing'} there"
+        )
+    return [loss, accuracy]
 
 
 def stopping(wanted: EarlyStopping, names: Sequence[str]) -> tuple[EarlyStopping, str]:
@@ -95,10 +111,31 @@ def stopping(wanted: EarlyStopping, names: Sequence[str]) -> tuple[EarlyStopping
     )
 
 
-def _first(kind: str, names: Sequence[str]) -> str | None:
-    """Lightning's tutorials write ``val_loss``."""
+def find(kind: str, names: Sequence[str]) -> str | None:
+    """The name of a ``loss`` or ``acc`` among those of figures: ``val/loss``, ``val_loss``, ..."""
     known = [name for name in (f"val/{kind}", f"val_{kind}") if name in names]
     return next((name for name in [*known, *names] if kind in name), None)
+
+
+class TrainLoss(Callback):
+    """The mean of what ``training_step`` returns in an epoch, of a model that does not log it."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._losses = []
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            self._losses.append(loss.detach())
+
+    def mean(self) -> float:
+        """Over the mini-batches of the epoch; 0 for a model that steps by itself."""
+        return float(torch.stack(self._losses).mean()) if self._losses else 0.0
 
 
 def logs_as_ours(model: LightningModule) -> bool:

@@ -24,7 +24,7 @@ from mnist_lightning import space
 from mnist_lightning.claims import Claim, ClaimLost, Claims, open_storage, start_of
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.files import write_bytes
-from mnist_lightning.names import SearchByName, allow_classes
+from mnist_lightning.names import SearchByName, allow_classes, class_path, command, naming
 from mnist_lightning.plan import (
     OBJECTIVES,
     SMALL,
@@ -385,12 +385,13 @@ def _crown(search: Search, results: Results, records: Sequence[Record]) -> None:
         print(f"\nwinner       {winner['id']}; its weights are on the machine that trained it")
         return
     best = results.checkpoints / "best.ckpt"
+    own = naming(model=class_path(search.model_class))
     write_bytes(best, weights.read_bytes())
     print(
         f"\nwinner       {winner['id']}"
         f"\nresults      {results.path / 'results.csv'}"
-        f"\ntest it      python -m mnist_lightning test --ckpt_path {results.path}"
-        f"\nanother one  python -m mnist_lightning test --ckpt_path {best.parent / 'ID.ckpt'}"
+        f"\ntest it      {command('test', '--ckpt_path', str(results.path), *own)}"
+        f"\nanother one  {command('test', '--ckpt_path', str(best.parent / 'ID.ckpt'), *own)}"
         f"\nsee them     tensorboard --logdir {results.path}"
     )
 
