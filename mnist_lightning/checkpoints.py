@@ -31,7 +31,7 @@ Kind = TypeVar("Kind")
 # among the test images. Nor on pixels that were scaled in another way.
 BINDING_DATA = ("name", "source", "split", "val_fraction", "split_seed", "normalization")
 
-_REMEDY = "Give another: --ckpt_path FILE, or the folder of a run."
+REMEDY = "Give another: --ckpt_path FILE, or the folder of a run."
 _LEAVE_AWAY = ". What is left unsaid, the checkpoint itself says."
 
 
@@ -102,32 +102,30 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: damaged, no checkpoint of this project, or one that would run code.
     """
-    check_archive(path, _REMEDY)
+    check_archive(path, REMEDY)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds code besides tensors: refused, and nothing was run. {_REMEDY}"
+            f"{path} holds code besides tensors: refused, and nothing was run. {REMEDY}"
         ) from error
     except Exception as error:  # RuntimeError, EOFError, KeyError ...
         raise ValueError(
-            f"{path} is not a checkpoint of PyTorch: {_first_line(error)}. {_REMEDY}"
+            f"{path} is not a checkpoint of PyTorch: {_first_line(error)}. {REMEDY}"
         ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict. {_REMEDY}")
-    if not isinstance(checkpoint["state_dict"], Mapping):
-        raise ValueError(f"{path} is not a Lightning checkpoint: no tensors by name. {_REMEDY}")
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
+        raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict. {REMEDY}")
     for key in ("model_class", "data_class"):
         if not isinstance(checkpoint.get(key, ""), str):
-            raise ValueError(f"{path} is not of this project: its {key} is no name. {_REMEDY}")
+            raise ValueError(f"{path} is not of this project: its {key} is no name. {REMEDY}")
     version = checkpoint.get("pytorch-lightning_version")
     if not isinstance(version, str) or not re.match(r"\d+\.\d[\w.+]*$", version):
-        raise ValueError(f"{path} is of no version of Lightning: {version!r}. {_REMEDY}")
-    check_tensors(checkpoint["state_dict"], f"{path}", _REMEDY)
+        raise ValueError(f"{path} is of no version of Lightning: {version!r}. {REMEDY}")
+    check_tensors(checkpoint["state_dict"], f"{path}", REMEDY)
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
         settings = checkpoint.get(key, {})
         if not isinstance(settings, Mapping) or not is_plain(settings, 4):
-            raise ValueError(f"{path} is not of this project: its {key} are no settings. {_REMEDY}")
+            raise ValueError(f"{path} is not of this project: its {key} are no settings. {REMEDY}")
     return cast(dict[str, Any], checkpoint)
 
 
@@ -145,10 +143,10 @@ def check_resumable(checkpoint: Mapping[str, Any], path: Path) -> None:
         value = checkpoint.get(key)
         empty = key in ("loops", "callbacks") and not value
         if not isinstance(value, kind) or empty or (key == "loops" and not value.get("fit_loop")):
-            raise ValueError(f"{path} has no usable {key}: training cannot resume. {_REMEDY}")
+            raise ValueError(f"{path} has no usable {key}: training cannot resume. {REMEDY}")
     states = checkpoint["optimizer_states"]
     if not all(isinstance(state, Mapping) and state.get("param_groups") for state in states):
-        raise ValueError(f"{path} has an empty optimizer state: training cannot resume. {_REMEDY}")
+        raise ValueError(f"{path} has an empty optimizer state: training cannot resume. {REMEDY}")
 
 
 def check_facts(
@@ -171,18 +169,20 @@ def check_facts(
         _check_data(data, said, path)
     if not model.__module__.startswith("mnist_lightning."):
         return
+    if "hyper_parameters" not in checkpoint:
+        raise ValueError(f"{path} is not of this project: it has no hyper_parameters. {REMEDY}")
     try:
         with torch.device("meta"):  # shapes without memory
             made = model(**checkpoint["hyper_parameters"]).state_dict()
     except Exception as error:
         raise ValueError(
             f"{path}: {model.__name__} refuses its hyper_parameters ({_first_line(error)})."
-            f" {_REMEDY}"
+            f" {REMEDY}"
         ) from error
     if _kinds(made) != _kinds(checkpoint["state_dict"]):
         raise ValueError(
             f"{path} contradicts itself: its hyper_parameters make other weights than it holds."
-            f" {_REMEDY}"
+            f" {REMEDY}"
         )
 
 
@@ -190,11 +190,11 @@ def _check_data(data: Mapping[str, Any], said: Collection[str], path: Path) -> N
     known = inspect.signature(MNISTDataModule.__init__).parameters
     for key in data:
         if key not in known:
-            raise ValueError(f"{path} says {key} of its data, which nothing here knows. {_REMEDY}")
+            raise ValueError(f"{path} says {key} of its data, which nothing here knows. {REMEDY}")
     try:
         MNISTDataModule(**data)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is of data that cannot be: {error}. {_REMEDY}") from error
+        raise ValueError(f"{path} is of data that cannot be: {error}. {REMEDY}") from error
     if missing := [key for key in BINDING_DATA if key not in data and key not in said]:
         options = " ".join(f"--data.{key} ..." for key in missing)
         raise ValueError(
@@ -229,7 +229,7 @@ def known_class(path: str, kind: type[Kind]) -> type[Kind]:
     module, _, name = path.rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
     if not (isinstance(found, type) and issubclass(found, kind)):
-        raise ValueError(f"of the class {path}, not known here")
+        raise ValueError(f"of the class {path}, not known here. {REMEDY}")
     return found
 
 
@@ -266,7 +266,7 @@ def load(
     except ValueError as error:
         name = named.rpartition(".")[2] or "MyModel"
         raise ValueError(
-            f"{path} is {error}. If you trust it, import the class and give it:"
+            f"{path} is of the class {named}, not known here. Import the class, and give it:"
             f" load({os.fspath(where)!r}, model_class={name})"
         ) from error
     if kind.__module__.startswith("mnist_lightning."):

@@ -43,7 +43,14 @@ from mnist_lightning.callbacks import (
     ProgressBar,
     SafePoints,
 )
-from mnist_lightning.checkpoints import DATA_CLASS, LOGS, ModelCheckpoint, Origin, WholeFiles
+from mnist_lightning.checkpoints import (
+    DATA_CLASS,
+    LOGS,
+    REMEDY,
+    ModelCheckpoint,
+    Origin,
+    WholeFiles,
+)
 from mnist_lightning.dashboard import Dashboard, RunLogger
 from mnist_lightning.data import MNISTDataModule, in_image_order
 from mnist_lightning.execution import Execution
@@ -378,12 +385,12 @@ class CLI(LightningCLI):
             kind: what it must be a subclass of.
         """
         assert self.checkpoint is not None
-        saved = self.checkpoint.get(f"{what}_class", "" if what == "model" else DATA_CLASS)
+        saved = self.checkpoint.get(f"{what}_class", None if what == "model" else DATA_CLASS)
         path = asked if is_own(asked) else saved
-        if not path:
+        if path is None:
             raise ValueError(
-                f"{self.checkpoint_path} has no model_class. If it is of a model of your own:"
-                " --model my_module.MyModel"
+                f"{self.checkpoint_path} has no model_class. {REMEDY} Of a model of your own,"
+                " name its class: --model my_module.MyModel"
             )
         if asked and saved and asked.rpartition(".")[2] != saved.rpartition(".")[2]:
             _, _, name = saved.rpartition(".")

@@ -259,7 +259,7 @@ def allow_classes(named: Iterable[str]) -> None:
     A module of the user's own is allowed as a whole, nothing of the standard library is.
     """
     modules = set()
-    for path in named:
+    for path in filter(_CLASS.fullmatch, named):
         root, _, _ = path.partition(".")
         if root in ("torch", "lightning"):  # not all of it
             modules.add(path.rpartition(".")[0])
