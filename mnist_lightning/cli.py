@@ -216,7 +216,8 @@ class CLI(LightningCLI):
     def __init__(self, words: list[str], run: bool = True) -> None:
         self.words = words
         self.command = words[0] if run else ""
-        self.asked = asked([word for word in words[run:] if word != "--trust"])
+        options = words[1:] if run else words
+        self.asked = asked([word for word in options if word != "--trust"])
         self.checkpoint_path: Path | None = None
         self.checkpoint: dict[str, Any] | None = None
         self.run_name = run_name(self.asked)
@@ -344,6 +345,7 @@ class CLI(LightningCLI):
         if "--trust" in self.words:
             named |= set(classes_in(read_config(recorded) if recorded.is_file() else None))
             named |= {checkpoint.get(key, "") for key in ("model_class", "data_class")}
+            named |= set(classes_in(checkpoint.get("hyper_parameters")))
             allow_classes(named)
         if training:
             checkpoints.check_resumable(checkpoint, path)
@@ -402,6 +404,11 @@ class CLI(LightningCLI):
         try:
             return checkpoints.known_class(path, kind)
         except ValueError as error:
+            if path.startswith("__main__."):
+                raise ValueError(
+                    f"{self.checkpoint_path} is of {path}, a class of a script. Name the file that"
+                    f" has it: --{what} my_script.{path.rpartition('.')[2]}"
+                ) from error
             if is_own(path):
                 reason = self._untrusted(f"{self.checkpoint_path} names {path}")
                 raise ValueError(reason) from error
@@ -530,8 +537,9 @@ class CLI(LightningCLI):
             names = own.figures(self.model, self.datamodule)
             settings = self.config_init[self.command]
             settings.early_stopping, told = own.stopping(settings.early_stopping, names)
-            logged = ", ".join(names) or "nothing"
-            _say(f"{type(self.model).__name__} logs {logged} in a validation: {told}")
+            if not {"val/loss", "val/acc"} <= set(names):
+                logged = ", ".join(names) or "nothing"
+                _say(f"{type(self.model).__name__} logs {logged} in a validation: {told}")
         best = own.watched(names).best
         return {"monitor": best[0], "mode": best[1]} if best else {}
 

@@ -106,9 +106,8 @@ def stopping(wanted: EarlyStopping, names: Sequence[str]) -> tuple[EarlyStopping
         wanted = EarlyStopping(
             last is not None, monitor, wanted.patience, abs(wanted.min_delta), mode
         )
-    return wanted, f"{kept}, " + (
-        f"early stopping by {wanted.monitor}" if last else "no early stopping"
-    )
+    ended = f"early stopping by {wanted.monitor}" if wanted.enabled else "no early stopping"
+    return wanted, f"{kept}, {ended}"
 
 
 def find(kind: str, names: Sequence[str]) -> str | None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -437,6 +438,11 @@ def read(argv: Sequence[str]) -> tuple[Search, dict[str, Any]]:
         allow_classes([])  # only the model's is imported, and not by the parser
         settings = _parser().parse_args(list(argv))
     except (ArgumentError, TypeError) as error:
+        if data := re.search(r'"data":\s+Unable to load config \'(.+?)\'', str(error)):
+            raise ValueError(
+                f"--data {data[1]}: a search takes the settings of MNISTDataModule, like"
+                " --data.split, and no other data module"
+            ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ValueError("; ".join(lines[:2])) from error
     given = settings.as_dict()

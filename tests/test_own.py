@@ -3,6 +3,7 @@
 What is printed as a command is read out of the output and run.
 """
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -97,6 +98,11 @@ class Scheduled(MyModel):
     def __init__(self, hidden: int = 8, lr: float = 0.2):
         super().__init__(hidden, 0.5, lr)
         self.save_hyperparameters()  # saves dropout too, which this class does not take
+
+
+class Wide(MyModel):
+    def validation_step(self, batch, batch_idx):
+        return self(batch[0].flatten(1)[:, :100])
 """
 
 DATA = """
@@ -326,6 +332,8 @@ def test_the_workers_of_a_search_find_it_too(folder: Path) -> None:
         ("fit --model my_tutorial.LitMNIST --model.hidden 3", "did you mean hidden_size?"),
         ("fit --config shallow --data my_module.MyModel", "no LightningDataModule"),
         ("fit --model", "--model needs a value after it"),
+        ("fit --model my_heirs.Wide --data.source digits", "Wide fails in a validation of MNIST"),
+        ("search --model my_module.MyModel --data my_data.Noise", "no other data module"),
         (
             "fit --model my_tutorial.LitMNIST --early_stopping.monitor val_los"
             " --data.source digits",
@@ -392,6 +400,24 @@ def test_load_gives_a_model_ready_to_predict(run: Run) -> None:
         answers = model(data.preprocess(data.val_set.images)).argmax(1).tolist()
     rows = Path("lightning_logs/deep2/version_0/predictions.csv").read_text().splitlines()[1:]
     assert [int(row.split(",")[1]) for row in rows] == answers
+
+
+def test_a_checkpoint_of_a_script(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Trained in Python, it says nothing of its class, or calls it one of __main__."""
+    data = MNISTDataModule(source="digits")
+    lit = importlib.import_module("my_tutorial").LitMNIST()
+    file = str(tmp_path / "lit.ckpt")
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False)
+    trainer.fit(lit, data)
+    trainer.save_checkpoint(file)
+    assert "has no model_class" in refused(capsys, "test", "--ckpt_path", file)
+    run("test", "--ckpt_path", file, "--model", "my_tutorial.LitMNIST")
+    torch.save({**torch.load(file, weights_only=True), "model_class": "__main__.LitMNIST"}, file)
+    text = refused(capsys, "test", "--ckpt_path", file)
+    assert "--model my_script.LitMNIST" in text
+    run("test", "--ckpt_path", file, "--model", "my_tutorial.LitMNIST")
 
 
 def test_load_imports_nothing_that_a_file_names(run: Run) -> None:
