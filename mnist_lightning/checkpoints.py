@@ -358,7 +358,8 @@ class ModelCheckpoint(callbacks.ModelCheckpoint):
     @property
     def state_key(self) -> str:
         # without a figure to watch, that of the best would be that of the last
-        return super().state_key + (str(self.filename) if self.monitor is None else "")
+        alike = self.monitor is None and self.filename == "best"
+        return super().state_key + (self.filename if alike else "")  # type: ignore[operator]
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -212,7 +212,7 @@ def _class_name(value: Any) -> str | None:
     if isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")):
         value = read_config(Path(value)) if os.path.isfile(value) else None
     elif isinstance(value, str) and value.startswith("{"):
-        with contextlib.suppress(yaml.YAMLError):
+        with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
             value = yaml.safe_load(value)
     name = value.get("class_path") if isinstance(value, dict) else value
     return name if isinstance(name, str) and not name.startswith("{") else None
