@@ -20,6 +20,7 @@ _HOMES = {
     "LayerFreezing": "callbacks",
     "Dashboard": "dashboard",
     "RunLogger": "dashboard",
+    "load": "checkpoints",
     "load_results": "results",
     "load_curves": "results",
 }

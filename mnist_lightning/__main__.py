@@ -90,6 +90,8 @@ def _guarded(words: list[str], debug: bool) -> int:
                 import_module("mnist_lightning.words").check(words[0], words[1:])
                 _import_torchmetrics()
             imported = import_module(f"mnist_lightning.{module}")
+        if "" not in sys.path:  # the working directory, as with python -m: one's own models
+            sys.path.insert(0, "")
         run: Callable[[list[str]], int | None] = getattr(imported, function)
         return run(words[1:]) or 0
     except KeyboardInterrupt:

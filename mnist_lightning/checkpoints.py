@@ -5,27 +5,33 @@ A run's folder is ``lightning_logs/<config name>/version_N/``; its checkpoints l
 """
 
 import inspect
+import os
 import pickle
 import re
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
+from jsonargparse import ArgumentParser
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import LightningModule, Trainer, callbacks
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 
 from mnist_lightning.data import MNISTDataModule
-from mnist_lightning.files import check_archive, write_torch
-from mnist_lightning.models import Classifier, check_tensors
-from mnist_lightning.names import find_checkpoint as find  # noqa: F401 (part of this module too)
+from mnist_lightning.files import check_archive, is_plain, write_torch
+from mnist_lightning.models import check_tensors
+from mnist_lightning.names import find_checkpoint as find
+
+LOGS = "lightning_logs"
+DATA_CLASS = "mnist_lightning.data.MNISTDataModule"  # where a checkpoint does not say another
+Kind = TypeVar("Kind")
 
 # A model that learned from one split must not be scored on another: its training images would be
 # among the test images. Nor on pixels that were scaled in another way.
 BINDING_DATA = ("name", "source", "split", "val_fraction", "split_seed", "normalization")
 
-_REMEDY = "Give another: --ckpt_path FILE, or the folder of a run."
+REMEDY = "Give another: --ckpt_path FILE, or the folder of a run."
 _LEAVE_AWAY = ". What is left unsaid, the checkpoint itself says."
 
 
@@ -41,46 +47,31 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: damaged, no checkpoint of this project, or one that would run code.
     """
-    check_archive(path, _REMEDY)
+    check_archive(path, REMEDY)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds code besides tensors: refused, and nothing was run. {_REMEDY}"
+            f"{path} holds code besides tensors: refused, and nothing was run. {REMEDY}"
         ) from error
     except Exception as error:  # RuntimeError, EOFError, KeyError ...
         raise ValueError(
-            f"{path} is not a checkpoint of PyTorch: {_first_line(error)}. {_REMEDY}"
+            f"{path} is not a checkpoint of PyTorch: {_first_line(error)}. {REMEDY}"
         ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict. {_REMEDY}")
-    kinds = {"model_class": str, "hyper_parameters": Mapping, "state_dict": Mapping}
-    for key, kind in kinds.items():
-        if not isinstance(checkpoint.get(key), kind):
-            raise ValueError(
-                f"{path} is not of a Classifier of mnist_lightning: it has no {key}. {_REMEDY}"
-            )
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
+        raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict. {REMEDY}")
+    for key in ("model_class", "data_class"):
+        if not isinstance(checkpoint.get(key, ""), str):
+            raise ValueError(f"{path} is not of this project: its {key} is no name. {REMEDY}")
     version = checkpoint.get("pytorch-lightning_version")
     if not isinstance(version, str) or not re.match(r"\d+\.\d[\w.+]*$", version):
-        raise ValueError(f"{path} is of no version of Lightning: {version!r}. {_REMEDY}")
-    check_tensors(checkpoint["state_dict"], f"{path}", _REMEDY)
+        raise ValueError(f"{path} is of no version of Lightning: {version!r}. {REMEDY}")
+    check_tensors(checkpoint["state_dict"], f"{path}", REMEDY)
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
         settings = checkpoint.get(key, {})
-        if not isinstance(settings, Mapping) or not _is_plain(settings):
-            raise ValueError(f"{path} is not of this project: its {key} are no settings. {_REMEDY}")
+        if not isinstance(settings, Mapping) or not is_plain(settings, 4):
+            raise ValueError(f"{path} is not of this project: its {key} are no settings. {REMEDY}")
     return cast(dict[str, Any], checkpoint)
-
-
-def _is_plain(value: Any, depth: int = 3) -> bool:
-    """Whether it is a mapping, list or value as settings are, and small."""
-    if isinstance(value, Mapping | list | tuple):
-        parts = value.values() if isinstance(value, Mapping) else value
-        if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
-            return False
-        return depth > 0 and len(value) < 100 and all(_is_plain(part, depth - 1) for part in parts)
-    if isinstance(value, str):
-        return len(value) < 5000
-    return value is None or type(value) in (bool, int, float)
 
 
 def check_resumable(checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -97,17 +88,20 @@ def check_resumable(checkpoint: Mapping[str, Any], path: Path) -> None:
         value = checkpoint.get(key)
         empty = key in ("loops", "callbacks") and not value
         if not isinstance(value, kind) or empty or (key == "loops" and not value.get("fit_loop")):
-            raise ValueError(f"{path} has no usable {key}: training cannot resume. {_REMEDY}")
+            raise ValueError(f"{path} has no usable {key}: training cannot resume. {REMEDY}")
     states = checkpoint["optimizer_states"]
     if not all(isinstance(state, Mapping) and state.get("param_groups") for state in states):
-        raise ValueError(f"{path} has an empty optimizer state: training cannot resume. {_REMEDY}")
+        raise ValueError(f"{path} has an empty optimizer state: training cannot resume. {REMEDY}")
 
 
-def check_facts(checkpoint: Mapping[str, Any], said: Collection[str], path: Path) -> None:
+def check_facts(
+    checkpoint: Mapping[str, Any], model: type[LightningModule], said: Collection[str], path: Path
+) -> None:
     """Refuses a checkpoint that says neither which data nor which network it is of.
 
     Args:
         checkpoint: as ``read``.
+        model: its class.
         said: the arguments of the data module that the user gives.
         path: of the checkpoint, for the message.
 
@@ -116,35 +110,41 @@ def check_facts(checkpoint: Mapping[str, Any], said: Collection[str], path: Path
             network than its weights are of, perhaps one that does not fit into memory.
     """
     data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
-    known = inspect.signature(MNISTDataModule.__init__).parameters
-    for key in data:
-        if key not in known:
-            raise ValueError(f"{path} says {key} of its data, which nothing here knows. {_REMEDY}")
-    try:
-        MNISTDataModule(**data)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is of data that cannot be: {error}. {_REMEDY}") from error
-    if missing := [key for key in BINDING_DATA if key not in data and key not in said]:
-        options = " ".join(f"--data.{key} ..." for key in missing)
-        raise ValueError(
-            f"{path} does not say on which data it was trained: its training images may be among"
-            f" the test images. Say it: {options}"
-        )
-    model = model_class(checkpoint)
+    if checkpoint.get("data_class", DATA_CLASS) == DATA_CLASS:
+        _check_data(data, said, path)
     if not model.__module__.startswith("mnist_lightning."):
         return
+    if "hyper_parameters" not in checkpoint:
+        raise ValueError(f"{path} is not of this project: it has no hyper_parameters. {REMEDY}")
     try:
         with torch.device("meta"):  # shapes without memory
             made = model(**checkpoint["hyper_parameters"]).state_dict()
     except Exception as error:
         raise ValueError(
             f"{path}: {model.__name__} refuses its hyper_parameters ({_first_line(error)})."
-            f" {_REMEDY}"
+            f" {REMEDY}"
         ) from error
     if _kinds(made) != _kinds(checkpoint["state_dict"]):
         raise ValueError(
             f"{path} contradicts itself: its hyper_parameters make other weights than it holds."
-            f" {_REMEDY}"
+            f" {REMEDY}"
+        )
+
+
+def _check_data(data: Mapping[str, Any], said: Collection[str], path: Path) -> None:
+    known = inspect.signature(MNISTDataModule.__init__).parameters
+    for key in data:
+        if key not in known:
+            raise ValueError(f"{path} says {key} of its data, which nothing here knows. {REMEDY}")
+    try:
+        MNISTDataModule(**data)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is of data that cannot be: {error}. {REMEDY}") from error
+    if missing := [key for key in BINDING_DATA if key not in data and key not in said]:
+        options = " ".join(f"--data.{key} ..." for key in missing)
+        raise ValueError(
+            f"{path} does not say on which data it was trained: its training images may be among"
+            f" the test images. Say it: {options}"
         )
 
 
@@ -161,20 +161,62 @@ def progress(checkpoint: dict[str, Any]) -> tuple[int, int]:
     return epochs["processed"], batches
 
 
-def model_class(checkpoint: Mapping[str, Any]) -> type[Classifier]:
-    """The class that wrote the checkpoint; only among modules that are imported already.
+def known_class(path: str, kind: type[Kind]) -> type[Kind]:
+    """A class that a checkpoint names; only among modules that are imported already.
+
+    Args:
+        path: its dotted path.
+        kind: what it must be a subclass of.
 
     Raises:
-        ValueError: the class is not there, or is no Classifier.
+        ValueError: the class is not there, or is of another kind.
     """
-    module, _, name = checkpoint["model_class"].rpartition(".")
+    module, _, name = path.rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
-    if not (isinstance(found, type) and issubclass(found, Classifier)):
-        raise ValueError(
-            f"of the class {checkpoint['model_class']}, not known here"
-            f" (if it is yours: --model {checkpoint['model_class']})"
-        )
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ValueError(f"of the class {path}, not known here. {REMEDY}")
     return found
+
+
+def arguments(made: type, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the saved hyper-parameters that the class takes, as in ``load_from_checkpoint``.
+
+    A subclass that passes fewer arguments on than its base takes has saved those of both.
+    """
+    known = ArgumentParser(exit_on_error=False).add_class_arguments(made, fail_untyped=False)
+    return {name: value for name, value in saved.items() if name in known}
+
+
+def load(
+    where: str | os.PathLike[str], model_class: type[LightningModule] | None = None
+) -> LightningModule:
+    """A trained model, ready to predict: on the CPU, in evaluation mode.
+
+    ``load("lightning_logs/shallow")(images)`` gives class scores ``(b, 10)`` for images
+    ``(b, 1, 28, 28)`` as ``MNISTDataModule.preprocess`` makes them.
+
+    Args:
+        where: what ``--ckpt_path`` takes: a checkpoint file, the folder of a run, or its name.
+        model_class: of a model of your own. Without it, the class has to be imported already:
+            nothing is imported because a file says so.
+
+    Raises:
+        ValueError: nothing is there, it is damaged or would run code, or its class is not known.
+    """
+    path = find(os.fspath(where), Path(LOGS))
+    checkpoint = read(path)
+    named = str(checkpoint.get("model_class", ""))
+    try:
+        kind = model_class or known_class(named, LightningModule)
+    except ValueError as error:
+        name = named.rpartition(".")[2] or "MyModel"
+        raise ValueError(
+            f"{path} is of the class {named}, not known here. Import the class, and give it:"
+            f" load({os.fspath(where)!r}, model_class={name})"
+        ) from error
+    if kind.__module__.startswith("mnist_lightning."):
+        check_facts(checkpoint, kind, BINDING_DATA, path)
+    return kind.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
 
 
 def check_agrees(
@@ -191,14 +233,13 @@ def check_agrees(
     Raises:
         ValueError: another class, another shape of the network, another split of the data.
     """
-    name = f"{type(model).__module__}.{type(model).__qualname__}"
-    if name != checkpoint["model_class"]:
-        saved = checkpoint["model_class"].rpartition(".")[2]
+    saved = checkpoint.get("model_class", "").rpartition(".")[2]
+    if saved not in ("", type(model).__name__):
         raise ValueError(f"{path} holds a {saved}, not a {type(model).__name__}")
     if _kinds(checkpoint["state_dict"]) != _kinds(model.state_dict()):
         raise ValueError(
             f"{path} does not fit the model asked for: "
-            + _differences(dict(model.hparams), checkpoint["hyper_parameters"], "model")
+            + _differences(dict(model.hparams), checkpoint.get("hyper_parameters", {}), "model")
             + _LEAVE_AWAY
         )
     saved_data = checkpoint.get("datamodule_hyper_parameters", {})
@@ -221,6 +262,33 @@ def _differences(asked: dict[str, Any], saved: dict[str, Any], group: str) -> st
     )
 
 
+class Origin(Callback):
+    """Has each checkpoint say what made it, so that it alone is enough to make it again.
+
+    A LightningModule that is no ``Classifier`` says nothing of its class, and nothing of its
+    arguments unless it calls ``save_hyperparameters()``, perhaps not for all.
+
+    Args:
+        model: ``{class_path, init_args}``, as plain values.
+        data: the same of the data module; of ``MNISTDataModule`` nothing, which says it itself.
+    """
+
+    def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any] | None) -> None:
+        self.model, self.data = model, data
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        made = {"model_class": ("hyper_parameters", self.model)}
+        if self.data is not None:
+            made["data_class"] = ("datamodule_hyper_parameters", self.data)
+        for key, (name, origin) in made.items():
+            checkpoint[key] = origin["class_path"]
+            saved = {k: value for k, value in checkpoint.get(name, {}).items() if is_plain(value)}
+            # an argument that is an object (a network, say) was given as settings of its class
+            checkpoint[name] = saved | dict(origin.get("init_args", {}))
+
+
 class ModelCheckpoint(callbacks.ModelCheckpoint):
     """Lightning's own, for a run that goes on in its folder whatever path now leads there.
 
@@ -231,6 +299,12 @@ class ModelCheckpoint(callbacks.ModelCheckpoint):
     """
 
     steps_known = True  # see execution.HARMLESS
+
+    @property
+    def state_key(self) -> str:
+        # without a figure to watch, that of the best would be that of the last
+        alike = self.monitor is None and self.filename == "best"
+        return super().state_key + (self.filename if alike else "")  # type: ignore[operator]
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

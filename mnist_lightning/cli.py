@@ -19,22 +19,23 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from filelock import FileLock, Timeout
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from torch import nn
 
-from mnist_lightning import checkpoints, console, evaluations, inspection, memory
+from mnist_lightning import checkpoints, console, evaluations, inspection, memory, own
 from mnist_lightning.callbacks import (
     EarlyStopping,
     EpochLines,
@@ -44,7 +45,14 @@ from mnist_lightning.callbacks import (
     SafePoints,
     say,
 )
-from mnist_lightning.checkpoints import ModelCheckpoint, WholeFiles
+from mnist_lightning.checkpoints import (
+    DATA_CLASS,
+    LOGS,
+    REMEDY,
+    ModelCheckpoint,
+    Origin,
+    WholeFiles,
+)
 from mnist_lightning.console import short
 from mnist_lightning.dashboard import Dashboard, RunLogger
 from mnist_lightning.data import MNISTDataModule, in_image_order
@@ -54,15 +62,18 @@ from mnist_lightning.models import Classifier, Diverged, Perceptron, ResNet18
 from mnist_lightning.names import (
     ConfigByName,
     allow_classes,
+    asked,
+    class_path,
     classes_in,
-    classes_in_option,
+    classes_in_word,
     import_class,
+    is_own,
+    naming,
     newest_first,
     read_config,
+    run_name,
 )
 from mnist_lightning.parser import Parser, shorten
-
-LOGS = "lightning_logs"
 
 
 def fit(words: list[str]) -> None:
@@ -95,9 +106,11 @@ def inspect(words: list[str]) -> None:
     with _quiet(training=False):
         cli = CLI(words, run=False)
     data, model = cli.datamodule, cli.model
-    image = torch.zeros(1, 1, data.image_size, data.image_size)
-    print(inspection.format_layers(inspection.layer_table(model.net, image), model.net))
-    if isinstance(model, Perceptron):
+    net = cast(nn.Module, getattr(model, "net", model))
+    size = getattr(data, "image_size", 28)
+    image = torch.zeros(1, 1, size, size)
+    print(inspection.format_layers(inspection.layer_table(net, image), net))
+    if isinstance(model, Perceptron) and isinstance(data, MNISTDataModule):
         data.prepare_data()
         data.setup()
         print(f"\nOne training step on {data.describe()}\n")
@@ -137,23 +150,33 @@ class SaveConfig(SaveConfigCallback):
 class CLI(LightningCLI):
     """LightningCLI that starts from checkpoints and keeps each run in a folder of its own."""
 
-    datamodule: MNISTDataModule
-    model: Classifier
+    datamodule: LightningDataModule
+    model: LightningModule
 
     def __init__(self, words: list[str], run: bool = True) -> None:
+        self.words = words
+        self.command = words[0] if run else ""
+        options = words[1:] if run else words
+        self.asked = asked([word for word in options if word != "--trust"])
         self.checkpoint_path: Path | None = None
         self.checkpoint: dict[str, Any] | None = None
-        self.run_name = "run"
+        self.run_name = run_name(self.asked)
         self.run: Path | None = None  # the folder of a training that is logged
         self.run_is_new = False
         self.lock: FileLock | None = None
+        self.defaults: dict[str, Any] = {}
+        self.root = Path(self.asked.root) / LOGS
         try:
+            self._understand()
+            # with subclass_mode_data the settings of a data module lie below its class
+            own_data = self.asked.data is not None
             super().__init__(
-                Classifier,
-                MNISTDataModule,
+                LightningModule,
+                LightningDataModule if own_data else MNISTDataModule,
                 args=words,
                 run=run,
                 subclass_mode_model=True,
+                subclass_mode_data=own_data,
                 # the optimizer and its learning rate are the model's own: every checkpoint has them
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
@@ -170,6 +193,26 @@ class CLI(LightningCLI):
         finally:
             if self.lock is not None:
                 self.lock.release()
+
+    def _understand(self) -> None:
+        """Finds the checkpoint, and imports the classes of the user's own that may be imported."""
+        asked = self.asked
+        named = {c for word in asked.words for c in classes_in_word(word)}
+        named |= {c for config in asked.configs for c in classes_in(read_config(config))}
+        allow_classes(named)
+        for name in (asked.model, asked.data):
+            if is_own(name):
+                import_class(cast(str, name))
+        if asked.data is not None:
+            self.defaults["data"] = {"class_path": asked.data}
+        if asked.ckpt_path is not None:
+            self._start_from(asked.ckpt_path, named)
+        elif self.command in ("validate", "test", "predict") and not (
+            {"-h", "--help"} & set(asked.words)
+        ):
+            raise ValueError(
+                f"{self.command} needs trained weights: --ckpt_path FILE, or the folder of a run"
+            )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", ["a run of mnist_lightning, complete"])
@@ -199,85 +242,117 @@ class CLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        given = cast(list[str], args)
-        words = [word for word in given if word != "--trust"]
-        options = dict(_options(words))
-        named = {c for name, value in _options(words) for c in classes_in_option(name, value)}
-        allow_classes(named)
-        if "config" in options:
-            self.run_name = Path(options["config"]).stem
-        self.root = Path(options.get("trainer.default_root_dir", ".")) / LOGS
-        if where := options.get("ckpt_path"):
-            name = self.run_name if "config" in options else None
-            self.checkpoint_path = path = checkpoints.find(where, self.root, name)
-            if words[0] == "fit":
-                self._lock(checkpoints.run_folder(path))  # before it can become another
-            self.checkpoint = checkpoints.read(path)
-            recorded = checkpoints.run_folder(path) / "config.yaml"
-            if "--trust" in given:
-                named.add(self.checkpoint["model_class"])
-                named |= set(classes_in(read_config(recorded) if recorded.is_file() else None))
-                allow_classes(named)
-            words = self._start_from(path, recorded, words, options, named)
-        elif (
-            words[:1] in (["validate"], ["test"], ["predict"])
-            and not {"h", "help"} & options.keys()
-        ):
-            raise ValueError(
-                f"{words[0]} needs trained weights: --ckpt_path FILE, or the folder of a run"
-            )
+        asked = self.asked
+        configs = [f"--config={config}" for config in asked.configs]
         try:
-            self.config = parser.parse_args(words)
+            self._parser(self.command or None).set_defaults(self.defaults)
+            self.config = parser.parse_args(
+                [*([self.command] if self.command else []), *configs, *asked.words]
+            )
         except ValueError as error:
-            if denied := re.search(r"Importing '([\w.]+)' is not allowed", str(error)):
-                raise ValueError(self._untrusted(f"a file names {denied[1]}", given)) from error
+            denied = re.search(r"Importing '([\w.]+)' is not allowed", str(error))
+            if denied and is_own(denied[1]):
+                raise ValueError(self._untrusted(f"a file names {denied[1]}")) from error
             raise
-        if "config" not in options and self.checkpoint is None:
-            settings = self.config.get(self.config.get("subcommand", ""), self.config)
+        settings = self.config.get(self.command, self.config)
+        if self.command:  # the file itself, or none, whatever a configuration says
+            settings.ckpt_path = str(self.checkpoint_path) if self.checkpoint_path else None
+        if self.run_name is None:
             self.run_name = settings.model.class_path.rpartition(".")[2]
 
-    def _untrusted(self, what: str, words: list[str]) -> str:
+    def _untrusted(self, what: str) -> str:
+        again = console.command(*self.words, "--trust")
         return (
             f"{what}, which is neither ours, PyTorch's nor Lightning's: its code would be run."
-            f" If you trust the file:\n{console.command(*words, '--trust')}"
+            f" If you trust the file:\n{again}"
         )
 
-    def _start_from(
-        self, path: Path, recorded: Path, words: list[str], options: dict[str, str], named: set[str]
-    ) -> list[str]:
-        """Makes what the checkpoint holds the default of what the words leave unsaid."""
-        assert self.checkpoint is not None
-        checkpoint = self.checkpoint
-        if words[0] == "fit":
+    def _start_from(self, where: str, named: set[str]) -> None:
+        """Makes what a checkpoint holds the default of what the words leave unsaid.
+
+        Args:
+            where: as ``--ckpt_path``.
+            named: the classes that the user names.
+        """
+        asked, training = self.asked, self.command == "fit"
+        path = checkpoints.find(where, self.root, self.run_name, "last" if training else "best")
+        run = checkpoints.run_folder(path)
+        if training:
+            self._lock(run)  # before it can become another
+        checkpoint = checkpoints.read(path)
+        self.checkpoint_path, self.checkpoint = path, checkpoint
+        recorded = run / "config.yaml"
+        if "--trust" in self.words:
+            named |= set(classes_in(read_config(recorded) if recorded.is_file() else None))
+            named |= {checkpoint.get(key, "") for key in ("model_class", "data_class")}
+            named |= set(classes_in(checkpoint.get("hyper_parameters")))
+            allow_classes(named)
+        if training:
             checkpoints.check_resumable(checkpoint, path)
         if recorded.is_file():
-            if options["ckpt_path"] in ("best", "last"):
+            if where in ("best", "last"):
                 # the configuration named the run: take what that run was really made with
-                words = [words[0], "--config", str(recorded), *_without(words, "config")[1:]]
-            elif words[0] == "fit" and "config" not in options:
-                words = [words[0], "--config", str(recorded), *words[1:]]
-        for name in named & {options.get("model"), checkpoint["model_class"]}:
-            if not name.startswith("mnist_lightning."):
-                import_class(name)
-        try:
-            model = checkpoints.model_class(checkpoint)
-        except ValueError as error:
-            raise ValueError(self._untrusted(f"{path}: {error}", words)) from error
-        if (asked := options.get("model", "").rpartition(".")[2]) not in ("", model.__name__):
-            raise ValueError(f"{path} holds a {model.__name__}, not a {asked}")
-        said = {name.removeprefix("data.") for name in options}
-        checkpoints.check_facts(checkpoint, said, path)
-        data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
-        if data.get("data_dir") and not Path(data["data_dir"]).is_dir():
-            del data["data_dir"]  # a folder of another machine
-        defaults: dict[str, Any] = {f"data.{key}": value for key, value in data.items()}
-        defaults["model"] = {
-            "class_path": f"{model.__module__}.{model.__qualname__}",
-            "init_args": dict(checkpoint["hyper_parameters"]),
+                asked.configs = [recorded]
+            elif training:
+                asked.configs = [recorded, *asked.configs]
+        model = self._class_in("model", asked.model, named, LightningModule)
+        said = {word.partition("=")[0].removeprefix("--data.") for word in asked.words}
+        checkpoints.check_facts(checkpoint, model, said, path)
+        self.defaults["model"] = {
+            "class_path": class_path(model),
+            "init_args": checkpoints.arguments(model, checkpoint.get("hyper_parameters", {})),
         }
-        self._parser(words[0]).set_defaults(defaults)
-        # last, because the run's own config.yaml has a ckpt_path too
-        return [*_without(words, "ckpt_path"), "--ckpt_path", str(path)]
+        data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
+        if data.get("data_dir") and (
+            data.get("source") == "digits" or not Path(data["data_dir"]).is_dir()
+        ):
+            del data["data_dir"]  # not used, or a folder of another machine
+        if asked.data is None and "data_class" not in checkpoint:
+            self.defaults |= {f"data.{key}": value for key, value in data.items()}
+            return
+        kind = self._class_in("data", asked.data, named, LightningDataModule)
+        asked.data = class_path(kind)
+        self.defaults["data"] = {
+            "class_path": asked.data,
+            "init_args": checkpoints.arguments(kind, data),
+        }
+
+    def _class_in(self, what: str, asked: str | None, named: set[str], kind: type) -> type:
+        """The class that a checkpoint is of; one of the user's own only if the user names it.
+
+        Args:
+            what: ``model`` or ``data``.
+            asked: the class that the command names.
+            named: all that it names.
+            kind: what it must be a subclass of.
+        """
+        assert self.checkpoint is not None
+        saved = self.checkpoint.get(f"{what}_class", None if what == "model" else DATA_CLASS)
+        path = asked if is_own(asked) else saved
+        if path is None:
+            raise ValueError(
+                f"{self.checkpoint_path} has no model_class. {REMEDY} Of a model of your own,"
+                " name its class: --model my_module.MyModel"
+            )
+        if asked and saved and asked.rpartition(".")[2] != saved.rpartition(".")[2]:
+            _, _, name = saved.rpartition(".")
+            raise ValueError(
+                f"{self.checkpoint_path} holds a {name}, not a {asked.rpartition('.')[2]}"
+            )
+        if path in named and is_own(path):
+            import_class(path)
+        try:
+            return checkpoints.known_class(path, kind)
+        except ValueError as error:
+            if path.startswith("__main__."):
+                raise ValueError(
+                    f"{self.checkpoint_path} is of {path}, a class of a script. Name the file that"
+                    f" has it: --{what} my_script.{path.rpartition('.')[2]}"
+                ) from error
+            if is_own(path):
+                reason = self._untrusted(f"{self.checkpoint_path} names {path}")
+                raise ValueError(reason) from error
+            raise ValueError(f"{self.checkpoint_path} is {error}") from error
 
     def _lock(self, run: Path) -> None:
         """Keeps other trainings out of a run, until this process ends or lets the lock go."""
@@ -300,11 +375,21 @@ class CLI(LightningCLI):
         """Lightning's own would now put the checkpoint's values over the user's flags again."""
 
     def before_instantiate_classes(self) -> None:
+        data, saved = self._data_settings(), {}
         if self.checkpoint is not None:
-            data = self.config[self.config.subcommand].data
-            if data.source == "auto":  # asked for nothing in particular
-                saved = self.checkpoint.get("datamodule_hyper_parameters", {})
-                data.source = saved.get("source", "auto")
+            saved = self.checkpoint.get("datamodule_hyper_parameters", {})
+        folder = data.get("data_dir")
+        if data.get("source") == "auto" and folder in (None, saved.get("data_dir")):
+            data.source = saved.get("source", "auto")  # asked for nothing in particular
+        elif data.get("source") == "digits" and folder is not None:
+            raise ValueError(
+                f"--data.data_dir {folder}: scikit-learn's digits lie in no folder. Leave it out,"
+                " or give --data.source mnist"
+            )
+
+    def _data_settings(self) -> Any:
+        data = self._get(self.config, "data")
+        return data.get("init_args", data) if self.asked.data else data
 
     def instantiate_classes(self) -> None:
         if self.subcommand == "fit":
@@ -319,8 +404,10 @@ class CLI(LightningCLI):
         if torch.cuda.is_available() and settings.trainer.accelerator != "cpu":
             return
         module, _, name = settings.model.class_path.rpartition(".")
-        make = partial(getattr(sys.modules[module], name), **settings.model.init_args)
-        memory.check(make, settings.data.batch_size, settings.data.image_size)
+        make = partial(getattr(sys.modules[module], name), **settings.model.get("init_args", {}))
+        data = self._data_settings()
+        if "batch_size" in data and "image_size" in data:
+            memory.check(make, data.batch_size, data.image_size)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         # The model and the data stand by now. Whatever is wrong with them shows before the run's
@@ -329,7 +416,8 @@ class CLI(LightningCLI):
             checkpoints.check_agrees(
                 self.model, dict(self.datamodule.hparams), self.checkpoint, self.checkpoint_path
             )
-        _check_image_size(self.model, self.datamodule.image_size)
+        _check_image_size(self.model, getattr(self.datamodule, "image_size", 28))
+        own.check_can(self.command, self.model)
         settings = self._get(self.config_init, "trainer")
         for name in ("max_epochs", "max_steps", "limit_train_batches"):
             if self.subcommand == "fit" and settings.get(name) == 0:
@@ -337,8 +425,8 @@ class CLI(LightningCLI):
         extra: list[Any] = []
         terminal = sys.stdout.isatty()
         extra.append(EpochLines(shutil.get_terminal_size().columns if terminal else None))
-        own = any(isinstance(c, AnyProgressBar) for c in settings.get("callbacks") or [])
-        if settings.get("enable_progress_bar") is not False and not own:
+        users = any(isinstance(c, AnyProgressBar) for c in _as_list(settings.get("callbacks")))
+        if settings.get("enable_progress_bar") is not False and not users:
             kwargs["enable_progress_bar"] = terminal
             extra += [ProgressBar()] if terminal else []
         kwargs["logger"] = False
@@ -348,8 +436,10 @@ class CLI(LightningCLI):
             self._check_goes_on()
             self.safe_points = SafePoints(self._get(self.config_init, "save_every_minutes"))
             extra.append(self.safe_points)
-            self.datamodule.prepare_data()
-            self.datamodule.setup("fit")
+            if isinstance(self.datamodule, MNISTDataModule):
+                self.datamodule.prepare_data()
+                self.datamodule.setup("fit")
+            best = self._watch()
             if isinstance(self.model, ResNet18) and self.checkpoint is None:
                 self.model.load_pretrained()
             self._get(self.config_init, "freezing").choose(self.model)
@@ -364,8 +454,9 @@ class CLI(LightningCLI):
                     "enable_version_counter": False,
                     "save_on_train_epoch_end": True,
                 }
-                extra.append(ModelCheckpoint(filename="best", monitor="val/acc", mode="max", **how))
+                extra.append(ModelCheckpoint(filename="best", **best, **how))
                 extra.append(ModelCheckpoint(filename="last", **how))
+                extra.append(self._origin())
         plugins = _as_list(settings.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeFiles()]
@@ -376,11 +467,33 @@ class CLI(LightningCLI):
             self._take_back_run()
             raise
 
+    def _watch(self) -> dict[str, Any]:
+        """Has early stopping and the best checkpoint watch what the model logs.
+
+        Returns:
+            The arguments of the best checkpoint's ``ModelCheckpoint``.
+        """
+        names = ["val/loss", "val/acc"]
+        if not own.logs_as_ours(self.model):
+            names = own.figures(self.model, self.datamodule)
+            settings = self.config_init[self.command]
+            settings.early_stopping, told = own.stopping(settings.early_stopping, names)
+            if not {"val/loss", "val/acc"} <= set(names):
+                logged = ", ".join(names) or "nothing"
+                say(f"{type(self.model).__name__} logs {logged} in a validation: {told}")
+        best = own.watched(names).best
+        return {"monitor": best[0], "mode": best[1]} if best else {}
+
+    def _origin(self) -> Origin:
+        settings = self.config[self.command]
+        made = yaml.safe_load(self._parser(self.command).dump(settings, skip_none=False))
+        return Origin(made["model"], made["data"] if self.asked.data else None)
+
     def _check_goes_on(self) -> None:
         """Refuses to go on within an epoch of mini-batches of another size."""
         if self.checkpoint is not None and checkpoints.progress(self.checkpoint)[1]:
             saved = self.checkpoint.get("datamodule_hyper_parameters", {}).get("batch_size")
-            if saved is not None and saved != self.datamodule.batch_size:
+            if saved != getattr(self.datamodule, "batch_size", saved):
                 raise ValueError(
                     f"{self.checkpoint_path} lies within an epoch of mini-batches of {saved}"
                     f" images: go on with --data.batch_size {saved}, or from a whole epoch"
@@ -393,7 +506,7 @@ class CLI(LightningCLI):
             if (run / "config.yaml").is_file():
                 self.run = run
                 return RunLogger(run, first_epoch=checkpoints.progress(self.checkpoint)[0] + 1)
-        self.run = _new_run(self.root / self.run_name)
+        self.run = _new_run(self.root / str(self.run_name))
         self.run_is_new = True
         self._lock(self.run)
         return RunLogger(self.run)
@@ -409,11 +522,9 @@ class CLI(LightningCLI):
         limit = f"patience {stopping.patience}" if stopping.enabled else "off"
         parameters = sum(p.numel() for p in model.parameters())
         say(f"{type(model).__name__}, {parameters:,} parameters, on {trainer.strategy.root_device}")
-        say(self.datamodule.describe())
-        say(
-            f"batch size {self.datamodule.batch_size}, at most {trainer.max_epochs} epochs,"
-            f" early stopping {limit}"
-        )
+        say(own.describe(self.datamodule))
+        size = getattr(self.datamodule, "batch_size", "its own")
+        say(f"batch size {size}, at most {trainer.max_epochs} epochs, early stopping {limit}")
         self._say_what_goes_on()
         received: list[int] = []
         try:
@@ -471,7 +582,8 @@ class CLI(LightningCLI):
             + ("" if self.run else "; what is trained from here on is a run of its own")
         )
         if (best := _best_so_far(path)) is not None:
-            say(f"best so far: val/acc {best[1]:.4f} in epoch {best[0]}")
+            epoch, monitor, score = best
+            say(f"best so far: {monitor} {score:.4f} in epoch {epoch}")
         last = path.with_name("last.ckpt")
         if path.name == "best.ckpt" and (done := _epochs(last)) is not None and done > epochs:
             again = (
@@ -479,7 +591,7 @@ class CLI(LightningCLI):
             )
             say(
                 f"this is the best epoch: {again} trained again. To go on after the last one:"
-                f"\n  {console.command('fit', '--ckpt_path', short(last))}"
+                f"\n  {console.command('fit', '--ckpt_path', short(last), *self._naming())}"
             )
 
     @contextmanager
@@ -513,10 +625,12 @@ class CLI(LightningCLI):
         """From where a training that diverged can be tried again."""
         if self.run is None or not (self.run / "checkpoints" / "last.ckpt").is_file():
             return "No checkpoint had been saved before"
-        return "The last good checkpoint is last.ckpt. To go on from it:\n  " + console.command(
+        again = console.command(
             *("fit", "--ckpt_path", f"{short(self.run)}/last"),
-            *("--model.lr", f"{self.model.lr / 10:g}"),
+            *("--model.lr", f"{cast(Classifier, self.model).lr / 10:g}"),
+            *self._naming(),
         )
+        return f"The last good checkpoint is last.ckpt. To go on from it:\n  {again}"
 
     def _say_how_to_go_on(self) -> None:
         last = (self.run or Path()) / "checkpoints" / "last.ckpt"
@@ -526,10 +640,12 @@ class CLI(LightningCLI):
             say("\nstopped; nothing was saved")
             return
         epochs, batches = checkpoints.progress(torch.load(last, weights_only=True, mmap=True))
-        say(
-            f"\nstopped; saved up to {_progress(epochs, batches)}. To go on:"
-            f"\n  {console.command('fit', '--ckpt_path', f'{short(self.run)}/last')}"
-        )
+        again = console.command("fit", "--ckpt_path", f"{short(self.run)}/last", *self._naming())
+        say(f"\nstopped; saved up to {_progress(epochs, batches)}. To go on:\n  {again}")
+
+    def _naming(self) -> list[str]:
+        """What a further command has to say of classes of the user's own."""
+        return naming(model=class_path(type(self.model)), data=class_path(type(self.datamodule)))
 
     def _summarize(self) -> None:
         trainer = self.trainer
@@ -542,12 +658,13 @@ class CLI(LightningCLI):
         stops = [c.stopped_epoch for c in trainer.early_stopping_callbacks]  # type: ignore[attr-defined]
         # a stop of an earlier session is still in there
         stopped = any(stop and stop + 1 == trainer.current_epoch for stop in stops)
+        test = console.command("test", "--ckpt_path", short(self.run), *self._naming())
         say(
             f"\nbest epoch   {epoch} of {trainer.current_epoch}"
             + (" (stopped early)" if stopped else "")
             + f"\n{best.monitor:<12} {best.best_model_score:.4f}"
             f"\ncheckpoint   {short(file)}"
-            f"\ntest it      {console.command('test', '--ckpt_path', short(self.run))}"
+            f"\ntest it      {test}"
             f"\nsee it       {console.tensorboard(short(self.run.parent.parent))}"
         )
 
@@ -555,7 +672,7 @@ class CLI(LightningCLI):
         results = self.trainer.validate(**{**kwargs, "verbose": False})
         if not results:
             raise ValueError("no image was scored: --trainer.limit_val_batches is 0")
-        say(f"{self.datamodule.describe()}\n{_figures(results[0])}")
+        say(f"{own.describe(self.datamodule)}\n{_figures(results[0])}")
 
     def test(self, **kwargs: Any) -> None:
         assert self.checkpoint is not None
@@ -565,15 +682,17 @@ class CLI(LightningCLI):
         if not os.access(run, os.W_OK):
             raise ValueError(f"{run} is read-only: the test evaluation could not be recorded there")
         self._check_returns()
-        mistakes = Mistakes()
+        data, mistakes, facts = self.datamodule, Mistakes(), {}
         self.trainer.callbacks.append(mistakes)  # type: ignore[attr-defined]
         results = self.trainer.test(**{**kwargs, "verbose": False})
         if not results:
             raise ValueError("no image was scored: --trainer.limit_test_batches is 0")
         if not self.trainer.is_global_zero:
             return
-        metrics, data = results[0], self.datamodule
-        images, test_set = mistakes.images, len(data.test_set)
+        metrics, images = results[0], mistakes.images
+        test_set = own.test_images(data, self.trainer, images)
+        if isinstance(data, MNISTDataModule):
+            facts = mistakes.facts(data.test_set.images)
         # before its figures are shown: what cannot be recorded is not told either
         number = evaluations.record(
             run,
@@ -581,10 +700,10 @@ class CLI(LightningCLI):
             metrics,
             images,
             test_set,
-            **mistakes.facts(data.test_set.images),
-            data=data.describe(),
+            **facts,
+            data=own.describe(data),
         )
-        say(f"{data.describe()}\n{_figures(metrics)}")
+        say(f"{own.describe(data)}\n{_figures(metrics)}")
         say(f"test evaluation {number} of this run, recorded in {short(run / 'test.json')}")
         if number > 1:
             say("  The more evaluations, the less a test says: choose on the validation images.")
@@ -610,15 +729,25 @@ class CLI(LightningCLI):
         assert self.checkpoint_path is not None
         trainer, data = self.trainer, self.datamodule
         self._check_returns()
-        batches = trainer.predict(**{**kwargs, "return_predictions": True})
+        try:
+            batches = trainer.predict(**{**kwargs, "return_predictions": True})
+        except MisconfigurationException as error:
+            if "more than one `__init__` argument" not in str(error):
+                raise
+            raise ValueError(  # Lightning makes the loader anew
+                f"{type(data).__name__}: predict needs the arguments of its DataLoader by name:"
+                " DataLoader(images, batch_size=...)"
+            ) from error
         if not batches:
             raise ValueError("no image was labelled: --trainer.limit_predict_batches is 0")
-        answers = torch.cat(cast(list[torch.Tensor], batches))
+        classes = 10 if type(data) is MNISTDataModule else None
+        answers = own.probabilities(batches, classes, type(self.model).__name__)
         loader = cast(Any, trainer.predict_dataloaders)
         images, answers = in_image_order(trainer, loader, answers)
         if not trainer.is_global_zero:
             return
-        files = data.predict_files() if data.predict_dir else None
+        of_folder = isinstance(data, MNISTDataModule) and data.predict_dir is not None
+        files = cast(MNISTDataModule, data).predict_files() if of_folder else None
         rows = [
             (
                 printable(files[image].name) if files else f"val[{image}]",
@@ -638,12 +767,12 @@ class CLI(LightningCLI):
         say(f"{len(rows):,} predictions in {short(target)}")
 
 
-def _check_image_size(model: Classifier, size: int) -> None:
+def _check_image_size(model: LightningModule, size: int) -> None:
     if size == 28:  # every model's
         return
     try:
         with torch.no_grad():
-            copy.deepcopy(model.net).eval()(torch.zeros(1, 1, size, size))
+            copy.deepcopy(getattr(model, "net", model)).eval()(torch.zeros(1, 1, size, size))
     except RuntimeError as error:
         raise ValueError(
             f"{type(model).__name__} takes no images of {size} x {size} pixels:"
@@ -672,27 +801,6 @@ def _new_run(folder: Path) -> Path:
         ) from error
 
 
-def _options(words: list[str]) -> Iterator[tuple[str, str]]:
-    """The options among the words, as (name without dashes, value)."""
-    for word, following in pairwise([*words, ""]):
-        if word.startswith("-"):
-            name, equals, value = word.lstrip("-").partition("=")
-            yield {"c": "config"}.get(name, name), value if equals else following
-
-
-def _without(words: list[str], name: str) -> list[str]:
-    """The words without one option and its value."""
-    result, skip = [], False
-    for word in words:
-        if skip:
-            skip = False
-        elif word in (f"--{name}", f"-{name[0]}"):
-            skip = True
-        elif not word.startswith(f"--{name}="):
-            result.append(word)
-    return result
-
-
 def _as_list(setting: Any) -> list[Any]:
     """Of a setting of the Trainer that may be one thing, several, or nothing."""
     return setting if isinstance(setting, list) else [] if setting is None else [setting]
@@ -713,13 +821,14 @@ def _epochs(file: Path) -> int | None:
     return None
 
 
-def _best_so_far(checkpoint: Path) -> tuple[int, float] | None:
-    """Epoch and validation accuracy of the best checkpoint of a run, if it can be read."""
+def _best_so_far(checkpoint: Path) -> tuple[int, str, float] | None:
+    """Epoch, metric and its value of the best checkpoint of a run, if it can be read."""
     with suppress(ValueError, KeyError, TypeError, StopIteration):
         best = checkpoints.read(checkpoint.with_name("best.ckpt"))
-        states = best["callbacks"].values()
-        score = next(s["best_model_score"] for s in states if s.get("monitor") == "val/acc")
-        return checkpoints.progress(best)[0], float(score)
+        saved = [s for s in best["callbacks"].values() if s.get("best_model_score") is not None]
+        state = next(s for s in saved if s.get("monitor"))
+        epochs, _ = checkpoints.progress(best)
+        return epochs, str(state["monitor"]), float(state["best_model_score"])
     return None
 
 

@@ -63,6 +63,7 @@ _MNIST_MD5 = dict(
         strict=True,
     )
 )
+IMAGES = {".png", ".jpg", ".jpeg", ".gif", ".webp"}  # endings of the files that predict reads
 _MOST_PIXELS = 50_000_000  # a photo: unpacked, each takes some 20 bytes
 _REACH_SECONDS = 8  # for a mirror to answer at all
 _STALL_SECONDS = 10  # without a single byte, once it has
@@ -158,10 +159,11 @@ class MNISTDataModule(LightningDataModule):
     """The 70,000 digits, split into train, validation and test, in mini-batches.
 
     Args:
-        name: which set of the MNIST format.
+        name: which set of the MNIST format: MNIST, unless you say another.
         source: ``mnist`` takes the set named above, from ``data_dir`` or else from its mirrors;
             ``digits`` takes the 1,797 real 8x8 digits that scikit-learn carries, enlarged to 28x28;
-            ``auto`` prefers the first and falls back to the second, with a warning.
+            ``auto`` prefers the first and, where nothing was asked for (no name, no ``data_dir``,
+            no ``MNIST_DATA_DIR``), falls back to the second, with a warning.
         data_dir: holds ``MNIST/raw/...`` in torchvision's layout, raw or .gz. Without it, the
             environment variable ``MNIST_DATA_DIR``, else ``data``.
         split: ``study`` pools all 70,000 images, shuffles them and gives 63,000 for training and
@@ -195,7 +197,7 @@ class MNISTDataModule(LightningDataModule):
 
     def __init__(
         self,
-        name: SetName = "MNIST",
+        name: SetName | None = None,
         source: Source = "auto",
         data_dir: str | None = None,
         split: Split = "study",
@@ -219,16 +221,21 @@ class MNISTDataModule(LightningDataModule):
             _check(key, count, count >= 1, "must be at least 1")
         _check("image_size", image_size, image_size <= 1024, "must be at most 1024")
         for key, value, allowed in (
-            ("name", name, SetName),
+            ("name", name or "MNIST", SetName),
             ("source", source, Source),
             ("split", split, Split),
             ("normalization", normalization, Normalization),
         ):
             choices = allowed.__args__  # type: ignore[attr-defined]
             _check(key, value, value in choices, f"must be one of {', '.join(choices)}")
+        folder = data_dir or os.environ.get("MNIST_DATA_DIR")
+        if source == "auto" and (name or folder):
+            source = "mnist"  # asked for: nothing else will do
+        name = name or "MNIST"
         self.save_hyperparameters(ignore=["predict_dir", "steps_per_execution"])
+        self.hparams.update(name=name, source=source)  # a subclass was perhaps given others
         self.name, self.source, self.split = name, source, split
-        self.data_dir = Path(data_dir or os.environ.get("MNIST_DATA_DIR") or "data")
+        self.data_dir = Path(folder or "data")
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.image_size, self.normalization = image_size, normalization
@@ -242,6 +249,10 @@ class MNISTDataModule(LightningDataModule):
         missing = _missing(self.name, self.data_dir)
         if self.source == "digits" or not missing:
             return
+        if len(missing) == len(_FILES) and (pictures := _pictures(self.data_dir)):
+            raise ValueError(
+                _absent(self.name, self.data_dir, f"it holds other pictures ({pictures.name})")
+            )
         try:
             _download(self.name, self.data_dir)
         except OSError as error:
@@ -328,11 +339,7 @@ class MNISTDataModule(LightningDataModule):
             ValueError: the folder is missing or holds no image.
         """
         folder = Path(self.predict_dir or "")
-        files = sorted(
-            path
-            for path in folder.glob("*")
-            if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".gif", ".webp"}
-        )
+        files = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES)
         if not files:
             raise ValueError(f"no image (.png, .jpg, .gif, .webp) in predict_dir: {folder}")
         return files
@@ -575,6 +582,12 @@ def _where_to_put(name: str, data_dir: Path) -> str:
         f"Put the four files ({_FILES[0]}{ending} ...) into {data_dir / name / 'raw'}, or point"
         " MNIST_DATA_DIR or --data.data_dir at the folder that holds them."
     )
+
+
+def _pictures(folder: Path) -> Path | None:
+    """The first image file in a folder or in one of its own folders, if any: not for a download."""
+    files = chain(folder.glob("*"), folder.glob("*/*"))
+    return next((file for file in files if file.suffix.lower() in IMAGES), None)
 
 
 def _absent(name: str, data_dir: Path, reason: str) -> str:

@@ -11,7 +11,7 @@ import json
 import os
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,18 @@ def check_archive(path: Path, remedy: str) -> None:
         raise ValueError(f"{path} is compressed, as PyTorch saves no file: refused. {remedy}")
     if damaged:
         raise ValueError(f"{path} is damaged: wrong checksum (CRC) of {damaged}. {remedy}")
+
+
+def is_plain(value: Any, depth: int = 3) -> bool:
+    """Whether it is a mapping, list or value as settings are, and small."""
+    if isinstance(value, Mapping | list | tuple):
+        parts = value.values() if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
+            return False
+        return depth > 0 and len(value) < 100 and all(is_plain(part, depth - 1) for part in parts)
+    if isinstance(value, str):
+        return len(value) < 5000
+    return value is None or type(value) in (bool, int, float)
 
 
 def printable(text: str) -> str:

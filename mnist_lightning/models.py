@@ -5,6 +5,7 @@ Hyper-parameters are plain types, so every checkpoint records them and loads as 
 """
 
 import copy
+import inspect
 import math
 import zipfile
 from collections import OrderedDict
@@ -12,12 +13,14 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
+from types import FrameType
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -28,7 +31,8 @@ from mnist_lightning.callbacks import LayerFreezing
 from mnist_lightning.console import python
 from mnist_lightning.data import answering
 from mnist_lightning.execution import Execution, hooked
-from mnist_lightning.files import check_archive
+from mnist_lightning.files import check_archive, is_plain
+from mnist_lightning.names import class_path
 
 PIXELS = 28 * 28
 CLASSES = 10
@@ -52,6 +56,9 @@ class Classifier(LightningModule):
     Logs ``<stage>/loss`` and ``<stage>/acc`` once an epoch, each the mean over the epoch's images.
     Those of ``train`` are accumulated during training, before each update.
 
+    The arguments of a subclass are its hyper-parameters, without ``save_hyperparameters()``: those
+    that are plain values (numbers, texts, lists and mappings of them), and so load as data.
+
     Args:
         net: maps images ``(b, 1, height, width)`` to class scores ``(b, 10)``.
         lr: learning rate.
@@ -74,6 +81,13 @@ class Classifier(LightningModule):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
         self.net, self.lr, self.optimizer = net, lr, optimizer
+        if type(self) is not Classifier:
+            frame = cast(FrameType, cast(FrameType, inspect.currentframe()).f_back)
+            arguments: dict[str, Any] = {}
+            for of_one in collect_init_args(frame, [], classes=(Classifier,)):
+                arguments |= of_one
+            other = [name for name, value in arguments.items() if not is_plain(value)]
+            self.save_hyperparameters(frame=frame, ignore=other)
         # A loss that is not a number must show in the mean. By default it is left out, and with
         # "disable" torchmetrics 1.9 leaves out the weights.
         self.means = nn.ModuleDict(
@@ -199,7 +213,7 @@ class Classifier(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # so that a checkpoint alone is enough to test it, whoever trained it
-        checkpoint["model_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        checkpoint["model_class"] = class_path(type(self))
         seen = self._seen.get("train")
         if seen and self._trainer is not None and self.trainer.world_size == 1:
             losses, correct, sizes = zip(*seen, strict=True)
@@ -283,7 +297,6 @@ class Perceptron(Classifier):
 
     def __init__(self, lr: float = 0.0001, optimizer: OptimizerName = "sgd") -> None:
         super().__init__(AffineMap(), lr, optimizer)
-        self.save_hyperparameters()
         self._moves: tuple[Tensor, Tensor, Tensor] | None = None
 
     def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
@@ -381,7 +394,6 @@ class ShallowNetwork(Classifier):
         fused: bool = True,
     ) -> None:
         super().__init__(mlp([hidden_units]), lr, optimizer)
-        self.save_hyperparameters()
         self.fused = fused
 
 
@@ -408,7 +420,6 @@ class DeepNetwork(Classifier):
                 " For one hidden layer there is ShallowNetwork."
             )
         super().__init__(mlp(hidden_units), lr, optimizer)
-        self.save_hyperparameters()
         self.fused = fused
 
 
@@ -471,7 +482,6 @@ class ResNet18(Classifier):
         net.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         super().__init__(net.to(memory_format=torch.channels_last), lr, optimizer)  # type: ignore[call-overload]
-        self.save_hyperparameters()
         self.regime, self.weights, self.stem, self.schedule = regime, weights, stem, schedule
         self.trained_by_default = ["net.layer4.*", "net.fc.*"] if regime == "freeze" else []
         self._drawn = True

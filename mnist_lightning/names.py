@@ -4,10 +4,13 @@ A class in a file is code that runs. A file may name those of ``OURS``; every ot
 named by the user: on the command line, or in a configuration that was given there.
 """
 
+import argparse
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -94,15 +97,18 @@ def _values(node: yaml.Node | None, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def find_checkpoint(where: str, root: Path, run_name: str | None = None) -> Path:
+def find_checkpoint(
+    where: str, root: Path, run_name: str | None = None, kind: str = "best"
+) -> Path:
     """The checkpoint file that the user means.
 
     Args:
         where: a checkpoint file; the folder of a run, or of several runs (then the newest); or the
-            name of a run. ``/best`` or ``/last`` after a folder or name says which one (``best``
-            unless said). ``best`` or ``last`` alone are those of ``run_name``.
+            name of a run. ``/best`` or ``/last`` after a folder or name says which one.
+            ``best`` or ``last`` alone are those of ``run_name``.
         root: the folder that holds the runs, ``lightning_logs``.
         run_name: the name that this command's configuration gives to its runs.
+        kind: ``best`` or ``last``, where ``where`` does not say it.
 
     Raises:
         ValueError: nothing is there; says where it looked.
@@ -110,8 +116,9 @@ def find_checkpoint(where: str, root: Path, run_name: str | None = None) -> Path
     path = Path(where)
     if path.is_file():
         return path
-    kind = path.name if path.name in ("best", "last") and not path.is_dir() else "best"
-    base = path.parent if path.name == kind else path
+    base = path
+    if path.name in ("best", "last") and not path.is_dir():
+        base, kind = path.parent, path.name
     if base == Path("."):
         if run_name is None:
             raise ValueError(
@@ -158,15 +165,131 @@ def classes_in(content: Any) -> Iterator[str]:
             yield from classes_in(part)
 
 
-def classes_in_option(name: str, value: str) -> Iterator[str]:
-    """The same for an option of the command line; of one that names a file, those in it."""
-    if name == "config" and value:
-        yield from classes_in(read_config(find_config(value)))
-    elif re.match(r"model|trainer\.(?!default_root_dir)", name):
-        if value.endswith((".yaml", ".yml", ".json")) and os.path.isfile(value):
-            yield from classes_in(read_config(Path(value)))
-        elif not os.path.exists(value):
-            yield from _CLASS.findall(value)
+def classes_in_word(word: str) -> Iterator[str]:
+    """The same for a word of the command line; of one that is a file of settings, those in it."""
+    value = word.partition("=")[2] if word.startswith("-") else word
+    if value.endswith((".yaml", ".yml", ".json")) and os.path.isfile(value):
+        yield from classes_in(read_config(Path(value)))
+    elif not os.path.exists(value):
+        yield from _CLASS.findall(value)
+
+
+@dataclass
+class Asked:
+    """What of a command decides how the rest of it is understood.
+
+    Flags win over files, and later files over earlier ones, wherever they stand.
+    """
+
+    configs: list[Path]
+    """In their order."""
+    ckpt_path: str | None
+    model: str | None
+    """The class, as it was named."""
+    data: str | None
+    root: str
+    """``trainer.default_root_dir``."""
+    words: list[str]
+    """All the words but the configurations and the checkpoint."""
+
+
+class _Words(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        option = re.match(r"argument (?:-\w/)?(--[\w.]+).*: expected one argument", message)
+        raise ValueError(f"{option[1]} needs a value after it" if option else message)
+
+
+def asked(words: Sequence[str]) -> Asked:
+    """Reads the few options that the parser of all options depends on, on the line and in files.
+
+    By argparse, which jsonargparse is made of: both agree on what an option is.
+
+    Raises:
+        ValueError: a configuration is not there, or cannot be read.
+    """
+    first = _Words(add_help=False, allow_abbrev=False)
+    first.add_argument("-c", "--config", action="append", default=[])
+    first.add_argument("--ckpt_path")
+    found, others = first.parse_known_args(words)
+    second = _Words(add_help=False, allow_abbrev=False)
+    for name in ("model", "data"):
+        second.add_argument(f"--{name}", f"--{name}.class_path", dest=name)
+    second.add_argument("--trainer.default_root_dir", dest="root")
+    flags = vars(second.parse_known_args(others)[0]) | {"ckpt_path": found.ckpt_path}
+    flags |= {key: _class_name(flags[key]) for key in ("model", "data")}
+    configs = [find_config(name) for name in found.config]
+    said: dict[str, str | None] = {}
+    for config in configs:
+        settings = read_config(config)
+        for key in ("model", "data"):
+            said[key] = _class_name(settings.get(key)) or said.get(key)
+        trainer = settings.get("trainer")
+        if isinstance(trainer, dict) and isinstance(trainer.get("default_root_dir"), str):
+            said["root"] = trainer["default_root_dir"]
+        checkpoint = settings.get("ckpt_path")
+        # the config.yaml of a resumed run names its own checkpoint: it is there to start again
+        if isinstance(checkpoint, str) and not _within(checkpoint, config.parent):
+            said["ckpt_path"] = checkpoint
+    said |= {key: value for key, value in flags.items() if value is not None}
+    return Asked(
+        configs,
+        said.get("ckpt_path"),
+        said.get("model"),
+        said.get("data"),
+        said.get("root") or ".",
+        others,
+    )
+
+
+def run_name(asked: Asked) -> str | None:
+    """The name that a command's configuration gives to its runs, if it has one."""
+    if not asked.configs:
+        return None
+    file = asked.configs[-1].absolute()
+    # of a run's own, that of the run: lightning_logs/NAME/version_N/config.yaml
+    of_run = file.name == "config.yaml" and re.fullmatch(r"version_\d+", file.parent.name)
+    return file.parent.parent.name if of_run else file.stem
+
+
+def _class_name(value: Any) -> str | None:
+    """The class that a setting names: by its path, within its settings, or in a file of them."""
+    if isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")):
+        value = read_config(Path(value)) if os.path.isfile(value) else None
+    elif isinstance(value, str) and value.startswith("{"):
+        with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
+            value = yaml.safe_load(value)
+    name = value.get("class_path") if isinstance(value, dict) else value
+    return name if isinstance(name, str) and not name.startswith("{") else None
+
+
+def _within(path: str, folder: Path) -> bool:
+    return Path(path).absolute().is_relative_to(folder.absolute())
+
+
+def is_own(path: str | None) -> bool:
+    """Whether it is the dotted path of a class in a module of the user's own."""
+    ours = tuple(f"{part}." for part in OURS)
+    if path is None or not _CLASS.fullmatch(path) or path.startswith(ours):
+        return False
+    return _is_users(path.partition(".")[0])
+
+
+def class_path(kind: type) -> str:
+    """The dotted path that a class is named by, in files and in commands."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def naming(**classes: str) -> list[str]:
+    """What a command has to say so that classes of the user's own are imported.
+
+    Args:
+        classes: dotted paths, by the option that names them: ``model="my_module.MyModel"``.
+
+    Returns:
+        The words ``--model my_module.MyModel``; none for classes that are not own.
+    """
+    own = [(f"--{option}", path) for option, path in classes.items() if is_own(path)]
+    return [word for pair in own for word in pair]
 
 
 def allow_classes(named: Iterable[str]) -> None:
@@ -175,7 +298,7 @@ def allow_classes(named: Iterable[str]) -> None:
     A module of the user's own is allowed as a whole, nothing of the standard library is.
     """
     modules = set()
-    for path in named:
+    for path in filter(_CLASS.fullmatch, named):
         root, _, _ = path.partition(".")
         if root in ("torch", "lightning"):  # not all of it
             modules.add(path.rpartition(".")[0])

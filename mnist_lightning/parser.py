@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from mnist_lightning import console
@@ -103,20 +104,22 @@ def shorten(message: str, parser: LightningArgumentParser) -> str:
     core = re.sub(r"<class '(\w+)'>", r"\1", core)
     core = re.sub(r"Expected an? (.+?)\. Got value: ", r"expected \1, got ", core)
     models = {model.__name__: model for model in _subclasses(Classifier)}
+    modules = {model.__name__: model for model in _subclasses(LightningModule)}
     configs = [path.name for path in shipped_configs()]
     if re.search(r"required: (\w+\.)?model$", core):
         return f"which model? --config NAME ({', '.join(configs)}), or --model CLASS"
     if match := re.search(r"Expected a dot import path string: (\S+)", core):
         return f"no model {match[1]!r}; {hint(match[1], models)}"
     if match := re.search(r"does not correspond to a subclass of (\w+)", core):
-        if match[1] != "Classifier":
+        if match[1] != "LightningModule":
             wrong = re.search(r"Import path (\S+) does not", core)
             return f"{core.partition(':')[0]}: {wrong[1] if wrong else given} is no {match[1]}"
-        return f"--model {given}: no Classifier; {hint(given, models)}"
+        return f"--model {given}: no LightningModule; {hint(given, models)}"
     if match := re.search(r"argument (?:\S+/)?(\S+): expected one argument", core):
         return f"{match[1]} needs a value after it"
     if match := re.search(r"(\w+): Option '(\w+)' is not accepted", core):
-        known = inspect_module.signature(models[match[1]]).parameters if match[1] in models else []
+        kind = modules.get(match[1])
+        known = inspect_module.signature(kind).parameters if kind else []
         return f"{match[1]} has no option {match[2]!r}; {hint(match[2], known)}"
     if match := re.search(r"unrecognized arguments: (\S+)|not accept option '(\S+)'", core):
         word = (match[1] or match[2]).partition("=")[0]

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning.pytorch import LightningModule
 
 from mnist_lightning import models, space
 from mnist_lightning.catalog import hint
@@ -50,7 +51,8 @@ class Search:
 
     Args:
         name: of the search, and of its folder.
-        model: name of a class in ``mnist_lightning.models``, or dotted path of another Classifier.
+        model: name of a class in ``mnist_lightning.models``, or dotted path of a LightningModule
+            of your own, which logs a loss and an accuracy in its validation.
         space: axes, by parameter: see ``mnist_lightning.space``. A parameter is ``max_epochs``,
             ``batch_size``, an argument of the model, or ``data.normalization`` and what else
             ``MNISTDataModule`` takes that leaves the validation images as they are.
@@ -78,13 +80,14 @@ class Search:
     grown_from: Sequence[Mapping[str, Any]] = ()
 
     @cached_property
-    def model_class(self) -> type[Classifier]:
+    def model_class(self) -> type[LightningModule]:
         module, _, name = self.model.rpartition(".")
         try:
             found = import_class(self.model) if module else getattr(models, name)
         except (ValueError, AttributeError):
             found = None
-        if not (isinstance(found, type) and issubclass(found, Classifier)) or found is Classifier:
+        of_kind = isinstance(found, type) and issubclass(found, LightningModule)
+        if not of_kind or found is Classifier:
             known = [
                 name
                 for name, kind in vars(models).items()
@@ -93,7 +96,7 @@ class Search:
                 and kind is not Classifier
             ]
             raise ValueError(f"no model {self.model!r}; {hint(name, known)}")
-        return found
+        return cast(type[LightningModule], found)
 
     @property
     def sampled(self) -> bool:
@@ -184,7 +187,7 @@ class Search:
                 with torch.device("meta"):  # shapes without memory
                     self._build(arguments)
 
-    def _build(self, arguments: Mapping[str, Any]) -> Classifier:
+    def _build(self, arguments: Mapping[str, Any]) -> LightningModule:
         try:
             return self.model_class(**arguments)
         except (ValueError, TypeError, RuntimeError) as error:
@@ -208,7 +211,7 @@ class Search:
             found[name] = [entries[layer] for layer in sorted(entries)]
         return found
 
-    def build(self, params: Mapping[str, Any]) -> Classifier:
+    def build(self, params: Mapping[str, Any]) -> LightningModule:
         """A new model of a trial, with the weights of its seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(params["seed"])

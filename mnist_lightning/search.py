@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import statistics
 import sys
@@ -25,7 +26,7 @@ from mnist_lightning import console, space
 from mnist_lightning.claims import Claim, ClaimLost, Claims, open_storage, start_of
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.files import printable, write_bytes
-from mnist_lightning.names import SearchByName, allow_classes
+from mnist_lightning.names import SearchByName, allow_classes, class_path, naming
 from mnist_lightning.plan import (
     OBJECTIVES,
     SMALL,
@@ -432,12 +433,13 @@ def _crown(search: Search, results: Results, records: Sequence[Record]) -> None:
         print(f"\nwinner       {winner['id']}; its weights are on the machine that trained it")
         return
     best = results.checkpoints / "best.ckpt"
+    own = naming(model=class_path(search.model_class))
     write_bytes(best, weights.read_bytes())
     print(
         f"\nwinner       {winner['id']}"
         f"\nresults      {results.path / 'results.csv'}"
-        f"\ntest it      {console.command('test', '--ckpt_path', results.path)}"
-        f"\nanother one  {console.command('test', '--ckpt_path', best.parent / 'ID.ckpt')}"
+        f"\ntest it      {console.command('test', '--ckpt_path', results.path, *own)}"
+        f"\nanother one  {console.command('test', '--ckpt_path', best.parent / 'ID.ckpt', *own)}"
         f"\nsee them     {console.tensorboard(results.path)}"
     )
 
@@ -516,6 +518,11 @@ def read(argv: Sequence[str]) -> tuple[Search, dict[str, Any]]:
         allow_classes([])  # only the model's is imported, and not by the parser
         settings = _parser().parse_args(list(argv))
     except (ArgumentError, TypeError) as error:
+        if data := re.search(r'"data":\s+Unable to load config \'(.+?)\'', str(error)):
+            raise ValueError(
+                f"--data {data[1]}: a search takes the settings of MNISTDataModule, like"
+                " --data.split, and no other data module"
+            ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ValueError("; ".join(lines[:2])) from error
     given = settings.as_dict()

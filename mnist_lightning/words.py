@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mnist_lightning.catalog import hint, shipped_configs
 from mnist_lightning.console import python, require
-from mnist_lightning.names import find_checkpoint, find_config, read_config
+from mnist_lightning.names import Asked, asked, find_checkpoint, find_config, run_name
 
 TRAINER = "lightning.pytorch.trainer.trainer"
 # the options of a group are the arguments of a class
@@ -49,42 +49,35 @@ def check(command: str, words: Sequence[str]) -> None:
             )
     found = list(options(words))
     given = dict(found)
-    for name in ("config", "ckpt_path"):
-        if given.get(name) == "":
-            raise ValueError(f"--{name} needs a value after it")
-    configs = [
-        find_config(value, "search" if command == "search" else ".")
-        for name, value in found
-        if name == "config" and value
-    ]
-    if "help" in given:
-        return
     if command == "search":
-        require("optuna", "a search")
-    else:
-        _check_options(command, found, configs)
-        _check_checkpoint(command, given, configs)
+        for name, value in found:
+            if name == "config":
+                find_config(value, "search")
+        if "help" not in given:
+            require("optuna", "a search")
+        return
+    wanted = asked(words)
+    if "help" not in given:
+        _check_options(command, list(given), wanted)
+        _check_checkpoint(command, given, wanted)
 
 
-def _check_options(command: str, found: list[tuple[str, str]], configs: list[Path]) -> None:
-    given = dict(found)
+def _check_options(command: str, names: list[str], wanted: Asked) -> None:
     known = {name: _arguments(*where) for name, where in GROUPS.items()}
     known["model"] = None
-    if "ckpt_path" not in given:  # which knows its classes itself
-        model = given.get("model") or _configured(configs, "model")
-        ours = _classes(MODELS)
-        if model in ours or (model or "").startswith(f"{MODELS}."):
-            known["model"] = _arguments(MODELS, str(model).rpartition(".")[2])
-        elif given.get("model", "").isidentifier() and not configs:
-            raise ValueError(f"no model {model!r}; {hint(str(model), _classifiers())}")
-    if "ckpt_path" in given or "data" in given or _configured(configs, "data"):
+    if wanted.ckpt_path is None and wanted.model is not None:  # a checkpoint knows its class
+        if wanted.model in _classes(MODELS) or wanted.model.startswith(f"{MODELS}."):
+            known["model"] = _arguments(MODELS, wanted.model.rpartition(".")[2])
+        elif wanted.model.isidentifier():
+            raise ValueError(f"no model {wanted.model!r}; {hint(wanted.model, _classifiers())}")
+    if wanted.ckpt_path is not None or wanted.data is not None:
         known["data"] = None
     plain = _OF_ALL | {"config"} | _named_in("mnist_lightning.cli")
     if command == "inspect":
         plain -= {"ckpt_path"}
     else:
         plain |= set(_arguments(TRAINER, "Trainer", command) or [])
-    for name, _ in found:
+    for name in names:
         root, _, rest = name.removesuffix("+").partition(".")
         arguments = known.get(root)
         if root in known and (arguments is None or rest.partition(".")[0] in {"", *_WITHIN}):
@@ -98,17 +91,19 @@ def _check_options(command: str, found: list[tuple[str, str]], configs: list[Pat
         raise ValueError(f"no option --{name}; {hint(f'--{name}', every, 'all of them: --help')}")
 
 
-def _check_checkpoint(command: str, given: dict[str, str], configs: list[Path]) -> None:
-    if where := given.get("ckpt_path"):
-        root = Path(given.get("trainer.default_root_dir", ".")) / "lightning_logs"
+def _check_checkpoint(command: str, given: dict[str, str], wanted: Asked) -> None:
+    if wanted.ckpt_path is not None:
+        kind = "last" if command == "fit" else "best"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the command itself warns
-            find_checkpoint(where, root, Path(given["config"]).stem if "config" in given else None)
+            find_checkpoint(
+                wanted.ckpt_path, Path(wanted.root) / "lightning_logs", run_name(wanted), kind
+            )
     elif command in ("validate", "test", "predict") and "print_config" not in given:
         raise ValueError(
             f"{command} needs trained weights: --ckpt_path FILE, or the folder of a run"
         )
-    elif not configs and not {"model", "config", "print_config"} & given.keys():
+    elif not wanted.configs and wanted.model is None and "print_config" not in given:
         names = ", ".join(path.name for path in shipped_configs())
         raise ValueError(f"which model? --config NAME ({names}), or --model CLASS")
 
@@ -121,16 +116,6 @@ def options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
             if not equals:
                 value = "" if following.startswith("--") else following
             yield {"c": "config", "h": "help"}.get(name, name), value
-
-
-def _configured(configs: list[Path], group: str) -> str | None:
-    """The class that the configurations name for the model or the data; the last one's counts."""
-    for file in reversed(configs):
-        found = read_config(file).get(group)
-        found = found.get("class_path") if isinstance(found, dict) else found
-        if isinstance(found, str):
-            return found
-    return None
 
 
 @cache

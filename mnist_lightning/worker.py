@@ -12,18 +12,20 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from mnist_lightning import space
+from mnist_lightning import own, space
 from mnist_lightning.catalog import hint
 from mnist_lightning.claims import Claim, ClaimLost, Claims, StorageLost
 from mnist_lightning.data import ImageSet
 from mnist_lightning.execution import kept_memory
 from mnist_lightning.files import printable, read_torch, set_aside, write_torch
 from mnist_lightning.models import Classifier
+from mnist_lightning.names import class_path
 from mnist_lightning.plan import (
     SMALL,
     STRATEGIES,
@@ -287,7 +289,7 @@ class Worker:
             return
         record = new_record(trial, trial.id, curves, seconds)
         best = self.search.objective == "best_val_acc"
-        model = self.search.build(trial.params)
+        model = cast(Classifier, self.search.build(trial.params))
         weights = training.best_parameters(number) if best else training.parameters(number)
         _copy(weights, model.net.parameters())
         epoch = record["best_epoch"] if best else epochs
@@ -394,7 +396,7 @@ class Worker:
 
     def _fit_small(
         self, trial: Trial, epoch_done: Callable[..., bool]
-    ) -> tuple[Classifier, list[Tensor]]:
+    ) -> tuple[LightningModule, list[Tensor]]:
         """A population of one: the model, and those of its tensors that training changes."""
         training = PopulationTraining(
             [member(*next(iter(networks(self.search, [trial]).items())))],
@@ -407,31 +409,37 @@ class Worker:
             training.run_epoch()
             values = [training.curves[name][0][-1] for name in CURVES]
             over = epoch_done(values, lambda: training.parameters(0))
-        model = self.search.build(trial.params)
+        model = cast(Classifier, self.search.build(trial.params))
         _copy(training.parameters(0), model.net.parameters())
         return model, list(model.net.parameters())
 
     def _fit(
         self, trial: Trial, epoch_done: Callable[..., bool]
-    ) -> tuple[Classifier, list[Tensor]]:
+    ) -> tuple[LightningModule, list[Tensor]]:
         """Through the Trainer: the model, and those of its tensors that training changes."""
         from lightning.pytorch import Trainer, seed_everything
         from lightning.pytorch.callbacks import Checkpoint
 
+        seed_everything(trial.params["seed"], verbose=False)
+        model, data = self.search.build(trial.params), self.search.data_module(trial.params)
+        names, train_loss = ["val/loss", "val/acc"], None
+        if not own.logs_as_ours(model):
+            names, train_loss = own.compared(model, data), own.TrainLoss()
+
         class Epochs(Checkpoint):  # callbacks of this kind are called when all figures are in
             def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
-                names = ("train/loss", "val/loss", "val/acc")
-                values = [float(trainer.callback_metrics[name]) for name in names]
+                logged = trainer.callback_metrics
+                loss = train_loss.mean() if train_loss else float(logged["train/loss"])
+                values = [loss, *(float(logged[name]) for name in names)]
                 if epoch_done(values, lambda: list(module.state_dict().values())):
                     trainer.should_stop = True
 
-        seed_everything(trial.params["seed"], verbose=False)
-        model, data = self.search.build(trial.params), self.search.data_module(trial.params)
-        trainer = make_trainer(self.search, trial.params["max_epochs"], Epochs())
+        watching = [Epochs(), *([train_loss] if train_loss else [])]
+        trainer = make_trainer(self.search, trial.params["max_epochs"], *watching)
         trainer.fit(model, data)
         return model.cpu(), list(model.state_dict().values())
 
-    def _save(self, trial: Trial, id: str, model: Classifier, epochs: int) -> None:
+    def _save(self, trial: Trial, id: str, model: LightningModule, epochs: int) -> None:
         """What the Trainer would save, as far as it concerns the weights."""
         from lightning import __version__
 
@@ -443,7 +451,8 @@ class Worker:
             "pytorch-lightning_version": __version__,
             "state_dict": model.state_dict(),
             "hparams_name": "kwargs",
-            "hyper_parameters": dict(model.hparams),
+            "model_class": class_path(type(model)),
+            "hyper_parameters": {**model.hparams, **self.search.model_args(trial.params)},
             "datamodule_hparams_name": "kwargs",
             # what source "auto" came to
             "datamodule_hyper_parameters": {**data.hparams, "source": self.data.source},

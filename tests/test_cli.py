@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,87 @@ def test_flags_win_over_the_checkpoint() -> None:
     assert cli.model.hparams.hidden_units == 20  # what was not said stays
 
 
+@pytest.fixture
+def mine(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a configuration of the user's own."""
+
+    def write(name: str = "mine", **settings: object) -> Path:
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        return file
+
+    return write
+
+
+@pytest.mark.parametrize("option", ["-c {}", "-c={}", "-c{}", "--config {}", "--config={}"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_configuration_wins_over_the_run_that_is_resumed(
+    mine: Callable[..., Path], option: str, first: bool
+) -> None:
+    """In each spelling, before and after the checkpoint; what it leaves unsaid is the run's."""
+    config = option.format(mine(trainer={"max_epochs": 4}))
+    both = (config, "--ckpt_path shallow/last") if first else ("--ckpt_path shallow/last", config)
+    cli = _parsed(f"fit {' '.join(both)}")
+    assert (cli.trainer.max_epochs, cli.datamodule.batch_size) == (4, 16)
+    assert cli.config.fit.seed_everything == 7
+    assert dict(cli.model.hparams) == TRAINED
+
+
+def test_several_configurations_lie_over_the_run(mine: Callable[..., Path]) -> None:
+    one = mine("one", trainer={"max_epochs": 4}, data={"batch_size": 3})
+    two = mine("two", trainer={"max_epochs": 5})
+    cli = _parsed(f"fit --config {one} --ckpt_path shallow/last --config {two}")
+    assert (cli.trainer.max_epochs, cli.datamodule.batch_size) == (5, 3)
+    # a flag wins wherever it stands
+    cli = _parsed(f"fit --trainer.max_epochs 6 -c {one} --ckpt_path shallow/last -c {two}")
+    assert cli.trainer.max_epochs == 6
+
+
+def test_a_checkpoint_named_in_a_configuration(
+    mine: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    """It is found and checked like one on the command line, which wins over it."""
+    cli = _parsed(f"test -c {mine(ckpt_path='shallow/last')}")
+    assert cli.checkpoint_path == Path(CKPT).with_name("last.ckpt")
+    assert dict(cli.model.hparams) == TRAINED
+    assert cli.config.test.ckpt_path == str(cli.checkpoint_path)
+    cli = _parsed(f"test -c {mine(ckpt_path='missing')} --ckpt_path shallow")
+    assert cli.checkpoint_path == Path(CKPT)
+    assert main(["test", "-c", str(mine(ckpt_path="missing"))]) == 1
+    assert "--ckpt_path missing: there is no file or folder missing" in capsys.readouterr().err
+
+
+def test_the_configuration_of_a_resumed_run_starts_the_training_again() -> None:
+    """It names the checkpoint that the run went on from, in its own folder."""
+    run = Path(CKPT).parent.parent
+    config = (run / "config.yaml").read_text()
+    try:
+        resumed = {**yaml.safe_load(config), "ckpt_path": CKPT}
+        (run / "config.yaml").write_text(yaml.safe_dump(resumed))
+        cli = _parsed(f"fit --config {run}/config.yaml")
+        assert cli.checkpoint is None
+        assert cli.config.fit.ckpt_path is None
+        assert cli.run_name == "shallow"
+        assert _parsed("fit --ckpt_path shallow").checkpoint_path == Path(CKPT).with_name(
+            "last.ckpt"
+        )
+    finally:
+        (run / "config.yaml").write_text(config)
+
+
+@pytest.mark.parametrize("model", ["ShallowNetwork", "mnist_lightning.models.ShallowNetwork"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_class_path_beside_a_checkpoint(
+    mine: Callable[..., Path], model: str, nested: bool, capsys: pytest.CaptureFixture
+) -> None:
+    """The hyper-parameters are the checkpoint's; another class is refused."""
+    config = mine(model={"class_path": model} if nested else model)
+    for command in ("test", "fit"):
+        assert dict(_parsed(f"{command} -c {config} --ckpt_path shallow").model.hparams) == TRAINED
+    assert main(["test", "-c", str(mine(model="Perceptron")), "--ckpt_path", "shallow"]) == 1
+    assert "holds a ShallowNetwork, not a Perceptron" in capsys.readouterr().err
+
+
 def test_resuming_without_config_takes_that_of_the_run() -> None:
     cli = _parsed("fit --ckpt_path shallow/last")
     assert cli.trainer.max_epochs == 2
@@ -129,7 +211,6 @@ def test_own_model_from_another_module(tmp_path: Path, monkeypatch: pytest.Monke
         "        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), lr, 'sgd')\n"
         "        self.save_hyperparameters()\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     fit = "fit --model mine.Mine --data.source digits --trainer.max_epochs 1"
     assert main(fit.split()) == 0

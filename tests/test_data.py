@@ -1,5 +1,6 @@
 """Oracles: torchvision reads, scales and resizes the same files; scikit-learn has the digits."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -410,15 +411,41 @@ def test_auto_takes_the_files_where_they_are(made: Made, tmp_path: Path) -> None
     assert len(module.train_set) + len(module.val_set) + len(module.test_set) == sum(COUNTS)
 
 
-def test_auto_falls_back_to_the_digits_with_a_warning_and_a_record(tmp_path: Path) -> None:
-    module = MNISTDataModule(data_dir=str(tmp_path / "nowhere"))
+def test_auto_falls_back_to_the_digits_with_a_warning_and_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = MNISTDataModule()
     module.prepare_data()
-    with pytest.warns(UserWarning, match=r"MNIST is not in .*nowhere.*1,797 small digits instead"):
+    with pytest.warns(UserWarning, match=r"MNIST is not in data.*1,797 small digits instead"):
         module.setup()
     assert module.hparams["source"] == module.source == "digits"
     assert "scikit-learn's digits" in module.describe()
     assert len(module.train_set) == 1294
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("asked", ["name", "other name", "folder", "variable", "pictures"])
+def test_what_was_asked_for_is_never_swapped(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for the digits, nor by a download into a folder of other pictures."""
+    monkeypatch.chdir(tmp_path)
+    arguments: dict[str, str] = {}
+    if asked == "variable":
+        monkeypatch.setenv("MNIST_DATA_DIR", "nowhere")
+    elif asked == "pictures":
+        (tmp_path / "photos" / "cats").mkdir(parents=True)
+        (tmp_path / "photos" / "cats" / "tom.JPG").touch()
+        monkeypatch.setattr(data, "_download", lambda *_: pytest.fail("downloads"))
+        arguments = {"data_dir": "photos"}
+    else:
+        known = {"name": {"name": "MNIST"}, "other name": {"name": "FashionMNIST"}}
+        arguments = known.get(asked, {"data_dir": "nowhere"})
+    module = MNISTDataModule(**arguments)
+    assert module.hparams["source"] == "mnist"
+    with pytest.raises(ValueError, match=r"MNIST is not in .*--data.data_dir at .* digits"):
+        module.prepare_data()
 
 
 def test_data_dir_is_the_flag_else_the_environment_else_data(
@@ -636,8 +663,8 @@ def assert_refused(made: Made, data_dir: Path, what: str, seconds: float = 5) ->
     assert f"into {data_dir}/MNIST/raw, or point MNIST_DATA_DIR or --data.data_dir at" in text
     assert "--data.source digits" in text
     assert "\n" not in text
-    with pytest.warns(UserWarning, match="small digits instead"):
-        assert ready(made.module(data_dir, "auto")).source == "digits"
+    with contextlib.chdir(data_dir.parent), pytest.warns(match="small digits instead"):
+        assert ready(MNISTDataModule()).source == "digits"
     assert time.monotonic() - began < seconds
     assert not data_dir.exists()
     assert socket.getdefaulttimeout() is None

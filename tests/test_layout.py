@@ -33,6 +33,7 @@ FLOORS = {
     "results": 1,
     "evaluations": 1,
     "checkpoints": 4,
+    "own": 4,
     "inspection": 4,
     "population": 4,
     "plan": 5,
