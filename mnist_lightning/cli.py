@@ -155,8 +155,7 @@ class CLI(LightningCLI):
 
     def __init__(self, words: list[str], run: bool = True) -> None:
         self.words = words
-        self.command = words[0] if run else ""
-        options = words[1:] if run else words
+        self.command, options = (words[0], words[1:]) if run else ("", words)
         self.asked = asked([word for word in options if word != "--trust"])
         self.checkpoint_path: Path | None = None
         self.checkpoint: dict[str, Any] | None = None
@@ -207,12 +206,6 @@ class CLI(LightningCLI):
             self.defaults["data"] = {"class_path": asked.data}
         if asked.ckpt_path is not None:
             self._start_from(asked.ckpt_path, named)
-        elif self.command in ("validate", "test", "predict") and not (
-            {"-h", "--help"} & set(asked.words)
-        ):
-            raise ValueError(
-                f"{self.command} needs trained weights: --ckpt_path FILE, or the folder of a run"
-            )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", ["a run of mnist_lightning, complete"])

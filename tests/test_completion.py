@@ -33,7 +33,7 @@ def _of_cli(run: bool) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CLI, "parse_arguments", catch)
         try:
-            CLI([], run=run)
+            CLI(["fit"] if run else [], run=run)
         except _Parser as caught:
             return caught.args[0]
 

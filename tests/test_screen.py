@@ -25,6 +25,7 @@ from mnist_lightning.__main__ import main
 from mnist_lightning.callbacks import EpochLines
 from mnist_lightning.cli import CLI, _progress
 from mnist_lightning.models import Classifier
+from mnist_lightning.names import asked
 
 FIT = "fit --config shallow --data.source digits --model.lr 0.3 --trainer.max_epochs 4".split()
 RUN = Path("lightning_logs/shallow/version_0")
@@ -247,9 +248,8 @@ def test_a_resumed_training_says_what_it_resumes(there: Path, capsys: Printed) -
 
 
 def test_going_on_from_the_best_epoch_says_so(there: Path, capsys: Printed) -> None:
-    """``--ckpt_path RUN`` is the best epoch, as for all commands."""
     assert best_epochs(there)[-1] == 3
-    assert main("fit --ckpt_path shallow --trainer.max_epochs 4".split()) == 0
+    assert main("fit --ckpt_path shallow/best --trainer.max_epochs 4".split()) == 0
     out = capsys.readouterr().out
     assert "this is the best epoch: epoch 4 is trained again. To go on after the last one:" in out
     assert "before: the results" not in out  # the same threads, processes ...
@@ -476,15 +476,15 @@ def test_what_the_parser_knows_is_no_typo(command: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(CLI, "parse_arguments", look)
     with pytest.raises(_Seen):
-        CLI([command], run=command != "inspect")
+        CLI([command] if command != "inspect" else [], run=command != "inspect")
     for option in known:
-        words._check_options(command, list(words.options([option, "1"])), [])
+        words._check_options(command, [name for name, _ in words.options([option, "1"])], asked([]))
     for group, where in words.GROUPS.items():
         theirs = {o.removeprefix(f"--{group}.") for o in known if o.startswith(f"--{group}.")}
         theirs = {name.removesuffix("+").removesuffix(".help") for name in theirs}
         assert theirs <= set(words._arguments(*where) or [])
         with pytest.raises(ValueError, match=f"no option --{group}.nonsense"):
-            words._check_options(command, [(f"{group}.nonsense", "1")], [])
+            words._check_options(command, [f"{group}.nonsense"], asked([]))
 
 
 @pytest.mark.parametrize("name", words._classifiers())
