@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -243,8 +244,8 @@ def test_a_signal_ends_a_training_after_a_step_with_a_sentence_and_its_code(
     assert now == handlers
     out = capsys.readouterr().out
     assert "stopped; saved up to 100 mini-batches of epoch 1. To go on:" in out
-    again = out.strip().splitlines()[-1].split()
-    assert again[:3] == ["python", "-m", "mnist_lightning"]
+    again = shlex.split(out.strip().splitlines()[-1])
+    assert again[1:3] == ["-m", "mnist_lightning"]
     assert main(again[3:]) == 0
     runs = [Path(folder, "lightning_logs/shallow/version_0") for folder in ("undisturbed", "")]
     assert same(contents(runs[0]), contents(runs[1]))
@@ -353,12 +354,14 @@ def test_a_kill_right_after_an_epochs_checkpoint_changes_nothing(
     assert points[0] == points[1]
 
 
-def test_a_newer_run_without_a_checkpoint_is_not_passed_over_in_silence() -> None:
+def test_a_newer_run_without_a_checkpoint_is_not_passed_over_in_silence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert fit("--trainer.max_epochs", 1) == 0
     Path("lightning_logs/shallow/version_1").mkdir()
-    said = r"shallow/version_1 has no best.ckpt: taking lightning_logs/shallow/version_0"
-    with pytest.warns(UserWarning, match=said):
-        assert main(["validate", "--ckpt_path", "shallow"]) == 0
+    assert main(["validate", "--ckpt_path", "shallow"]) == 0
+    said = "shallow/version_1 has no best.ckpt: taking lightning_logs/shallow/version_0"
+    assert capsys.readouterr().err.count(said) == 1
 
 
 @pytest.mark.parametrize("name", ["max_epochs", "max_steps", "limit_train_batches"])
