@@ -52,10 +52,12 @@ from mnist_lightning.models import Classifier, Diverged, Perceptron, ResNet18
 from mnist_lightning.names import (
     ConfigByName,
     allow_classes,
+    check_named,
     classes_in,
     classes_in_option,
     hint,
     import_class,
+    parser_settings,
     read_config,
     shipped_configs,
 )
@@ -84,13 +86,13 @@ def predict(words: list[str]) -> None:
 
 
 def _run(command: str, words: list[str]) -> None:
-    with _quiet(training=command == "fit"):
+    with _quiet(training=command == "fit"), parser_settings():
         CLI([command, *words])
 
 
 def inspect(words: list[str]) -> None:
     """Prints the layers of a model; for the perceptron also the tensors of a training step."""
-    with _quiet(training=False):
+    with _quiet(training=False), parser_settings():
         cli = CLI(words, run=False)
     data, model = cli.datamodule, cli.model
     image = torch.zeros(1, 1, data.image_size, data.image_size)
@@ -260,6 +262,7 @@ class CLI(LightningCLI):
         given = cast(list[str], args)
         words = [word for word in given if word != "--trust"]
         options = dict(_options(words))
+        check_named([options[name] for name in options if name != "ckpt_path"], Path())
         named = {c for name, value in _options(words) for c in classes_in_option(name, value)}
         allow_classes(named)
         if "config" in options:
@@ -429,7 +432,9 @@ class CLI(LightningCLI):
             kwargs["plugins"] = [*plugins, WholeFiles()]
         kwargs["callbacks"] = [*(settings.get("callbacks") or []), *extra]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+            memory.check_processes(trainer.num_devices)
+            return trainer
         except Exception:
             self._take_back_run()
             raise
@@ -535,8 +540,9 @@ class CLI(LightningCLI):
                 raise KeyboardInterrupt
             if number == signal.SIGINT and len(received) == 1:
                 # the training may be printing just now, so not through its buffer
-                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
-            self.trainer._signal_connector.received_sigterm = True
+                at_hand = b"validation" if self.trainer.validating else b"step"
+                os.write(2, b"\nstopping after this %b; Ctrl-C again stops at once\n" % at_hand)
+            self.safe_points.stop(self.trainer)
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -8,13 +8,14 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, set_parsing_settings
+from jsonargparse import ActionConfigFile, _common, _optionals, set_parsing_settings
 
 from mnist_lightning.files import read_bytes
 
@@ -64,8 +65,39 @@ def find_config(name: str, folder: str = ".") -> Path:
 
 def _checked(file: Path) -> Path:
     """The same file; what jsonargparse says about one that holds no YAML does not name it."""
-    read_config(file)
+    check_named(read_config(file), file.parent)
     return file
+
+
+def check_named(content: Any, folder: Path, seen: tuple[Path, ...] = ()) -> None:
+    """Refuses settings with the name of a file that a parser could not read within bounds.
+
+    A parser takes any text that names a file for settings that lie there: ``data: mine.yaml``.
+
+    Args:
+        content: the settings, or the words of a command.
+        folder: that the names are relative to.
+        seen: the files that led here.
+
+    Raises:
+        ValueError: it is a named pipe, or YAML that is too large to be a configuration.
+    """
+    for text in _texts(content):
+        file = folder / text
+        if not os.path.exists(file) or os.path.isdir(file) or file in seen:
+            continue
+        if not os.path.isfile(file):
+            raise ValueError(f"{file} is no file: reading it may never end")
+        if file.suffix in (".yaml", ".yml", ".json"):
+            check_named(_read_yaml(file), file.parent, (*seen, file))
+
+
+def _texts(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield from [content] if "\0" not in content else []
+    elif isinstance(content, dict | list):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from _texts(part)
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -74,6 +106,16 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no YAML, holds no settings, or is too large to be a configuration.
     """
+    settings = _read_yaml(file)
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"--config {file}: no settings in it; --print_config after a command shows how"
+            " they are written"
+        )
+    return settings
+
+
+def _read_yaml(file: Path) -> Any:
     content = read_bytes(file, _CONFIG_BYTES, "that is no configuration")
     try:
         text = content.decode()
@@ -87,11 +129,6 @@ def read_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"--config {file}: not a YAML file ({where})") from error
     if bomb:
         raise ValueError(f"--config {file}: it stands for more than {_CONFIG_VALUES:,} values")
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"--config {file}: no settings in it; --print_config after a command shows how"
-            " they are written"
-        )
     return settings
 
 
@@ -110,11 +147,7 @@ def _values(node: yaml.Node | None, known: dict[int, int]) -> int:
 
 def classes_in(content: Any) -> Iterator[str]:
     """The texts within settings that can be dotted paths of classes."""
-    if isinstance(content, str):
-        yield from [content] if _CLASS.fullmatch(content) else []
-    elif isinstance(content, dict | list):
-        for part in content.values() if isinstance(content, dict) else content:
-            yield from classes_in(part)
+    yield from (text for text in _texts(content) if _CLASS.fullmatch(text))
 
 
 def classes_in_option(name: str, value: str) -> Iterator[str]:
@@ -123,14 +156,28 @@ def classes_in_option(name: str, value: str) -> Iterator[str]:
         yield from classes_in(read_config(find_config(value)))
     elif re.match(r"model|trainer\.(?!default_root_dir)", name):
         if value.endswith((".yaml", ".yml", ".json")) and os.path.isfile(value):
-            yield from classes_in(read_config(Path(value)))
+            yield from classes_in(_read_yaml(Path(value)))
         elif not os.path.exists(value):
             yield from _CLASS.findall(value)
+
+
+@contextmanager
+def parser_settings() -> Iterator[None]:
+    """Within, ``allow_classes`` counts; afterwards parsers import what they did before."""
+    # jsonargparse itself can only add to what is allowed and what is not
+    before, remote = dict(_common.parsing_settings), "s" in _optionals._get_config_read_mode()
+    try:
+        yield
+    finally:
+        _common.parsing_settings.clear()
+        _common.parsing_settings.update(before)
+        set_parsing_settings(config_read_mode_fsspec_enabled=remote)
 
 
 def allow_classes(named: Iterable[str]) -> None:
     """From now on, parsers import nothing for a file but from ``OURS`` and with these classes.
 
+    For good, unless it is called within ``parser_settings``.
     A module of the user's own is allowed as a whole, nothing of the standard library is.
     """
     modules = set()

@@ -45,6 +45,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     },
 }
 OBJECTIVES = ("val_acc", "best_val_acc")
+MOST_TRIALS = 100_000  # each is a file, and counted again and again
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,13 @@ class Search:
             if option in ("n", "rounds") and option in options:
                 check_count(f"strategy.{option}", options[option])
         space.check(self.space, ranges=strategy in ("random", "optuna"))
+        of_grid = strategy not in ("random", "optuna")
+        count = math.prod(map(len, self.space.values())) if of_grid else options["n"]
+        if (count := count * len(self.seeds)) > MOST_TRIALS:
+            raise ValueError(
+                f"a search of {count:,} trials: at most {MOST_TRIALS:,}. Shorter axes, or"
+                " --strategy '{name: random, n: 1000}', which draws from them"
+            )
         both = sorted(self.space.keys() & self.fixed.keys())
         if both:
             raise ValueError(f"{both[0]} is fixed and an axis: it can be one of the two")
@@ -159,7 +167,11 @@ class Search:
         if self.model_class in SMALL and self.data.get("image_size", 28) != 28:
             raise ValueError(f"{self.model} sees 28 x 28 pixels: data.image_size must be 28")
         tried = set()
-        for combination in space.grid(ends):
+        combinations = space.grid(ends)
+        if len(combinations) > 1000:  # then each value of an axis, beside the others' first ones
+            first = combinations[0]
+            combinations = [{**first, name: v} for name, axis in ends.items() for v in axis]
+        for combination in combinations:
             arguments = self.model_args({**self.fixed, **combination})
             key = json.dumps(arguments)
             if key not in tried:
