@@ -1,7 +1,9 @@
 """Trainings that are stopped or killed, and what they leave: whole files, and the way to go on."""
 
 import csv
+import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from mnist_lightning import MNISTDataModule, checkpoints, cli
 from mnist_lightning.__main__ import main
 from mnist_lightning.dashboard import Dashboard
 from mnist_lightning.execution import _EpochLoop
+from mnist_lightning.files import write_json
 from mnist_lightning.models import Classifier
 
 FIT = ("fit", "--config", "shallow.yaml", "--data.source", "digits", "--early_stopping.enabled=no")
@@ -70,6 +73,66 @@ def test_no_file_is_written_under_its_own_name(
     # TensorBoard appends to its events; nothing reads its hparams.yaml, nor what is in a lock
     kept = {name for name in files if not name.startswith(("events.", "hparams.yaml", ".lock"))}
     assert written & kept == set()
+
+
+@pytest.fixture
+def powerloss(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    return import_module("powerloss")
+
+
+def test_a_file_in_new_folders_survives_a_power_cut(
+    tmp_path: Path, powerloss: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder's name is in the folder above, which nobody has synced yet."""
+    root = tmp_path / "disk"
+    root.mkdir()
+    disk = powerloss.Disk(root, tmp_path / "store")
+    disk.settle()
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.is_relative_to(root):
+            disk.note(path)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for folder in ("new/newer", "new/other"):
+        (root / folder).mkdir(parents=True)
+        write_json(root / folder / "file.json", {"folder": folder})
+        (root / folder / "not synced").write_text("x")
+    disk.cut(powerloss.KEPT[0])
+    files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    assert files == {"new/newer/file.json", "new/other/file.json"}
+    assert json.loads((root / "new/other/file.json").read_text()) == {"folder": "new/other"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["fit", "search", "test"])
+def test_a_power_cut_loses_nothing_that_was_reported(
+    command: str, tmp_path: Path, powerloss: Any
+) -> None:
+    """The short version of benchmarks/powerloss.py."""
+    random.seed(1)
+    _, lost, equal, wrong = powerloss.losses(command, 3, tmp_path)
+    assert (lost, equal, wrong) == (0, 3, [])
+
+
+@pytest.mark.parametrize(("damaged", "whole"), [("last", "best"), ("best", "last")])
+def test_of_a_damaged_checkpoint_the_other_one_is_named(
+    damaged: str, whole: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("--trainer.max_epochs", 1) == 0
+    folder = Path("lightning_logs/shallow/version_0/checkpoints")
+    content = bytearray((folder / f"{damaged}.ckpt").read_bytes())
+    content[len(content) // 2] ^= 4
+    (folder / f"{damaged}.ckpt").write_bytes(content)
+    assert main(["validate", "--ckpt_path", str(folder / f"{damaged}.ckpt")]) == 1
+    error = capsys.readouterr().err.strip()
+    assert "is damaged" in error
+    assert main(["validate", *error.split()[-2:]]) == 0
+    (folder / f"{whole}.ckpt").write_bytes(b"")
+    assert main(["validate", "--ckpt_path", str(folder / f"{damaged}.ckpt")]) == 1
+    assert "Give another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("plugins", [None, "of the user's own"])
@@ -295,6 +358,33 @@ def test_a_training_stopped_before_its_first_step_leaves_nothing(
     assert stop.value.code == 143
     assert "nothing was saved" in capsys.readouterr().out
     assert not list(Path("lightning_logs/shallow").glob("version_*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_asked_for_in_a_validation_waits_for_its_end(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within it nothing can be saved, and the whole epoch before it would be lost."""
+    words = ("--trainer.max_epochs", 2, "--data.eval_batch_size", 50)
+    assert fit(*words, "--trainer.default_root_dir", "undisturbed") == 0
+    step, steps = Classifier.validation_step, []
+
+    def stopped(self: Classifier, batch: Any, index: int) -> Any:
+        steps.append(index)
+        if len(steps) == 2:
+            os.kill(os.getpid(), number)
+        return step(self, batch, index)
+
+    monkeypatch.setattr(Classifier, "validation_step", stopped)
+    with pytest.raises(SystemExit) as stop:
+        fit(*words)
+    monkeypatch.setattr(Classifier, "validation_step", step)
+    assert stop.value.code == code
+    assert steps == list(range(7))  # 323 images
+    assert "stopped; saved up to epoch 1. To go on:" in capsys.readouterr().out
+    assert main(["fit", "--ckpt_path", "lightning_logs/shallow/version_0/last"]) == 0
+    runs = [Path(folder, "lightning_logs/shallow/version_0") for folder in ("undisturbed", "")]
+    assert same(contents(runs[0]), contents(runs[1]))
 
 
 def test_other_mini_batches_do_not_go_on_within_an_epoch(
