@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -20,11 +21,11 @@ from typing import Any, cast
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
-from mnist_lightning import space
+from mnist_lightning import claims, space
 from mnist_lightning.claims import Claim, ClaimLost, Claims, open_storage, start_of
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.files import write_bytes
-from mnist_lightning.names import SearchByName, allow_classes
+from mnist_lightning.names import SearchByName, allow_classes, check_named, parser_settings
 from mnist_lightning.plan import (
     OBJECTIVES,
     SMALL,
@@ -38,7 +39,7 @@ from mnist_lightning.plan import (
     open_units,
     rounds,
 )
-from mnist_lightning.results import Record, Results, score
+from mnist_lightning.results import Record, Results, score, sealed
 from mnist_lightning.worker import (
     ATTEMPTS,
     Report,
@@ -113,10 +114,12 @@ class _Crew:
         """
         errors = []
         self._deaths_borne = ATTEMPTS * workers
+        over = math.inf  # since when a worker has found nothing left to do
         try:
             for _ in range(workers):
                 self._hire()
-            while self._pipes:
+            # whoever is frozen by then has lost its unit, and is not waited for
+            while self._pipes and time.monotonic() - over < claims.STALE_SECONDS:
                 for pipe in cast(list[Connection], wait(list(self._pipes), timeout=0.5)):
                     try:
                         message = pipe.recv()
@@ -125,6 +128,8 @@ class _Crew:
                         process.join()
                         if process.exitcode:
                             errors += self._bury(process, started)
+                        elif not errors:
+                            over = min(over, time.monotonic())
                         continue
                     if isinstance(message, str):
                         errors.append(message)
@@ -348,7 +353,7 @@ def _agree(search: Search, results: Results, claims: Claims, images: int) -> Non
         claim = claims.take(unit.name, unit.ids)
         if isinstance(claim, Claim):
             with contextlib.suppress(ClaimLost):
-                claim.finish([records[id] for id in unit.ids])
+                claim.finish([sealed(records[id]) for id in unit.ids])
         elif claim:
             adopt(search, results, claims, unit, claim)
 
@@ -432,9 +437,11 @@ def read(argv: Sequence[str]) -> tuple[Search, dict[str, Any]]:
     Raises:
         ValueError: they, or the configuration that they name, cannot be understood.
     """
+    check_named([word.rpartition("=")[2] for word in argv], Path())
     try:
-        allow_classes([])  # only the model's is imported, and not by the parser
-        settings = _parser().parse_args(list(argv))
+        with parser_settings():
+            allow_classes([])  # only the model's is imported, and not by the parser
+            settings = _parser().parse_args(list(argv))
     except (ArgumentError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ValueError("; ".join(lines[:2])) from error

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mnist_lightning import space
+from mnist_lightning import memory, space
 from mnist_lightning.claims import Claim, ClaimLost, Claims, StorageLost
 from mnist_lightning.data import ImageSet
 from mnist_lightning.execution import kept_memory
@@ -27,7 +27,15 @@ from mnist_lightning.models import Classifier
 from mnist_lightning.names import hint
 from mnist_lightning.plan import SMALL, STRATEGIES, Search, Unit, member, networks, open_units
 from mnist_lightning.population import PopulationTraining
-from mnist_lightning.results import CURVES, Record, Results, fault, new_record
+from mnist_lightning.results import (
+    CURVES,
+    Record,
+    Results,
+    fault,
+    new_record,
+    sealed,
+    unsealed,
+)
 from mnist_lightning.space import Trial
 
 if TYPE_CHECKING:
@@ -128,7 +136,7 @@ class Worker:
             adopt(self.search, self.results, claims, unit, claim.records)
             if not all(self.results.record(id) for id in unit.ids):
                 self.train(unit, claim)
-            claim.finish([self.results.records()[id] for id in unit.ids])
+            claim.finish([sealed(self.results.records()[id]) for id in unit.ids])
 
     def train(self, unit: Unit, claim: Claim) -> None:
         """Trains a unit's trials and writes what came out.
@@ -181,7 +189,7 @@ class Worker:
             save()
         try:
             if not lost:
-                claim.publish(record)
+                claim.publish(sealed(record))
         except StorageLost as error:
             lost = error
         self.results.add(record)
@@ -437,7 +445,7 @@ def adopt(
             print(f"the storage has a false trial {id} ({wrong}): set aside", flush=True)
             claims.forget([id])
         else:
-            results.adopt(record)
+            results.adopt(unsealed(record))
 
 
 def _foreign(search: Search, unit: Unit, trial: Trial | None, record: Record) -> str | None:
@@ -485,7 +493,9 @@ def make_trainer(search: Search, max_epochs: int, *callbacks: "Callback") -> "Tr
         "num_sanity_val_steps": 0,
     }
     try:
-        return Trainer(**{**settings, **search.trainer})
+        trainer = Trainer(**{**settings, **search.trainer})
+        memory.check_processes(trainer.num_devices)
+        return trainer
     except Exception as error:
         reason = " ".join(str(error).split())
         raise Lack(f"the Trainer refuses {dict(search.trainer)}: {reason}") from error
