@@ -373,6 +373,9 @@ class SafePoints(Callback):
         # of a SIGTERM, Lightning's own handler has noted it already
         trainer._signal_connector.received_sigterm = not trainer.validating
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer._signal_connector.received_sigterm &= not self._stopping  # told in the step before
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer._signal_connector.received_sigterm |= self._stopping
 

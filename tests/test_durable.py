@@ -361,24 +361,37 @@ def test_a_training_stopped_before_its_first_step_leaves_nothing(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("before", [True, False], ids=["in the step before", "within"])
 def test_a_stop_asked_for_in_a_validation_waits_for_its_end(
-    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int,
+    code: int,
+    before: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Within it nothing can be saved, and the whole epoch before it would be lost."""
     words = ("--trainer.max_epochs", 2, "--data.eval_batch_size", 50)
     assert fit(*words, "--trainer.default_root_dir", "undisturbed") == 0
     step, steps = Classifier.validation_step, []
+    after = _EpochLoop.on_advance_end
+
+    def stopped_before(self: _EpochLoop, data_fetcher: Any) -> None:
+        if before and self._is_training_done:
+            os.kill(os.getpid(), number)
+        after(self, data_fetcher)
 
     def stopped(self: Classifier, batch: Any, index: int) -> Any:
         steps.append(index)
-        if len(steps) == 2:
+        if len(steps) == 2 and not before:
             os.kill(os.getpid(), number)
         return step(self, batch, index)
 
     monkeypatch.setattr(Classifier, "validation_step", stopped)
+    monkeypatch.setattr(_EpochLoop, "on_advance_end", stopped_before)
     with pytest.raises(SystemExit) as stop:
         fit(*words)
     monkeypatch.setattr(Classifier, "validation_step", step)
+    monkeypatch.setattr(_EpochLoop, "on_advance_end", after)
     assert stop.value.code == code
     assert steps == list(range(7))  # 323 images
     assert "stopped; saved up to epoch 1. To go on:" in capsys.readouterr().out

@@ -270,10 +270,10 @@ def zipped(bomb: int = 0) -> Callable[[Path], None]:
     """The same archive, compressed; with so many zeros besides."""
 
     def change(file: Path) -> None:
-        with collections.Counter(file) as archive:
+        with zipfile.ZipFile(file) as archive:
             content = {entry.filename: archive.read(entry) for entry in archive.infolist()}
         name = next(iter(content)).partition("/")[0]
-        with collections.Counter(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
             for entry, data in content.items():
                 archive.writestr(entry, data)
             if bomb:
