@@ -6,6 +6,7 @@ python benchmarks/searches.py --only killed frozen # some of the disturbances
 
 import argparse
 import contextlib
+import functools
 import os
 import random
 import shutil
@@ -283,10 +284,15 @@ def poisoned(root: Path, calm: Path) -> Outcome:
 
 def stopped(root: Path, calm: Path) -> Outcome:
     """SIGTERM, then SIGINT, then the same command to its end"""
-    stamps, codes = Stamps(root / "found"), []
+    stamps, codes, journal = Stamps(root / "found"), [], root / "found/journal.log"
+
+    def begun(since: float) -> bool:
+        return journal.is_file() and journal.stat().st_mtime > since
+
     for number in (signal.SIGTERM, signal.SIGINT):
+        ready = functools.partial(begun, time.time())
         process = start(root, "--folder", "found", "--workers", "2")
-        wait(lambda: (root / "found/journal.log").is_file(), [process])
+        wait(ready, [process])
         time.sleep(random.uniform(0, 3))
         process.send_signal(number)
         codes.append(process.wait())
@@ -378,6 +384,8 @@ def main() -> int:
     parser.add_argument("--table", type=Path, default=torture.TABLE, help="the file to write to")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
+    # a shell that starts this in the background has it ignored, by its children too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     rows, bad = [], 0
     commit = str(provenance().get("code", {}).get("commit", ""))[:7]
     with tempfile.TemporaryDirectory() as folder:
