@@ -37,9 +37,12 @@ bench-fit: $(VENV)/ready
 bench-quick: $(VENV)/ready
 	$(BIN)/python benchmarks/run.py --quick
 
-# kills trainings at random moments, has them go on, and compares bits: some minutes
+# kills trainings, cuts the power in simulation, flips bits and disturbs searches, and compares bits
 torture: $(VENV)/ready
 	$(BIN)/python benchmarks/torture.py
+	$(BIN)/python benchmarks/powerloss.py
+	$(BIN)/python benchmarks/bitflips.py
+	$(BIN)/python benchmarks/searches.py
 
 # long trainings and searches, full folders, many trainings at once: twenty minutes
 load: $(VENV)/ready

@@ -341,6 +341,7 @@ class SafePoints(Callback):
         self.minutes = minutes
         self.training = False
         """Whether steps are being taken, so that a stop can wait for the end of one."""
+        self._stopping = False
         self._saved = 0.0
         self._generators: dict[str, Any] | None = None
 
@@ -362,7 +363,7 @@ class SafePoints(Callback):
         self._saved = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved, self.training = time.monotonic(), True
+        self._saved, self.training, self._stopping = time.monotonic(), True, False
         if (states := self._generators) is not None:
             self._generators = None
             torch.set_rng_state(states["torch"])
@@ -370,6 +371,24 @@ class SafePoints(Callback):
                 torch.cuda.set_rng_state_all(states["cuda"])
             np.random.set_state(states["numpy"])  # noqa: NPY002
             random.setstate(states["python"])
+
+    def stop(self, trainer: Trainer) -> None:
+        """Has the training end after the step at hand, or after the validation at hand.
+
+        Lightning would end within a validation, where nothing can be saved.
+        """
+        self._stopping = True
+        # of a SIGTERM, Lightning's own handler has noted it already
+        trainer._signal_connector.received_sigterm = not trainer.validating
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer._signal_connector.received_sigterm &= not self._stopping  # told in the step before
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer._signal_connector.received_sigterm |= self._stopping
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer._signal_connector.received_sigterm |= self._stopping  # came after that hook
 
     def after_execution(self, trainer: Trainer, stopping: bool) -> None:
         """Saves if it is time to; called within an epoch, while nothing is half done."""

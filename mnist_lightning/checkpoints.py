@@ -4,6 +4,7 @@ A run's folder is ``lightning_logs/<config name>/version_N/``; its checkpoints l
 ``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``.
 """
 
+import contextlib
 import inspect
 import os
 import pickle
@@ -47,7 +48,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: damaged, no checkpoint of this project, or one that would run code.
     """
-    check_archive(path, REMEDY)
+    check_archive(path, _remedy(path))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -72,6 +73,17 @@ def read(path: Path) -> dict[str, Any]:
         if not isinstance(settings, Mapping) or not is_plain(settings, 4):
             raise ValueError(f"{path} is not of this project: its {key} are no settings. {REMEDY}")
     return cast(dict[str, Any], checkpoint)
+
+
+def _remedy(path: Path) -> str:
+    """What to take instead of a damaged file: the run's other checkpoint, where that is whole."""
+    for name in ("last", "best"):
+        other = path.with_name(f"{name}.ckpt")
+        if path.name in ("last.ckpt", "best.ckpt") and other.name != path.name and other.is_file():
+            with contextlib.suppress(ValueError):
+                check_archive(other, "")
+                return f"The run's other one is whole: --ckpt_path {other}"
+    return REMEDY
 
 
 def check_resumable(checkpoint: Mapping[str, Any], path: Path) -> None:

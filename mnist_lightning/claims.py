@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 HEARTBEAT_SECONDS = 5.0
-# A worker on another machine that has shown no sign of life for so long is taken for dead.
+# A worker that has shown no sign of life for so long is taken for dead; it may only be frozen.
 STALE_SECONDS = 60.0
-
-
+# A journal's lock is held for milliseconds; one that is older was left by a process that died.
+LOCK_SECONDS = 10
 # A storage that does not answer is asked again for so long, before a worker gives up.
 PATIENCE_SECONDS = 60.0
 
@@ -100,8 +100,9 @@ class Claims:
         return self.storage.get_study_user_attrs(self.storage.get_study_id_from_name(study_name))
 
     def _dead(self, name: str, owner: dict[str, Any] | None) -> bool:
-        if owner and owner["machine"] == _process()["machine"]:
-            return start_of(owner["pid"]) != owner["started"]
+        here = owner is not None and owner["machine"] == _process()["machine"]
+        if owner and here and start_of(owner["pid"]) != owner["started"]:
+            return True
         # by the observer's own clock: two machines need not agree on the time
         now = time.monotonic()
         if now - self._looked > STALE_SECONDS / 2:
@@ -356,10 +357,13 @@ def _reason(error: BaseException) -> str:
 
 def _connect(url: str) -> "optuna.storages.BaseStorage":
     from optuna.storages import GrpcStorageProxy, JournalStorage, RDBStorage, get_storage
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     if "://" not in url:
-        return JournalStorage(JournalFileBackend(url))
+        # Its default lock is a link to the journal. A process that is killed may leave one, which
+        # leads nowhere from another folder or machine: the next would wait for it for ever.
+        lock = JournalFileOpenLock(url, grace_period=LOCK_SECONDS)
+        return JournalStorage(JournalFileBackend(url, lock))
     if url.startswith("grpc://"):
         host, _, port = url.removeprefix("grpc://").rpartition(":")
         proxy = GrpcStorageProxy(host=host, port=int(port))

@@ -70,6 +70,7 @@ from mnist_lightning.names import (
     is_own,
     naming,
     newest_first,
+    parser_settings,
     read_config,
     run_name,
 )
@@ -97,13 +98,13 @@ def predict(words: list[str]) -> None:
 
 
 def _run(command: str, words: list[str]) -> None:
-    with _quiet(training=command == "fit"):
+    with _quiet(training=command == "fit"), parser_settings():
         CLI([command, *words])
 
 
 def inspect(words: list[str]) -> None:
     """Prints the layers of a model; for the perceptron also the tensors of a training step."""
-    with _quiet(training=False):
+    with _quiet(training=False), parser_settings():
         cli = CLI(words, run=False)
     data, model = cli.datamodule, cli.model
     net = cast(nn.Module, getattr(model, "net", model))
@@ -455,7 +456,9 @@ class CLI(LightningCLI):
             kwargs["plugins"] = [*plugins, WholeFiles()]
         kwargs["callbacks"] = [*_as_list(settings.get("callbacks")), *extra]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+            memory.check_processes(trainer.num_devices)
+            return trainer
         except Exception:
             self._take_back_run()
             raise
@@ -604,8 +607,9 @@ class CLI(LightningCLI):
                 raise KeyboardInterrupt
             if number == signal.SIGINT and len(received) == 1:
                 # the training may be printing just now, so not through its buffer
-                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
-            self.trainer._signal_connector.received_sigterm = True
+                at_hand = b"validation" if self.trainer.validating else b"step"
+                os.write(2, b"\nstopping after this %b; Ctrl-C again stops at once\n" % at_hand)
+            self.safe_points.stop(self.trainer)
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -1,11 +1,12 @@
 """Files that are written whole or not at all, and files that are read as data, within bounds.
 
 Every file of a run and of a search is written here: beside its target under a temporary name,
-synced to the disk, renamed into place, and the folder synced. A crash, a full disk or a power cut
-leaves either the old file or the new one, never a part.
+synced to the disk, renamed into place, and the folder synced, with those above it. A crash, a full
+disk or a power cut leaves either the old file or the new one, never a part.
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -201,6 +202,7 @@ def _temporary(path: Path, content: bytes) -> Iterator[Path]:
             os.fsync(file.fileno())
         yield temporary
         _sync_folder(path.parent)
+        _sync_way(path.parent.absolute(), path.parent.stat().st_ino)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ValueError(
@@ -211,8 +213,15 @@ def _temporary(path: Path, content: bytes) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@functools.cache
+def _sync_way(folder: Path, inode: int) -> None:
+    """Makes the folder itself survive a power cut: it, or one above it, may be new."""
+    for above in folder.parents:
+        _sync_folder(above)
+
+
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder survive a power cut, where the system can."""
+    """Makes the names in the folder survive a power cut, where the system can."""
     with contextlib.suppress(OSError):  # not every file system syncs folders
         descriptor = os.open(folder, os.O_RDONLY)
         try:

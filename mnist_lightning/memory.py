@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 # What an optimizer keeps for each weight, beside the weight and its gradient.
 OPTIMIZER_STATE = {"sgd": 0, "adam": 2, "adamw": 2}
+# of Python, PyTorch and Lightning, which further processes do not share
+PROCESS_BYTES = 200 * 2**20
 
 
 def training_bytes(
@@ -93,4 +95,18 @@ def check(make: Callable[[], LightningModule], batch_size: int, image_size: int)
             f"this training would take about {needed / 2**30:,.0f} GiB of memory, and"
             f" {available / 2**30:,.1f} GiB are available: a smaller --data.batch_size"
             f" (now {batch_size:,}), smaller images (now {image_size} pixels) or fewer units"
+        )
+
+
+def check_processes(count: int) -> None:
+    """Refuses more processes than the memory of this machine has room for.
+
+    Raises:
+        ValueError: they would take more than is available.
+    """
+    needed, available = count * PROCESS_BYTES, available_bytes()
+    if count > 1 and needed > available:
+        raise ValueError(
+            f"{count:,} processes (--trainer.devices) would take about {needed / 2**30:,.0f} GiB of"
+            f" memory, and {available / 2**30:,.1f} GiB are available"
         )

@@ -10,13 +10,14 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, set_parsing_settings
+from jsonargparse import ActionConfigFile, _common, _optionals, set_parsing_settings
 
 from mnist_lightning.catalog import hint, shipped_configs
 from mnist_lightning.files import read_bytes
@@ -53,8 +54,39 @@ def find_config(name: str, folder: str = ".") -> Path:
 
 def _checked(file: Path) -> Path:
     """The same file; what jsonargparse says about one that holds no YAML does not name it."""
-    read_config(file)
+    check_named(read_config(file), file.parent)
     return file
+
+
+def check_named(content: Any, folder: Path, seen: tuple[Path, ...] = ()) -> None:
+    """Refuses settings with the name of a file that a parser could not read within bounds.
+
+    A parser takes any text that names a file for settings that lie there: ``data: mine.yaml``.
+
+    Args:
+        content: the settings, or the words of a command.
+        folder: that the names are relative to.
+        seen: the files that led here.
+
+    Raises:
+        ValueError: it is a named pipe, or YAML that is too large to be a configuration.
+    """
+    for text in _texts(content):
+        file = folder / text
+        if not os.path.exists(file) or os.path.isdir(file) or file in seen:
+            continue
+        if not os.path.isfile(file):
+            raise ValueError(f"{file} is no file: reading it may never end")
+        if file.suffix in (".yaml", ".yml", ".json"):
+            check_named(_read_yaml(file), file.parent, (*seen, file))
+
+
+def _texts(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield from [content] if "\0" not in content else []
+    elif isinstance(content, dict | list):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from _texts(part)
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -63,6 +95,16 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no YAML, holds no settings, or is too large to be a configuration.
     """
+    settings = _read_yaml(file)
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"--config {file}: no settings in it; --print_config after a command shows how"
+            " they are written"
+        )
+    return settings
+
+
+def _read_yaml(file: Path) -> Any:
     content = read_bytes(file, _CONFIG_BYTES, "that is no configuration")
     try:
         text = content.decode()
@@ -76,11 +118,6 @@ def read_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"--config {file}: not a YAML file ({where})") from error
     if bomb:
         raise ValueError(f"--config {file}: it stands for more than {_CONFIG_VALUES:,} values")
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"--config {file}: no settings in it; --print_config after a command shows how"
-            " they are written"
-        )
     return settings
 
 
@@ -158,20 +195,20 @@ def _runs(root: Path) -> str:
 
 def classes_in(content: Any) -> Iterator[str]:
     """The texts within settings that can be dotted paths of classes."""
-    if isinstance(content, str):
-        yield from [content] if _CLASS.fullmatch(content) else []
-    elif isinstance(content, dict | list):
-        for part in content.values() if isinstance(content, dict) else content:
-            yield from classes_in(part)
+    yield from (text for text in _texts(content) if _CLASS.fullmatch(text))
 
 
 def classes_in_word(word: str) -> Iterator[str]:
     """The same for a word of the command line; of one that is a file of settings, those in it."""
-    value = word.partition("=")[2] if word.startswith("-") else word
+    value = _value(word)
     if value.endswith((".yaml", ".yml", ".json")) and os.path.isfile(value):
-        yield from classes_in(read_config(Path(value)))
+        yield from classes_in(_read_yaml(Path(value)))
     elif not os.path.exists(value):
         yield from _CLASS.findall(value)
+
+
+def _value(word: str) -> str:
+    return word.partition("=")[2] if word.startswith("-") else word
 
 
 @dataclass
@@ -205,12 +242,13 @@ def asked(words: Sequence[str]) -> Asked:
     By argparse, which jsonargparse is made of: both agree on what an option is.
 
     Raises:
-        ValueError: a configuration is not there, or cannot be read.
+        ValueError: a configuration, or another file that is named, is not there or cannot be read.
     """
     first = _Words(add_help=False, allow_abbrev=False)
     first.add_argument("-c", "--config", action="append", default=[])
     first.add_argument("--ckpt_path")
     found, others = first.parse_known_args(words)
+    check_named([_value(word) for word in others], Path())
     second = _Words(add_help=False, allow_abbrev=False)
     for name in ("model", "data"):
         second.add_argument(f"--{name}", f"--{name}.class_path", dest=name)
@@ -254,7 +292,7 @@ def run_name(asked: Asked) -> str | None:
 def _class_name(value: Any) -> str | None:
     """The class that a setting names: by its path, within its settings, or in a file of them."""
     if isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")):
-        value = read_config(Path(value)) if os.path.isfile(value) else None
+        value = _read_yaml(Path(value)) if os.path.isfile(value) else None
     elif isinstance(value, str) and value.startswith("{"):
         with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
             value = yaml.safe_load(value)
@@ -292,9 +330,23 @@ def naming(**classes: str) -> list[str]:
     return [word for pair in own for word in pair]
 
 
+@contextmanager
+def parser_settings() -> Iterator[None]:
+    """Within, ``allow_classes`` counts; afterwards parsers import what they did before."""
+    # jsonargparse itself can only add to what is allowed and what is not
+    before, remote = dict(_common.parsing_settings), "s" in _optionals._get_config_read_mode()
+    try:
+        yield
+    finally:
+        _common.parsing_settings.clear()
+        _common.parsing_settings.update(before)
+        set_parsing_settings(config_read_mode_fsspec_enabled=remote)
+
+
 def allow_classes(named: Iterable[str]) -> None:
     """From now on, parsers import nothing for a file but from ``OURS`` and with these classes.
 
+    For good, unless it is called within ``parser_settings``.
     A module of the user's own is allowed as a whole, nothing of the standard library is.
     """
     modules = set()

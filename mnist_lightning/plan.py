@@ -43,6 +43,7 @@ DATA_OF_ALL = [
     f"data.{name}" for name in ("name", "source", "data_dir", "split", "val_fraction", "split_seed")
 ]
 NO_RESULT = [f"data.{name}" for name in ("eval_batch_size", "predict_dir", "steps_per_execution")]
+MOST_TRIALS = 100_000  # each is a file, and counted again and again
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,13 @@ class Search:
             if option in ("n", "rounds") and option in options:
                 check_count(f"strategy.{option}", options[option])
         space.check(self.space, ranges=strategy in ("random", "optuna"))
+        of_grid = strategy not in ("random", "optuna")
+        count = math.prod(map(len, self.space.values())) if of_grid else options["n"]
+        if (count := count * len(self.seeds)) > MOST_TRIALS:
+            raise ValueError(
+                f"a search of {count:,} trials: at most {MOST_TRIALS:,}. Shorter axes, or"
+                " --strategy '{name: random, n: 1000}', which draws from them"
+            )
         both = sorted(self.space.keys() & self.fixed.keys())
         if both:
             raise ValueError(f"{both[0]} is fixed and an axis: it can be one of the two")
@@ -171,7 +179,11 @@ class Search:
             for value in ends.get(name, [self.fixed[name]] if name in self.fixed else []):
                 check_count(name, value)
         tried = set()
-        for combination in space.grid(ends):
+        combinations = space.grid(ends)
+        if len(combinations) > 1000:  # then each value of an axis, beside the others' first ones
+            first = combinations[0]
+            combinations = [{**first, name: v} for name, axis in ends.items() for v in axis]
+        for combination in combinations:
             params = {**self.fixed, **combination}
             data = self.data_settings(params)
             if (key := json.dumps(data)) not in tried:

@@ -54,6 +54,12 @@ CURVES = ("train_loss", "val_loss", "val_acc")
 NUMBERS = (*CURVES, "best_val_acc", "best_epoch", "seconds")
 
 
+# of a trial's record; its seal is a checksum of the others
+FIELDS = {"id", "number", "round", "state", "seed", "params", "best_val_acc", "best_epoch"}
+FIELDS |= {"epochs", "seconds", "error", "curves", *CURVES}
+SEAL = "crc32"
+
+
 class Results:
     """The folder of a search.
 
@@ -168,7 +174,7 @@ class Results:
             record = read_json(file, remedy)
             if wrong := fault(record, id):
                 raise ValueError(f"{file} is damaged ({wrong}): {remedy}")
-            self._records[id] = record
+            self._records[id] = unsealed(record)
         return self._records.get(id)
 
     def records(self) -> dict[str, Record]:
@@ -186,12 +192,12 @@ class Results:
 
     def add(self, record: Record) -> None:
         """Writes a finished trial; whoever finishes it first stays."""
-        create_json(self.trials / f"{record['id']}.json", record)
+        create_json(self.trials / f"{record['id']}.json", sealed(record))
 
     def adopt(self, record: Record) -> None:
         """Writes a finished trial as the storage has it, so that all folders have it so."""
         if self.record(record["id"]) != record:
-            write_json(self.trials / f"{record['id']}.json", record)
+            write_json(self.trials / f"{record['id']}.json", sealed(record))
             self._records[record["id"]] = record
 
     def write_tables(self) -> list[Record]:
@@ -292,6 +298,20 @@ def new_record(
     }
 
 
+def sealed(record: Record) -> Record:
+    """The record with a checksum, as files and storages hold it."""
+    return {**record, SEAL: _checksum(record)}
+
+
+def unsealed(record: Record) -> Record:
+    """The record without its checksum; older ones have none."""
+    return {name: value for name, value in record.items() if name != SEAL}
+
+
+def _checksum(record: Record) -> int:
+    return zlib.crc32(json.dumps(unsealed(record), sort_keys=True).encode())
+
+
 def fault(record: Any, id: str) -> str | None:
     """What is wrong with a record that should be of this trial; ``None`` if nothing is.
 
@@ -299,6 +319,10 @@ def fault(record: Any, id: str) -> str | None:
     """
     if not isinstance(record, dict) or record.get("id") != id:
         return f"not trial {id}"
+    if record.get(SEAL, _checksum(record)) != _checksum(record):
+        return "its checksum is wrong"
+    if unknown := record.keys() - FIELDS - {SEAL}:
+        return f"unknown field {min(unknown)!r}"
     curves, epochs = record.get("curves"), record.get("epochs")
     numbers = [record.get(name) for name in ("number", "round", "seed", "epochs")]
     if not all(type(number) is int for number in numbers) or not _is_number(record.get("seconds")):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import math
 import multiprocessing
 import os
 import re
@@ -22,11 +23,18 @@ from typing import Any, cast
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
-from mnist_lightning import console, space
+from mnist_lightning import claims, console, space
 from mnist_lightning.claims import Claim, ClaimLost, Claims, open_storage, start_of
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.files import printable, write_bytes
-from mnist_lightning.names import SearchByName, allow_classes, class_path, naming
+from mnist_lightning.names import (
+    SearchByName,
+    allow_classes,
+    check_named,
+    class_path,
+    naming,
+    parser_settings,
+)
 from mnist_lightning.plan import (
     OBJECTIVES,
     SMALL,
@@ -41,7 +49,7 @@ from mnist_lightning.plan import (
     open_units,
     planned,
 )
-from mnist_lightning.results import Record, Results, score
+from mnist_lightning.results import Record, Results, score, sealed
 from mnist_lightning.space import Score
 from mnist_lightning.worker import (
     ATTEMPTS,
@@ -119,10 +127,12 @@ class _Crew:
         """
         errors = []
         self._deaths_borne = ATTEMPTS * workers
+        over = math.inf  # since when a worker has found nothing left to do
         try:
             for _ in range(workers):
                 self._hire()
-            while self._pipes:
+            # whoever is frozen by then has lost its unit, and is not waited for
+            while self._pipes and time.monotonic() - over < claims.STALE_SECONDS:
                 for pipe in cast(list[Connection], wait(list(self._pipes), timeout=0.5)):
                     try:
                         message = pipe.recv()
@@ -131,6 +141,8 @@ class _Crew:
                         process.join()
                         if process.exitcode:
                             errors += self._bury(process, started)
+                        elif not errors:
+                            over = min(over, time.monotonic())
                         continue
                     if isinstance(message, str):
                         errors.append(message)
@@ -391,7 +403,7 @@ def _agree(search: Search, results: Results, claims: Claims, images: int) -> Non
         claim = claims.take(unit.name, unit.ids)
         if isinstance(claim, Claim):
             with contextlib.suppress(ClaimLost):
-                claim.finish([records[id] for id in unit.ids])
+                claim.finish([sealed(records[id]) for id in unit.ids])
         elif claim:
             adopt(search, results, claims, unit, claim)
 
@@ -514,9 +526,11 @@ def read(argv: Sequence[str]) -> tuple[Search, dict[str, Any]]:
     Raises:
         ValueError: they, or the configuration that they name, cannot be understood.
     """
+    check_named([word.rpartition("=")[2] for word in argv], Path())
     try:
-        allow_classes([])  # only the model's is imported, and not by the parser
-        settings = _parser().parse_args(list(argv))
+        with parser_settings():
+            allow_classes([])  # only the model's is imported, and not by the parser
+            settings = _parser().parse_args(list(argv))
     except (ArgumentError, TypeError) as error:
         if data := re.search(r'"data":\s+Unable to load config \'(.+?)\'', str(error)):
             raise ValueError(

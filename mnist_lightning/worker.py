@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from mnist_lightning import own, space
+from mnist_lightning import memory, own, space
 from mnist_lightning.catalog import hint
 from mnist_lightning.claims import Claim, ClaimLost, Claims, StorageLost
 from mnist_lightning.data import ImageSet
@@ -38,7 +38,15 @@ from mnist_lightning.plan import (
     open_units,
 )
 from mnist_lightning.population import PopulationTraining
-from mnist_lightning.results import CURVES, Record, Results, fault, new_record
+from mnist_lightning.results import (
+    CURVES,
+    Record,
+    Results,
+    fault,
+    new_record,
+    sealed,
+    unsealed,
+)
 from mnist_lightning.space import Trial
 
 if TYPE_CHECKING:
@@ -141,7 +149,8 @@ class Worker:
             adopt(self.search, self.results, claims, unit, claim.records)
             if not all(self.results.record(id) for id in unit.ids):
                 self.train(unit, claim)
-            claim.finish([record for id in unit.ids if (record := self.results.record(id))])
+            records = (self.results.record(id) for id in unit.ids)
+            claim.finish([sealed(record) for record in records if record])
 
     def train(self, unit: Unit, claim: Claim) -> None:
         """Trains a unit's trials and writes what came out.
@@ -194,7 +203,7 @@ class Worker:
             save()
         try:
             if not lost:
-                claim.publish(record)
+                claim.publish(sealed(record))
         except StorageLost as error:
             lost = error
         self.results.add(record)
@@ -476,7 +485,7 @@ def adopt(
             print(printable(f"the storage has a false trial {id} ({wrong}): set aside"), flush=True)
             claims.forget([id])
         else:
-            results.adopt(record)
+            results.adopt(unsealed(record))
 
 
 def _foreign(search: Search, unit: Unit, trial: Trial | None, record: Record) -> str | None:
@@ -525,7 +534,9 @@ def make_trainer(search: Search, max_epochs: int, *callbacks: "Callback") -> "Tr
         "num_sanity_val_steps": 0,
     }
     try:
-        return Trainer(**{**settings, **search.trainer})
+        trainer = Trainer(**{**settings, **search.trainer})
+        memory.check_processes(trainer.num_devices)
+        return trainer
     except Exception as error:
         reason = " ".join(str(error).split())
         raise Lack(f"the Trainer refuses {dict(search.trainer)}: {reason}") from error

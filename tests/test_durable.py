@@ -1,6 +1,8 @@
 """Trainings that are stopped or killed, and what they leave: whole files, and the way to go on."""
 
+import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import load
+import powerloss
 import pytest
 import torch
 import torture
@@ -22,6 +25,7 @@ from mnist_lightning import MNISTDataModule, checkpoints, cli
 from mnist_lightning.__main__ import main
 from mnist_lightning.dashboard import Dashboard
 from mnist_lightning.execution import _EpochLoop
+from mnist_lightning.files import write_json
 from mnist_lightning.models import Classifier
 
 FIT = ("fit", "--config", "shallow.yaml", "--data.source", "digits", "--early_stopping.enabled=no")
@@ -72,6 +76,58 @@ def test_no_file_is_written_under_its_own_name(
     # TensorBoard appends to its events; nothing reads its hparams.yaml, nor what is in a lock
     kept = {name for name in files if not name.startswith(("events.", "hparams.yaml", ".lock"))}
     assert written & kept == set()
+
+
+def test_a_file_in_new_folders_survives_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder's name is in the folder above, which nobody has synced yet."""
+    root = tmp_path / "disk"
+    root.mkdir()
+    disk = powerloss.Disk(root, tmp_path / "store")
+    disk.settle()
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.is_relative_to(root):
+            disk.note(path)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for folder in ("new/newer", "new/other"):
+        (root / folder).mkdir(parents=True)
+        write_json(root / folder / "file.json", {"folder": folder})
+        (root / folder / "not synced").write_text("x")
+    disk.cut(powerloss.KEPT[0])
+    files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    assert files == {"new/newer/file.json", "new/other/file.json"}
+    assert json.loads((root / "new/other/file.json").read_text()) == {"folder": "new/other"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["fit", "search", "test"])
+def test_a_power_cut_loses_nothing_that_was_reported(command: str, tmp_path: Path) -> None:
+    """The short version of benchmarks/powerloss.py."""
+    random.seed(1)
+    _, lost, equal, wrong = powerloss.losses(command, 3, tmp_path)
+    assert (lost, equal, wrong) == (0, 3, [])
+
+
+@pytest.mark.parametrize(("damaged", "whole"), [("last", "best"), ("best", "last")])
+def test_of_a_damaged_checkpoint_the_other_one_is_named(
+    damaged: str, whole: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("--trainer.max_epochs", 1) == 0
+    folder = Path("lightning_logs/shallow/version_0/checkpoints")
+    content = bytearray((folder / f"{damaged}.ckpt").read_bytes())
+    content[len(content) // 2] ^= 4
+    (folder / f"{damaged}.ckpt").write_bytes(content)
+    assert main(["validate", "--ckpt_path", str(folder / f"{damaged}.ckpt")]) == 1
+    error = capsys.readouterr().err.strip()
+    assert "is damaged" in error
+    assert main(["validate", *error.split()[-2:]]) == 0
+    (folder / f"{whole}.ckpt").write_bytes(b"")
+    assert main(["validate", "--ckpt_path", str(folder / f"{damaged}.ckpt")]) == 1
+    assert "Give another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("plugins", [None, "of the user's own"])
@@ -273,6 +329,46 @@ def test_a_training_stopped_before_its_first_step_leaves_nothing(
     assert stop.value.code == 143
     assert "nothing was saved" in capsys.readouterr().out
     assert not list(Path("lightning_logs/shallow").glob("version_*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("before", [True, False], ids=["in the step before", "within"])
+def test_a_stop_asked_for_in_a_validation_waits_for_its_end(
+    number: int,
+    code: int,
+    before: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Within it nothing can be saved, and the whole epoch before it would be lost."""
+    words = ("--trainer.max_epochs", 2, "--data.eval_batch_size", 50)
+    assert fit(*words, "--trainer.default_root_dir", "undisturbed") == 0
+    step, steps = Classifier.validation_step, []
+    after = _EpochLoop.on_advance_end
+
+    def stopped_before(self: _EpochLoop, data_fetcher: Any) -> None:
+        if before and self._is_training_done:
+            os.kill(os.getpid(), number)
+        after(self, data_fetcher)
+
+    def stopped(self: Classifier, batch: Any, index: int) -> Any:
+        steps.append(index)
+        if len(steps) == 2 and not before:
+            os.kill(os.getpid(), number)
+        return step(self, batch, index)
+
+    monkeypatch.setattr(Classifier, "validation_step", stopped)
+    monkeypatch.setattr(_EpochLoop, "on_advance_end", stopped_before)
+    with pytest.raises(SystemExit) as stop:
+        fit(*words)
+    monkeypatch.setattr(Classifier, "validation_step", step)
+    monkeypatch.setattr(_EpochLoop, "on_advance_end", after)
+    assert stop.value.code == code
+    assert steps == list(range(7))  # 323 images
+    assert "stopped; saved up to epoch 1. To go on:" in capsys.readouterr().out
+    assert main(["fit", "--ckpt_path", "lightning_logs/shallow/version_0/last"]) == 0
+    runs = [Path(folder, "lightning_logs/shallow/version_0") for folder in ("undisturbed", "")]
+    assert same(contents(runs[0]), contents(runs[1]))
 
 
 def test_other_mini_batches_do_not_go_on_within_an_epoch(

@@ -671,3 +671,55 @@ def test_a_folder_that_only_looks_like_a_run_is_passed_over(run: Path) -> None:
     (run.parent / "version_²").mkdir()
     assert main([*FIT, "--trainer.max_epochs", "1"]) == 0
     assert (run.parent / "version_1").is_dir()
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, name in pairwise("abcdefghij")
+)
+
+
+@pytest.mark.parametrize("command", ["fit", "search"])
+@pytest.mark.parametrize("what", ["pipe", "bomb"])
+@pytest.mark.parametrize("where", ["--data", "--trainer", "a file"])
+def test_a_file_within_settings_is_read_within_bounds(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    what: str,
+    where: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nested").mkdir()
+    if what == "pipe":
+        os.mkfifo(tmp_path / "nested/x.yaml")
+    else:
+        (tmp_path / "nested/x.yaml").write_text(BOMB)
+    words = [where, "nested/x.yaml"]
+    if where == "a file":
+        (tmp_path / "nested/mine.yaml").write_text("data: x.yaml\n")  # from its own folder
+        words = ["--config", "nested/mine.yaml"]
+    assert main([command, *words]) == 1
+    said = {"pipe": "nested/x.yaml is no file", "bomb": "more than 20,000 values"}
+    assert said[what] in capsys.readouterr().err
+
+
+def test_what_parsers_may_import_is_as_before_after_a_command(tmp_path: Path) -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--kind", type=type)
+    for words in (["fit", "--config", "nowhere"], ["search", "--config", "nowhere"]):
+        assert main(words) == 1
+        assert parser.parse_args(["--kind", "collections.Counter"]).kind.__name__ == "Counter"
+
+
+def test_more_processes_than_fit_into_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = "fit --config shallow --data.source digits --trainer.accelerator cpu"
+    assert main([*words.split(), "--trainer.devices", "100000"]) == 1
+    assert "100,000 processes (--trainer.devices) would take" in capsys.readouterr().err
+    assert not list(tmp_path.glob("lightning_logs/*/version_*"))

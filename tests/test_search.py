@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import optuna
 import pytest
+import searches
 import torch
 import yaml
 from conftest import trainer
@@ -32,7 +33,14 @@ from mnist_lightning.claims import Claim, ClaimLost, Claims, StorageLost, open_s
 from mnist_lightning.models import Perceptron, ShallowNetwork
 from mnist_lightning.plan import Search, rounds, units
 from mnist_lightning.population import PopulationTraining
-from mnist_lightning.results import CURVES, Results, load_curves, load_results
+from mnist_lightning.results import (
+    CURVES,
+    Results,
+    load_curves,
+    load_results,
+    sealed,
+    unsealed,
+)
 from mnist_lightning.search import Progress, _crown, read, run
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "search").glob("*.yaml"))
@@ -402,6 +410,40 @@ def test_a_unit_is_taken_once(storage):
     assert other.take("unit", ["a"]) == {"a": record}
 
 
+@pytest.mark.parametrize("here", [True, False], ids=["on this machine", "elsewhere"])
+def test_the_unit_of_a_frozen_worker_is_free_after_a_while(storage, clock, here):
+    """Its process lives, but shows no sign of it; woken, it must find its unit gone."""
+    late = Claims(storage, "s").take("unit", ["a"])
+    if not here:
+        owned(storage, machine="elsewhere")
+    watcher = Claims(storage, "s")
+    for _ in range(4):
+        assert watcher.take("unit", ["a"]) is None
+        clock["now"] += claims.STALE_SECONDS / 3
+    assert isinstance(watcher.take("unit", ["a"]), Claim)
+    with pytest.raises(ClaimLost):
+        late.check()
+
+
+def test_a_lock_that_a_killed_process_left_is_taken_away(folder, monkeypatch):
+    """Also one in a relative folder, as searches have by default."""
+    Path("found").mkdir()
+    now = 1000.0
+
+    def waited(seconds=0.001):
+        nonlocal now
+        now += seconds
+        if now > 1060:
+            pytest.fail("it waits for ever")
+        return now
+
+    monkeypatch.setattr(claims.time, "monotonic", waited)
+    monkeypatch.setattr(claims.time, "sleep", waited)
+    killed = open_storage(None, Path("found"))
+    killed._storage._backend._lock.acquire()
+    assert isinstance(Claims(open_storage(None, Path("found")), "s").take("unit", ["a"]), Claim)
+
+
 def owned(storage, **changes) -> None:
     """Another owner for the one unit that is taken."""
     (study,) = storage.get_all_studies()
@@ -616,6 +658,8 @@ def test_what_a_worker_finished_while_the_storage_was_away_is_shown_later(
         ({"params": {}}, "its parameters are"),
         ({"number": 100}, "it is number 100"),
         (None, "not trial"),
+        ({"seconds": 1e6, "crc32": 1}, "its checksum is wrong"),
+        ({"unheard of": 1}, "unknown field 'unheard of'"),
     ],
 )
 def test_a_false_trial_from_another_machine_is_trained_again(
@@ -627,7 +671,11 @@ def test_a_false_trial_from_another_machine_is_trained_again(
     shared = open_storage(storage, folder)
     for study in shared.get_all_studies():
         if record := study.user_attrs.get(f"trial {id}"):
-            false = "a word" if changes is None else {**record, **changes}
+            false = (
+                "a word"
+                if changes is None
+                else {**sealed({**unsealed(record), **changes}), **changes}
+            )
             shared.set_study_user_attr(study._study_id, f"trial {id}", false)
     run(small(), folder / "two", workers=0, storage=storage)
     assert f"a false trial {id} ({message}" in capsys.readouterr().out
@@ -932,6 +980,22 @@ def test_shipped_searches_are_what_they_say(config, monkeypatch, tmp_path):
         assert len(rounds(wanted, {})[0]) == counts[config.stem]
 
 
+def test_a_search_of_too_many_trials_is_refused_at_once(folder):
+    axes = {"lr": [i / 1e4 for i in range(1, 1001)], "hidden_units": list(range(1, 801))}
+    with pytest.raises(ValueError, match="a search of 800,000 trials: at most 100,000"):
+        small(space=axes, fixed={"max_epochs": 1}).check()
+    drawn = {"lr": {"low": 0.1, "high": 0.2}}
+    for name in ("random", "optuna"):
+        with pytest.raises(ValueError, match="a search of 1,000,000 trials"):
+            small(space=drawn, fixed={"max_epochs": 1}, strategy={"name": name, "n": 10**6}).check()
+
+
+def test_the_values_of_a_large_grid_are_all_looked_at(folder):
+    axes = {"lr": [i / 1e4 for i in range(1, 101)], "hidden_units": [*range(1, 101), -7]}
+    with pytest.raises(ValueError, match=r"refuses .*-7"):
+        small(space=axes, fixed={"max_epochs": 1}).check()
+
+
 def test_flags_win_over_the_file(folder, capsys):
     words = "search --config shallow_grid --data.source digits --workers 1 --name mine"
     words += " --space.batch_size [64] --space.max_epochs [1] --space.lr [1e-1] --seeds [3]"
@@ -1040,6 +1104,22 @@ def test_a_damaged_trial_is_set_aside_and_the_others_stay(
     assert victim.with_name(f"{victim.name}.damaged").read_text() == content
     assert kept == {file: file.read_bytes() for file in kept}
     assert without_time(of(copy)) == without_time(of(finished))
+
+
+def test_any_flipped_bit_of_a_trial_is_noticed(finished, tmp_path):
+    """Also that of a digit, in what the figures of the trial do not contradict."""
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    file = sorted((copy / "trials").iterdir())[0]
+    whole = file.read_bytes()
+    record = Results(copy).record(file.stem)
+    for bit in random.Random(0).sample(range(8 * len(whole)), 200):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged"):
+            Results(copy).record(file.stem)
+    file.write_text(json.dumps(record))  # as older versions wrote it, without a checksum
+    assert Results(copy).record(file.stem) == record
 
 
 def flip(file: Path) -> None:
@@ -1467,3 +1547,16 @@ def test_machines_wait_for_a_postgresql_that_is_restarted(tmp_path, postgres):
         postgres.start()
 
     two_machines(tmp_path, postgres.address, meanwhile=restart)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["frozen", "never_woken", "full"])
+def test_a_disturbed_search_finishes_each_trial_once(tmp_path, name):
+    """The short version of benchmarks/searches.py."""
+    (tmp_path / name).mkdir()
+    calm = searches.undisturbed(tmp_path / "undisturbed")
+    outcome = searches.DISTURBANCES[name](tmp_path / name, calm)
+    if outcome is None:
+        pytest.skip("not possible on this machine")
+    assert (outcome.once, outcome.same) == (True, True)
+    assert outcome.codes == searches.CODES.get(name, [0])
