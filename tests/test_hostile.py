@@ -473,7 +473,7 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no text": (text(b"model: \xff\xfe"), "not a YAML file"),
     "control characters": (text("model: \x00\x1b[2J"), "not a YAML file"),
     "a day that is none": (text("model: 2024-99-99"), "not a YAML file"),
-    "a pipe": (pipe, "no such file"),
+    "a pipe": (pipe, "is no file"),
     "a folder": (folder, "no such file"),
     "a class of the system": (text("model: {class_path: os.Net}"), "os.Net"),
     "a callback of the system": (

@@ -24,6 +24,7 @@ from mnist_lightning.models import DeepNetwork, ShallowNetwork
 from mnist_lightning.plan import Search
 from mnist_lightning.published import PUBLISHED
 from mnist_lightning.report import Table, _test, _training
+from mnist_lightning.results import sealed
 from mnist_lightning.search import run
 
 SPACE = {"batch_size": [16, 32], "max_epochs": [1, 2], "lr": [0.1, 0.01, 0.001]}
@@ -661,7 +662,7 @@ def test_a_word_in_a_result_cannot_become_part_of_the_page(searched, tmp_path):
     for file in (evil / "trials").iterdir():
         record = json.loads(file.read_text())
         record |= {"state": "FAIL", "error": "<script>alert(1)</script>"}
-        file.write_text(json.dumps(record))
+        file.write_text(json.dumps(sealed(record)))
         break
     assert main(["report", str(evil), "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "index.html").read_text()
