@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torture
+from common import RELIABILITY, write_section
 
 from mnist_lightning import checkpoints, evaluations, worker
 from mnist_lightning.__main__ import main as command
@@ -160,7 +161,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--flips", type=int, default=100, help="of each kind of file")
     parser.add_argument("--seed", type=int, default=0, help="of the places")
-    parser.add_argument("--table", type=Path, default=torture.TABLE, help="the file to write to")
+    parser.add_argument("--table", type=Path, default=RELIABILITY, help="the file to write to")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
     table, faults = arguments.table.absolute(), 0
@@ -182,7 +183,7 @@ def main() -> int:
     section = SECTION.format(
         flips=arguments.flips, seed=arguments.seed, commit=commit, rows="\n".join(rows)
     )
-    torture.write(TITLE, section, table)
+    write_section(TITLE, section, table)
     return 1 if faults else 0
 
 

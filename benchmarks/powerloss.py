@@ -28,6 +28,7 @@ import yaml
 
 if "POWERLOSS" not in os.environ:  # a recorded process starts without all this
     import torture
+    from common import RELIABILITY, write_section
 
     from mnist_lightning import checkpoints, evaluations
     from mnist_lightning.provenance import provenance
@@ -377,7 +378,7 @@ def main() -> int:
     parser.add_argument("--losses", type=int, default=9, help="of each command")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--only", nargs="+", default=COMMANDS, help="commands")
-    parser.add_argument("--table", type=Path, default=torture.TABLE, help="the file to write to")
+    parser.add_argument("--table", type=Path, default=RELIABILITY, help="the file to write to")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
     rows, faults = [], []
@@ -391,7 +392,7 @@ def main() -> int:
         section = SECTION.format(
             losses=arguments.losses, seed=arguments.seed, commit=commit, rows="\n".join(rows)
         )
-        torture.write(TITLE, section, arguments.table)
+        write_section(TITLE, section, arguments.table)
     return 1 if faults else 0
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 if "DISTURBED" not in os.environ:  # a disturbed process starts without all this
     import torture
     import yaml
+    from common import RELIABILITY, write_section
 
     from mnist_lightning import checkpoints
     from mnist_lightning.claims import open_storage
@@ -381,7 +382,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--only", nargs="+", default=DISTURBANCES, help="disturbances, by name")
-    parser.add_argument("--table", type=Path, default=torture.TABLE, help="the file to write to")
+    parser.add_argument("--table", type=Path, default=RELIABILITY, help="the file to write to")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
     # a shell that starts this in the background has it ignored, by its children too
@@ -406,7 +407,7 @@ def main() -> int:
                 rows.append(f"| {what} | {codes} | {' | '.join(words)} |")
             print(rows[-1], flush=True)
             section = SECTION.format(seed=arguments.seed, commit=commit, rows="\n".join(rows))
-            torture.write(TITLE, section, arguments.table)
+            write_section(TITLE, section, arguments.table)
     return bool(bad)
 
 

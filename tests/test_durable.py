@@ -247,7 +247,9 @@ def test_a_training_killed_within_an_epoch_goes_on_as_if_it_had_not_been(
     epochs, batches = checkpoints.progress(saved)
     assert (epochs, batches > 0) == (1, True)
     capsys.readouterr()
-    assert main(["fit", "--ckpt_path", str(killed / "last"), "--save_every_minutes=9"]) == 0
+    own = words[1:3] if words[1] == "--model" else []  # a class of one's own is named again
+    resume = ["fit", *own, "--ckpt_path", str(killed / "last"), "--save_every_minutes=9"]
+    assert main(resume) == 0
     assert "not resumable" not in capsys.readouterr().err
     assert [row["epoch"] for row in contents(killed)["metrics"]] == ["1", "2", "3"]
     expected, got = contents(undisturbed), contents(killed)
@@ -439,7 +441,8 @@ def test_a_kill_right_after_an_epochs_checkpoint_changes_nothing(
         main(words)
     monkeypatch.setattr(cli.WholeFiles, "save_checkpoint", save)
     run = Path(f"lightning_logs/{model}/version_0")
-    assert main(["fit", "--ckpt_path", str(run / "last")]) == 0
+    own = which if model == "Dropping" else ()  # a class of one's own is named again
+    assert main(["fit", *own, "--ckpt_path", str(run / "last")]) == 0
     assert same(contents(Path("undisturbed") / run), contents(run))
     points = [
         [(event.step, event.value) for event in events.Scalars("train/loss")]

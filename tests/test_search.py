@@ -283,7 +283,7 @@ def test_what_files_hold_cannot_steer_the_terminal(finished, tmp_path, capsys):
             record["params"] = {**record["params"], "lr": "\x1b[2J\x1b]0;title\x07"}
         else:
             record |= {"state": "FAIL", "error": "\x1b[31m\x9b5n"}
-        file.write_text(json.dumps(record))
+        file.write_text(json.dumps(sealed(record)))
     _crown(small(), Results(copy), Results(copy).in_order())
     said = capsys.readouterr().out
     assert "\\x1b[2J" in said
