@@ -98,13 +98,13 @@ def predict(words: list[str]) -> None:
 
 
 def _run(command: str, words: list[str]) -> None:
-    with _quiet(training=command == "fit"), parser_settings():
+    with _quiet(training=command == "fit"):
         CLI([command, *words])
 
 
 def inspect(words: list[str]) -> None:
     """Prints the layers of a model; for the perceptron also the tensors of a training step."""
-    with _quiet(training=False), parser_settings():
+    with _quiet(training=False):
         cli = CLI(words, run=False)
     data, model = cli.datamodule, cli.model
     net = cast(nn.Module, getattr(model, "net", model))
@@ -167,29 +167,30 @@ class CLI(LightningCLI):
         self.defaults: dict[str, Any] = {}
         self.root = Path(self.asked.root) / LOGS
         try:
-            self._understand()
-            # with subclass_mode_data the settings of a data module lie below its class
-            own_data = self.asked.data is not None
-            super().__init__(
-                LightningModule,
-                LightningDataModule if own_data else MNISTDataModule,
-                args=words,
-                run=run,
-                subclass_mode_model=True,
-                subclass_mode_data=own_data,
-                # the optimizer and its learning rate are the model's own: every checkpoint has them
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                seed_everything_default=0,
-                save_config_callback=SaveConfig,
-                save_config_kwargs={"overwrite": True},
-                parser_class=Parser,
-                trainer_defaults={
-                    "max_epochs": 50,
-                    "num_sanity_val_steps": 0,
-                    "enable_model_summary": False,
-                },
-            )
+            with parser_settings():
+                self._understand()
+                # with subclass_mode_data the settings of a data module lie below its class
+                own_data = self.asked.data is not None
+                super().__init__(
+                    LightningModule,
+                    LightningDataModule if own_data else MNISTDataModule,
+                    args=words,
+                    run=run,
+                    subclass_mode_model=True,
+                    subclass_mode_data=own_data,
+                    # optimizer and learning rate are the model's own: every checkpoint has them
+                    auto_configure_optimizers=False,
+                    load_from_checkpoint_support=False,
+                    seed_everything_default=0,
+                    save_config_callback=SaveConfig,
+                    save_config_kwargs={"overwrite": True},
+                    parser_class=Parser,
+                    trainer_defaults={
+                        "max_epochs": 50,
+                        "num_sanity_val_steps": 0,
+                        "enable_model_summary": False,
+                    },
+                )
         finally:
             if self.lock is not None:
                 self.lock.release()

@@ -46,7 +46,7 @@ def find_config(name: str, folder: str = ".") -> Path:
             *(shipped[n] for n in (name, f"{name}.yaml") if n in shipped),
         ]
     for file in files:
-        if file.is_file():
+        if file.exists() and not file.is_dir():  # a pipe is refused by its name
             return _checked(file)
     names = [file.name for file in shipped_configs(folder)]
     raise ValueError(f"--config {name}: no such file; {hint(name, names)}")

@@ -128,10 +128,10 @@ def of_run(wanted: Search, folder: Path) -> list[dict]:
     return without_time(run(wanted, folder, workers=0))
 
 
-@pytest.mark.parametrize("workers", [2])
-def test_a_grown_search_is_the_same_for_any_number_of_workers(small, larger, tmp_path, workers):
+@pytest.mark.slow
+def test_a_grown_search_is_the_same_with_two_workers(small, larger, tmp_path):
     folder = shutil.copytree(small, tmp_path / "copy")
-    run(search(**LARGER), folder, workers=workers)
+    run(search(**LARGER), folder, workers=2)
     assert without_time(of(folder)) == without_time(of(larger))
 
 

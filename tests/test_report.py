@@ -616,6 +616,7 @@ def test_each_figure_and_table_is_a_file(report, searched):
     assert lines[2].split(" | ")[4] == f"{found.cells['acc'][0]:.4f}"
 
 
+@pytest.mark.slow
 def test_the_tables_alone_make_the_same_report(report, searched, tmp_path):
     """What is kept of a search in a repository: without trials, checkpoints, state."""
     kept = tmp_path / "small"

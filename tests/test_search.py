@@ -366,6 +366,7 @@ def test_units_are_cut_at_a_size_and_lose_no_trial(monkeypatch):
     assert len({unit.name for unit in parts}) == 8
 
 
+@pytest.mark.slow
 def test_machines_without_a_common_folder_share_the_trials(finished, folder, monkeypatch, capsys):
     storage = str(folder.parent / "journal.log")
     run(small(), folder / "one", workers=1, storage=storage)
@@ -920,6 +921,7 @@ class Poison(Perceptron):
 """
 
 
+@pytest.mark.slow
 def test_a_trial_that_kills_its_workers_fails_after_three(folder, monkeypatch):
     """And the others are finished by the same command."""
     (folder.parent / "poison.py").write_text(POISON)

@@ -390,6 +390,7 @@ def test_test_is_logged_into_the_run_and_counted(run: Path, capsys: pytest.Captu
     ]
 
 
+@pytest.mark.slow
 def test_ddp_on_two_processes_equals_one(tmp_path: Path) -> None:
     """Two processes with mini-batches of 8 against one with 16: same mini-batches, same weights."""
     for model in ("shallow", "perceptron"):
