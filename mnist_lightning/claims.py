@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import itertools
+import multiprocessing
 import os
 import socket
 import threading
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mnist_lightning.console import require
 
@@ -102,7 +103,9 @@ class Claims:
     def _dead(self, name: str, owner: dict[str, Any] | None) -> bool:
         here = owner is not None and owner["machine"] == _process()["machine"]
         if owner and here and start_of(owner["pid"]) != owner["started"]:
-            return True
+            crew = owner.get("crew")  # which will note how it died, so that deaths are counted
+            if crew is None or start_of(crew["pid"]) != crew["started"]:
+                return True
         # by the observer's own clock: two machines need not agree on the time
         now = time.monotonic()
         if now - self._looked > STALE_SECONDS / 2:
@@ -244,7 +247,7 @@ def _published(attributes: Mapping[str, Any], ids: Collection[str]) -> dict[str,
 
 
 def _process() -> dict[str, Any]:
-    """Who we are. A machine is one where a process number means the same to all.
+    """Which process this is. A machine is one where a process number means the same to all.
 
     So containers are different machines, even those with one hostname.
     """
@@ -252,7 +255,10 @@ def _process() -> dict[str, Any]:
     facts = [socket.gethostname()]
     facts += [boot.read_text().strip()] if boot.is_file() else []
     facts += [os.readlink(namespace)] if namespace.is_symlink() else []
-    return {"machine": " ".join(facts), "pid": os.getpid(), "started": start_of(os.getpid())}
+    who = {"machine": " ".join(facts), "pid": os.getpid(), "started": start_of(os.getpid())}
+    if crew := multiprocessing.parent_process():  # of a worker: the command that started it
+        who["crew"] = {"pid": crew.pid, "started": start_of(cast(int, crew.pid))}
+    return who
 
 
 def start_of(pid: int) -> str | None:
