@@ -59,15 +59,15 @@ CODES = {number: {-number, 128 + number} for number in SIGNALS}
 TITLE = "## Trainings that are killed"
 SECTION = f"""{TITLE}
 
-`python benchmarks/torture.py --kills {{kills}} --seed {{seed}}`, commit {{commit}}. SIGKILL,
-SIGTERM or SIGINT at random moments, then `--ckpt_path .../last`. Only kills that came before the
+`python benchmarks/torture.py --kills {{kills}} --seed {{seed}}`. SIGKILL, SIGTERM or
+SIGINT at random moments, then `--ckpt_path .../last`. Only kills that came before the
 training's end count: by moment, and those after which the training was resumed within an epoch. The
 last column says whether all files were whole and all exit codes right after each kill, and whether
 in the end the weights, the optimizer, the schedule, the generators and the metrics of all epochs
 were bit-equal to those of the training that was never killed.
 
-| model | {" | ".join(MOMENTS)} | within an epoch | bit-equal |
-|---|{"--:|" * (len(MOMENTS) + 1)}---|
+| model | {" | ".join(MOMENTS)} | within an epoch | bit-equal | commit |
+|---|{"--:|" * (len(MOMENTS) + 1)}---|---|
 {{rows}}
 """
 
@@ -265,6 +265,13 @@ def torture(name: str, kills: int, folder: Path) -> tuple[dict[str, int], int, l
     return killed, within, wrong
 
 
+def earlier(file: Path) -> dict[str, str]:
+    """The rows of models that were tried before, by name."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    found = {name: line for line in lines for name in MODELS if line.startswith(f"| {name} |")}
+    return {name: line for name, line in found.items() if line.count("|") == len(MOMENTS) + 5}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=30, help="of each model")
@@ -273,18 +280,21 @@ def main() -> int:
     parser.add_argument("--table", type=Path, default=RELIABILITY, help="the file to write to")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
-    rows, faults = [], []
+    faults = []
     commit = str(provenance().get("code", {}).get("commit", ""))[:7]
     for name in arguments.only:
         with tempfile.TemporaryDirectory() as folder:
             killed, within, wrong = torture(name, arguments.kills, Path(folder))
         counts = " | ".join(str(killed[moment]) for moment in MOMENTS)
-        rows.append(f"| {name} | {counts} | {within} | {'no' if wrong else 'yes'} |")
-        print(rows[-1], *wrong, sep="\n  ", flush=True)
+        rows = earlier(arguments.table)  # several of these programs may write to one table
+        rows[name] = f"| {name} | {counts} | {within} | {'no' if wrong else 'yes'} | {commit} |"
+        print(rows[name], *wrong, sep="\n  ", flush=True)
         faults += wrong
         # after each model: an interrupted program keeps what it found
         section = SECTION.format(
-            kills=arguments.kills, seed=arguments.seed, commit=commit, rows="\n".join(rows)
+            kills=arguments.kills,
+            seed=arguments.seed,
+            rows="\n".join(rows[name] for name in MODELS if name in rows),
         )
         write_section(TITLE, section, arguments.table)
     return 1 if faults else 0
