@@ -62,7 +62,7 @@ SECTION = f"""{TITLE}
 `python benchmarks/torture.py --kills {{kills}} --seed {{seed}}`. SIGKILL, SIGTERM or
 SIGINT at random moments, then `--ckpt_path .../last`. Only kills that came before the
 training's end count: by moment, and those after which the training was resumed within an epoch. The
-last column says whether all files were whole and all exit codes right after each kill, and whether
+column before the commit says whether all files were whole and all exit codes right after each kill, and whether
 in the end the weights, the optimizer, the schedule, the generators and the metrics of all epochs
 were bit-equal to those of the training that was never killed.
 
@@ -280,6 +280,8 @@ def main() -> int:
     parser.add_argument("--table", type=Path, default=RELIABILITY, help="the file to write to")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
+    # a shell that starts this in the background has SIGINT ignored, in the trainings too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     faults = []
     commit = str(provenance().get("code", {}).get("commit", ""))[:7]
     for name in arguments.only:
