@@ -60,11 +60,11 @@ TITLE = "## Trainings that are killed"
 SECTION = f"""{TITLE}
 
 `python benchmarks/torture.py --kills {{kills}} --seed {{seed}}`. SIGKILL, SIGTERM or
-SIGINT at random moments, then `--ckpt_path .../last`. Only kills that came before the
-training's end count: by moment, and those after which the training was resumed within an epoch. The
-column before the commit says whether all files were whole and all exit codes right after each kill, and whether
-in the end the weights, the optimizer, the schedule, the generators and the metrics of all epochs
-were bit-equal to those of the training that was never killed.
+SIGINT at random moments, then `--ckpt_path .../last`. Only kills that came before the training's
+end count: by moment, and those after which the training was resumed within an epoch. The column
+before the commit says whether all files were whole and all exit codes right after each kill, and
+whether in the end the weights, the optimizer, the schedule, the generators and the metrics of all
+epochs were bit-equal to those of the training that was never killed.
 
 | model | {" | ".join(MOMENTS)} | within an epoch | bit-equal | commit |
 |---|{"--:|" * (len(MOMENTS) + 1)}---|---|
