@@ -29,6 +29,7 @@ from common import RELIABILITY, damaged, write_section
 from torch import Tensor, nn
 
 from mnist_lightning import Classifier, checkpoints
+from mnist_lightning.names import newest_first
 from mnist_lightning.provenance import provenance
 
 MODELS = {
@@ -129,7 +130,7 @@ def run_folder(root: Path) -> Path | None:
     runs = [
         run
         for folder in root.glob("lightning_logs/*")
-        for run in checkpoints.newest_first(folder)
+        for run in newest_first(folder)
         if (run / "checkpoints/last.ckpt").is_file()
     ]
     return runs[0] if runs else None
