@@ -33,9 +33,9 @@ from command import measured
 from common import alternate, damaged, quietly, write_section
 from lightning.pytorch import Callback
 
-from mnist_lightning import checkpoints
 from mnist_lightning.claims import Claim
 from mnist_lightning.files import write_json
+from mnist_lightning.names import newest_first
 from mnist_lightning.plan import Search
 from mnist_lightning.provenance import provenance
 from mnist_lightning.results import Record, Results, new_record
@@ -203,7 +203,7 @@ def start(count: int, folder: Path) -> list[str]:
         for process, error in zip(processes, errors, strict=True)
         if process.returncode
     ]
-    made = list(reversed(checkpoints.newest_first(folder / "lightning_logs" / "shallow")))
+    made = list(reversed(newest_first(folder / "lightning_logs" / "shallow")))
     if [one.name for one in made] != [f"version_{number}" for number in range(count)]:
         wrong.append(f"the runs are {[one.name for one in made]}")
     files = ("config.yaml", "metrics.csv", "provenance.json", "checkpoints/last.ckpt")

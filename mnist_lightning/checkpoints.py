@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.files import check_archive, is_plain, write_torch
 from mnist_lightning.models import check_tensors
-from mnist_lightning.names import find_checkpoint as find
+from mnist_lightning.names import find_checkpoint
 
 LOGS = "lightning_logs"
 DATA_CLASS = "mnist_lightning.data.MNISTDataModule"  # where a checkpoint does not say another
@@ -215,7 +215,7 @@ def load(
     Raises:
         ValueError: nothing is there, it is damaged or would run code, or its class is not known.
     """
-    path = find(os.fspath(where), Path(LOGS))
+    path = find_checkpoint(os.fspath(where), Path(LOGS))
     checkpoint = read(path)
     named = str(checkpoint.get("model_class", ""))
     try:

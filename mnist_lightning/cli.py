@@ -66,6 +66,7 @@ from mnist_lightning.names import (
     class_path,
     classes_in,
     classes_in_word,
+    find_checkpoint,
     import_class,
     is_own,
     naming,
@@ -270,7 +271,7 @@ class CLI(LightningCLI):
             named: the classes that the user names.
         """
         asked, training = self.asked, self.command == "fit"
-        path = checkpoints.find(where, self.root, self.run_name, "last" if training else "best")
+        path = find_checkpoint(where, self.root, self.run_name, "last" if training else "best")
         run = checkpoints.run_folder(path)
         if training:
             self._lock(run)  # before it can become another
