@@ -85,12 +85,13 @@ def _guarded(words: list[str], debug: bool) -> int:
     if not debug:
         threading.excepthook = _without_write_errors
     try:
+        trains = module in ("cli", "search")
         with _stops_at_once():
-            if module in ("cli", "search"):  # which import PyTorch
+            if trains:
                 import_module("mnist_lightning.words").check(words[0], words[1:])
                 _import_torchmetrics()
             imported = import_module(f"mnist_lightning.{module}")
-        if "" not in sys.path:  # the working directory, as with python -m: one's own models
+        if trains and "" not in sys.path:  # the user's own models, as with python -m
             sys.path.insert(0, "")
         run: Callable[[list[str]], int | None] = getattr(imported, function)
         return run(words[1:]) or 0

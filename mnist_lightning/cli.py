@@ -31,7 +31,7 @@ from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
@@ -473,8 +473,16 @@ class CLI(LightningCLI):
         """
         names = ["val/loss", "val/acc"]
         if not own.logs_as_ours(self.model):
-            names = own.figures(self.model, self.datamodule)
             settings = self.config_init[self.command]
+            try:
+                names = own.figures(self.model, self.datamodule)
+            except own.ValidationFails as error:
+                monitor = settings.early_stopping.monitor
+                names = [monitor] if monitor != "val/loss" else []
+                rank_zero_warn(
+                    f"{error}. Tried before the training, which may have what is missing. Name what"
+                    " it logs there: --early_stopping.monitor val_loss"
+                )
             settings.early_stopping, told = own.stopping(settings.early_stopping, names)
             if not {"val/loss", "val/acc"} <= set(names):
                 logged = ", ".join(names) or "nothing"

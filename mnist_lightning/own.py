@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -25,11 +26,16 @@ class Watched(NamedTuple):
     """Of early stopping; without it, all epochs are trained."""
 
 
+class ValidationFails(ValueError):
+    """A validation that is tried before a training fails; within the training it may not."""
+
+
 def figures(model: LightningModule, data: LightningDataModule) -> list[str]:
     """The names that a model logs in a validation; tried on a copy, with one mini-batch.
 
     Raises:
-        ValueError: its ``validation_step`` fails on the data.
+        ValidationFails: its ``validation_step`` fails on the data, or needs what only a training
+            has: an optimizer, a GPU, what ``training_step`` left behind.
     """
     if not is_overridden("validation_step", model):
         return []
@@ -43,13 +49,14 @@ def figures(model: LightningModule, data: LightningDataModule) -> list[str]:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        trainer.loggers = [DummyLogger()]  # takes pictures, as TensorBoard would, and drops them
         try:
             trainer.validate(copy.deepcopy(model), datamodule=data, verbose=False)
         except ValueError:
             raise
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise ValueError(
+            raise ValidationFails(
                 f"{type(model).__name__} fails in a validation of {type(data).__name__}:"
                 f" {type(error).__name__}: {reason}"
             ) from error

@@ -105,6 +105,22 @@ class Wide(MyModel):
         return self(batch[0].flatten(1)[:, :100])
 """
 
+PICTURES = """
+from my_tutorial import LitMNIST
+
+
+class Pictures(LitMNIST):
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.logger.experiment.add_image("first", batch[0][0], self.global_step)
+
+
+class Rates(LitMNIST):
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+"""
+
 DATA = """
 import torch
 from lightning.pytorch import LightningDataModule
@@ -152,6 +168,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "my_heirs": HEIRS,
         "my_tutorial": TUTORIAL,
         "my_data": DATA,
+        "my_pictures": PICTURES,
     }.items():
         (folder / f"{name}.py").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
@@ -162,7 +179,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def forget() -> None:
     """As in a new process, which has not imported them yet."""
-    for name in ("my_module", "my_heirs", "my_tutorial", "my_data"):
+    for name in ("my_module", "my_heirs", "my_tutorial", "my_data", "my_pictures"):
         sys.modules.pop(name, None)
 
 
@@ -243,6 +260,20 @@ def test_a_tutorials_module_works_too(run: Run) -> None:
     words = "search --space.learning_rate [0.01,0.001] --fixed.max_epochs 1 --name lit"
     text = run(*words.split(), "--data.source", "digits", "--model", model)
     run(*hints(text)[0])
+
+
+def test_a_validation_may_write_pictures_as_it_does_in_a_training(run: Run) -> None:
+    text = run("fit", "--model", "my_pictures.Pictures", *QUICK)
+    assert "best.ckpt is by val_acc, early stopping by val_loss" in text
+
+
+def test_a_validation_that_works_only_within_a_training_is_no_mistake(run: Run) -> None:
+    """The figures that it logs can be named; without that, the last epoch is kept."""
+    words = ("fit", "--model", "my_pictures.Rates", *QUICK)
+    assert "best.ckpt is of the last epoch, no early stopping" in run(*words)
+    text = run(*words, "--early_stopping.monitor", "val_loss")
+    assert "best.ckpt is by val_loss, early stopping by val_loss" in text
+    assert re.search(r"\nval_loss +\d\.\d{4}\n", text)
 
 
 def test_a_module_that_cannot_says_why(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
