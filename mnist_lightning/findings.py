@@ -97,9 +97,10 @@ def _what_matters(found: Found) -> list[str]:
     if shares.empty:
         shares, which = analysis.importance(found), "of the variance of the accuracy (fANOVA)"
     if len(shares) and shares.notna().all():
-        first, *others = (f"{name} {100 * share:.0f} %" for name, share in shares.head(3).items())
-        rest = f"; then {', '.join(others)}" if others else ""
-        return [f"**What matters most in {found.name}:** {first} {which}{rest}."]
+        (name, share), *others = shares.head(3).items()
+        rest = ", ".join(f"{other} {100 * part:.0f} %" for other, part in others if part >= 0.005)
+        text = f"{name} explains {100 * share:.0f} % {which}" + (f"; then {rest}" if rest else "")
+        return [f"**What matters most in {found.name}:** {text}."]
     if not found.axes:
         return []
     means = analysis.marginals(found).groupby("axis", sort=False)["mean"]

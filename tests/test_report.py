@@ -506,7 +506,9 @@ def test_what_matters_most_is_said_whatever_was_searched():
         return 0.5 + lr + hidden_units / 1000
 
     grid = made_up({"lr": [0.1, 0.2], "hidden_units": [1, 2]}, accuracy)
-    assert in_words([grid])[1].startswith("**What matters most in made_up:** lr 100 % of the var")
+    assert in_words([grid])[1].startswith(
+        "**What matters most in made_up:** lr explains 100 % of the var"
+    )
     data = {**grid.about["data"], "source": "digits"}
     few = made_up(
         {"lr": [0.1, 0.2], "hidden_units": [1, 2]}, accuracy, strategy={"name": "random", "n": 4}
