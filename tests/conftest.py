@@ -1,6 +1,7 @@
 """What the tests share: small real data, a quick trainer, MNIST where it is at hand."""
 
 import os
+import signal
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,6 +11,8 @@ import torch
 from mnist_lightning import MNISTDataModule
 
 torch.set_num_threads(1)  # small tensors, and two workers on two cores
+# a shell that starts the tests in the background has Ctrl-C ignored, in what they start too
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
