@@ -143,9 +143,14 @@ def end(*processes: "subprocess.Popen[str]") -> list[int]:
     return codes
 
 
+def trials(folder: Path) -> Any:
+    """The table of a search, whatever its folder is called."""
+    return load_results(folder).drop(columns="search")
+
+
 def figures(folder: Path) -> Any:
     """All but the time that it took."""
-    return load_results(folder).drop(columns="seconds").to_dict("records")
+    return trials(folder).drop(columns="seconds").to_dict("records")
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -164,7 +169,7 @@ def compare(codes: list[int], stamps: Stamps, calm: Path) -> Outcome:
         once &= not own.keys() & together.keys()
         together |= own
     if len(stamps.folders) == 2:  # the seconds too: no trial was trained by both
-        one, other = (load_results(folder) for folder in stamps.folders)
+        one, other = (trials(folder) for folder in stamps.folders)
         once &= bool(one.equals(other))
     same = all(torture.same(found, figures(calm)) for found in held)
     return Outcome(codes, once, same and torture.same(together, weights(calm)))
