@@ -23,14 +23,15 @@ from typing import Any
 import torture
 from common import RELIABILITY, write_section
 
-from mnist_lightning import checkpoints, evaluations, worker
 from mnist_lightning.__main__ import main as command
-from mnist_lightning.claims import open_storage
+from mnist_lightning.configs import read_config
 from mnist_lightning.files import read_json, read_torch
-from mnist_lightning.names import read_config
-from mnist_lightning.population import PopulationTraining
 from mnist_lightning.provenance import provenance
-from mnist_lightning.results import Results, _read_tables
+from mnist_lightning.runs import checkpoints, evaluations
+from mnist_lightning.search import worker
+from mnist_lightning.search.leases import open_storage
+from mnist_lightning.search.results import Results, _read_tables
+from mnist_lightning.training.population import PopulationTraining
 
 OUTCOMES = ("noticed", "harmless", "unnoticed")
 TITLE = "## Bits that flip"
@@ -66,7 +67,7 @@ def make(folder: Path) -> tuple[Path, Path]:
             raise KeyboardInterrupt
         run_epoch(self)
 
-    from mnist_lightning.search import read, run
+    from mnist_lightning.search.command import read, run
 
     space = ["--space", "{lr: [0.1, 0.01], max_epochs: [1, 3], hidden_units: [8]}"]
     search, place = read(["--model", "ShallowNetwork", "--data.source", "digits", *space])

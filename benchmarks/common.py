@@ -12,17 +12,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from mnist_lightning import (
-    Dashboard,
-    EarlyStopping,
-    LayerFreezing,
-    MNISTDataModule,
-    RunLogger,
-    checkpoints,
-)
-from mnist_lightning.callbacks import ProgressBar
-from mnist_lightning.checkpoints import ModelCheckpoint
-from mnist_lightning.data import ImageSet
+from mnist_lightning import Dashboard, EarlyStopping, LayerFreezing, MNISTDataModule, RunLogger
+from mnist_lightning.data.sampling import ImageSet
+from mnist_lightning.runs import checkpoints
+from mnist_lightning.runs.checkpoints import ModelCheckpoint
+from mnist_lightning.training.progress import ProgressBar
 
 RELIABILITY = Path(__file__).with_name("reliability.md")
 

@@ -35,8 +35,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchmetrics.classification import MulticlassAccuracy
 
 from mnist_lightning import DeepNetwork, MNISTDataModule, ShallowNetwork
-from mnist_lightning.data import epoch_order
-from mnist_lightning.models import Classifier
+from mnist_lightning.data.sampling import epoch_order
+from mnist_lightning.models.classifier import Classifier
 
 SHALLOW = partial(ShallowNetwork, 100, lr=0.1)
 DEEP = partial(DeepNetwork, [2048, 128], lr=0.01)

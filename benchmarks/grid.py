@@ -33,9 +33,10 @@ import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from mnist_lightning.data import MNISTDataModule, epoch_order
-from mnist_lightning.models import mlp
-from mnist_lightning.results import load_results
+from mnist_lightning.data.module import MNISTDataModule
+from mnist_lightning.data.sampling import epoch_order
+from mnist_lightning.nets import mlp
+from mnist_lightning.search.results import load_results
 
 BATCH_SIZES, WIDTHS = (4, 8, 16, 32, 64, 128), (10, 25, 50, 100)
 RATES, EPOCHS = 4, (10, 20, 50, 100)

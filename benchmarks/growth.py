@@ -28,7 +28,7 @@ from fit import ours
 from lightning.pytorch import Callback
 
 from mnist_lightning import MNISTDataModule, ShallowNetwork
-from mnist_lightning.population import Member, PopulationTraining
+from mnist_lightning.training.population import Member, PopulationTraining
 
 BATCH, WIDTH = 8, 100
 CURVES = {

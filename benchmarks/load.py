@@ -33,15 +33,15 @@ from command import measured
 from common import alternate, damaged, quietly, write_section
 from lightning.pytorch import Callback
 
-from mnist_lightning.claims import Claim
 from mnist_lightning.files import write_json
-from mnist_lightning.names import newest_first
-from mnist_lightning.plan import Search
 from mnist_lightning.provenance import provenance
-from mnist_lightning.results import Record, Results, new_record
-from mnist_lightning.search import run
-from mnist_lightning.space import Trial
-from mnist_lightning.worker import Worker
+from mnist_lightning.runs.folder import newest_first
+from mnist_lightning.search.command import run
+from mnist_lightning.search.leases import Claim
+from mnist_lightning.search.plan import Search
+from mnist_lightning.search.results import Record, Results, new_record
+from mnist_lightning.search.space import Trial
+from mnist_lightning.search.worker import Worker
 
 FIT = [
     *("-m", "mnist_lightning", "fit", "--config", "shallow.yaml", "--data.source", "digits"),

@@ -30,9 +30,9 @@ if "POWERLOSS" not in os.environ:  # a recorded process starts without all this
     import torture
     from common import RELIABILITY, write_section
 
-    from mnist_lightning import checkpoints, evaluations
     from mnist_lightning.provenance import provenance
-    from mnist_lightning.results import load_results
+    from mnist_lightning.runs import checkpoints, evaluations
+    from mnist_lightning.search.results import load_results
 
 FIT = [
     *("fit", "--config", "shallow.yaml", "--data.source", "digits", "--early_stopping.enabled=no"),
@@ -191,7 +191,8 @@ def record() -> None:
 
         setattr(owner, name, reporting)
 
-    from mnist_lightning import checkpoints, results
+    from mnist_lightning.runs import checkpoints
+    from mnist_lightning.search import results
 
     os.fsync = fsync
     sys.addaudithook(watch)

@@ -30,7 +30,7 @@ from common import alternate, mnist, quietly, trainer
 from lightning.pytorch import Callback
 
 from mnist_lightning import LayerFreezing, ResNet18
-from mnist_lightning.execution import kept_memory
+from mnist_lightning.training.execution import kept_memory
 
 BATCH = 64
 PRECISION = {28: "32-true", 224: "bf16-mixed"}

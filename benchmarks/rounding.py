@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnist_lightning.data import MNISTDataModule, epoch_order
+from mnist_lightning.data.module import MNISTDataModule
+from mnist_lightning.data.sampling import epoch_order
 from mnist_lightning.files import write_json
-from mnist_lightning.models import mlp
+from mnist_lightning.nets import mlp
 from mnist_lightning.provenance import provenance
-from mnist_lightning.stacked import BLOCK_ROWS, Population
+from mnist_lightning.training.stacked import BLOCK_ROWS, Population
 
 RESULTS = Path(__file__).parent / "results" / "rounding.json"
 STEPS, EPOCHS = 200, 5

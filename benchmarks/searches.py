@@ -25,10 +25,10 @@ if "DISTURBED" not in os.environ:  # a disturbed process starts without all this
     import yaml
     from common import RELIABILITY, write_section
 
-    from mnist_lightning import checkpoints
-    from mnist_lightning.claims import open_storage
     from mnist_lightning.provenance import provenance
-    from mnist_lightning.results import load_results
+    from mnist_lightning.runs import checkpoints
+    from mnist_lightning.search.leases import open_storage
+    from mnist_lightning.search.results import load_results
 
 WANTED = {
     "model": "ShallowNetwork",
@@ -70,8 +70,8 @@ class Outcome(NamedTuple):
 
 def disturbed() -> None:
     """In a worker: a short lease; and one of them freezes itself in the middle of a unit."""
-    from mnist_lightning import claims
-    from mnist_lightning.population import PopulationTraining
+    from mnist_lightning.search import leases as claims
+    from mnist_lightning.training.population import PopulationTraining
 
     claims.HEARTBEAT_SECONDS, claims.STALE_SECONDS = 0.5, 5.0
     run_epoch = PopulationTraining.run_epoch

@@ -28,9 +28,10 @@ import torch
 from common import RELIABILITY, damaged, write_section
 from torch import Tensor, nn
 
-from mnist_lightning import Classifier, checkpoints
-from mnist_lightning.names import newest_first
+from mnist_lightning import Classifier
 from mnist_lightning.provenance import provenance
+from mnist_lightning.runs import checkpoints
+from mnist_lightning.runs.folder import newest_first
 
 MODELS = {
     "perceptron": ["--config", "perceptron.yaml"],

@@ -4,28 +4,34 @@ The names below are imported when they are first used, so that ``import mnist_li
 with it ``mnist-lightning --help``) does not wait for PyTorch.
 """
 
+import sys
 from importlib import import_module
 from typing import Any
+
+from mnist_lightning.moved import FormerModules
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "MNISTDataModule": "data",
-    "Classifier": "models",
-    "Perceptron": "models",
-    "ShallowNetwork": "models",
-    "DeepNetwork": "models",
-    "ResNet18": "models",
-    "EarlyStopping": "callbacks",
-    "LayerFreezing": "callbacks",
-    "Dashboard": "dashboard",
-    "RunLogger": "dashboard",
-    "load": "checkpoints",
-    "load_results": "results",
-    "load_curves": "results",
+    "MNISTDataModule": "data.module",
+    "Classifier": "models.classifier",
+    "Perceptron": "models.perceptron",
+    "ShallowNetwork": "models.multilayer",
+    "DeepNetwork": "models.multilayer",
+    "ResNet18": "models.resnet",
+    "EarlyStopping": "training.callbacks",
+    "LayerFreezing": "training.freezing",
+    "Execution": "training.execution",
+    "Dashboard": "runs.loggers",
+    "RunLogger": "runs.loggers",
+    "load": "runs.checkpoints",
+    "load_results": "search.results",
+    "load_curves": "search.results",
 }
 
 __all__ = [*_HOMES, "__version__"]
+
+sys.meta_path.append(FormerModules())
 
 
 def __getattr__(name: str) -> Any:

@@ -18,8 +18,8 @@ COMMANDS = {
     "validate": ("cli", "validate", "score a checkpoint on the validation images"),
     "test": ("cli", "test", "score a checkpoint on the test images (evaluations are counted)"),
     "predict": ("cli", "predict", "label images with a checkpoint"),
-    "search": ("search", "main", "train many models and compare them"),
-    "report": ("report", "main", "tables, figures and one page of what searches found"),
+    "search": ("search.command", "main", "train many models and compare them"),
+    "report": ("report.page", "main", "tables, figures and one page of what searches found"),
     "inspect": ("cli", "inspect", "print the layers of a model, and the perceptron's tensors"),
     "configs": ("catalog", "main", "list the shipped configurations and searches, with results"),
     "doctor": ("doctor", "main", "check the installation: versions, data, GPU, disk, memory"),
@@ -85,7 +85,7 @@ def _guarded(words: list[str], debug: bool) -> int:
     if not debug:
         threading.excepthook = _without_write_errors
     try:
-        trains = module in ("cli", "search")
+        trains = module in ("cli", "search.command")
         with _stops_at_once():
             if trains:
                 import_module("mnist_lightning.words").check(words[0], words[1:])

@@ -2,19 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from pathlib import Path
+
+from mnist_lightning.console import suggest
 
 # folder of the shipped files: (what they are, the command that takes them)
 KINDS = {".": ("configurations", "fit"), "search": ("searches", "search")}
-
-
-def hint(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """The known name that a wrong word is closest to; without one, ``otherwise`` or all of them."""
-    known = list(known)
-    close = get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}?" if close else otherwise or f"there are: {', '.join(known)}"
 
 
 def shipped_configs(folder: str = ".") -> list[Path]:
@@ -45,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     files = {file.stem: file for folder in KINDS for file in shipped_configs(folder)}
     name = given.name.removesuffix(".yaml")
     if name not in files:
-        raise ValueError(f"no shipped configuration {given.name!r}; {hint(name, files)}")
+        raise ValueError(f"no shipped configuration {given.name!r}; {suggest(name, files)}")
     print(files[name].read_text(), end="")
     if preferred := _preferred(files[name]):
         print(f"note: {preferred} in this folder is preferred to this one", file=sys.stderr)

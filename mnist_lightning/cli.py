@@ -35,47 +35,34 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
-from mnist_lightning import checkpoints, console, evaluations, inspection, memory, own
-from mnist_lightning.callbacks import (
-    EarlyStopping,
-    EpochLines,
-    LayerFreezing,
-    Mistakes,
-    ProgressBar,
-    SafePoints,
-    say,
-)
-from mnist_lightning.checkpoints import (
-    DATA_CLASS,
-    LOGS,
-    REMEDY,
-    ModelCheckpoint,
-    Origin,
-    WholeFiles,
-)
-from mnist_lightning.console import short
-from mnist_lightning.dashboard import Dashboard, RunLogger
-from mnist_lightning.data import MNISTDataModule, in_image_order
-from mnist_lightning.execution import Execution
-from mnist_lightning.files import csv_cell, printable, write_text
-from mnist_lightning.models import Classifier, Diverged, Perceptron, ResNet18
-from mnist_lightning.names import (
-    ConfigByName,
+from mnist_lightning import console
+from mnist_lightning.classes import (
     allow_classes,
-    asked,
     class_path,
-    classes_in,
-    classes_in_word,
-    find_checkpoint,
     import_class,
     is_own,
     naming,
-    newest_first,
     parser_settings,
-    read_config,
-    run_name,
 )
+from mnist_lightning.configs import ConfigByName, asked, classes_in, classes_in_word, read_config
+from mnist_lightning.console import say, short
+from mnist_lightning.data.module import MNISTDataModule
+from mnist_lightning.data.sampling import in_image_order
+from mnist_lightning.files import csv_cell, printable, write_text
+from mnist_lightning.models import inspection, own
+from mnist_lightning.models.classifier import Classifier, Diverged
+from mnist_lightning.models.perceptron import Perceptron
+from mnist_lightning.models.resnet import ResNet18
 from mnist_lightning.parser import Parser, shorten
+from mnist_lightning.runs import checkpoints, evaluations
+from mnist_lightning.runs.checkpoints import DATA_CLASS, REMEDY, ModelCheckpoint, Origin, WholeFiles
+from mnist_lightning.runs.folder import LOGS, find_checkpoint, folder_of, newest_first, run_name
+from mnist_lightning.runs.loggers import Dashboard, RunLogger
+from mnist_lightning.training import memory
+from mnist_lightning.training.callbacks import EarlyStopping, Mistakes, SafePoints
+from mnist_lightning.training.execution import Execution
+from mnist_lightning.training.freezing import LayerFreezing
+from mnist_lightning.training.progress import EpochLines, ProgressBar
 
 
 def fit(words: list[str]) -> None:
@@ -272,7 +259,7 @@ class CLI(LightningCLI):
         """
         asked, training = self.asked, self.command == "fit"
         path = find_checkpoint(where, self.root, self.run_name, "last" if training else "best")
-        run = checkpoints.run_folder(path)
+        run = folder_of(path)
         if training:
             self._lock(run)  # before it can become another
         checkpoint = checkpoints.read(path)
@@ -508,7 +495,7 @@ class CLI(LightningCLI):
     def _run_logger(self) -> RunLogger:
         """Of a new folder, or of the one that the checkpoint lies in."""
         if self.checkpoint is not None and self.checkpoint_path is not None:
-            run = checkpoints.run_folder(self.checkpoint_path)
+            run = folder_of(self.checkpoint_path)
             if (run / "config.yaml").is_file():
                 self.run = run
                 return RunLogger(run, first_epoch=checkpoints.progress(self.checkpoint)[0] + 1)
@@ -684,7 +671,7 @@ class CLI(LightningCLI):
     def test(self, **kwargs: Any) -> None:
         assert self.checkpoint is not None
         assert self.checkpoint_path is not None
-        run = checkpoints.run_folder(self.checkpoint_path)
+        run = folder_of(self.checkpoint_path)
         evaluations.read(run)  # one that could not be recorded does not take place
         if not os.access(run, os.W_OK):
             raise ValueError(f"{run} is read-only: the test evaluation could not be recorded there")
@@ -767,7 +754,7 @@ class CLI(LightningCLI):
         ]
         header = ("image", "predicted", "probability")
         say(inspection.format_table(header, rows[:10], right=(1, 2)))
-        target = checkpoints.run_folder(self.checkpoint_path) / "predictions.csv"
+        target = folder_of(self.checkpoint_path) / "predictions.csv"
         text = io.StringIO(newline="")
         csv.writer(text).writerows([header, *([csv_cell(cell) for cell in row] for row in rows)])
         write_text(target, text.getvalue())

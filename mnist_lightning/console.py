@@ -1,11 +1,15 @@
-"""What the terminal is told: commands that work when they are pasted there."""
+"""What the terminal is told: commands that work when they are pasted there, and lines of text."""
 
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+
+from mnist_lightning.files import printable
 
 PROGRAM = "mnist-lightning"
 
@@ -95,3 +99,26 @@ def _same_folder(one: str, other: str) -> bool:
 
 def _quoted(*words: str | Path) -> str:
     return shlex.join(map(str, words))
+
+
+def say(text: str) -> None:
+    """Prints, above the live line of a progress bar if there is one; in one of several processes.
+
+    What would steer a terminal is escaped.
+    """
+    if "lightning.pytorch" not in sys.modules:
+        print(printable(text), flush=True)
+        return
+    from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+    from lightning.pytorch.utilities import rank_zero_only
+
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        Tqdm.write(printable(text), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def suggest(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The known name that a wrong word is closest to; without one, ``otherwise`` or all of them."""
+    known = list(known)
+    close = get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}?" if close else otherwise or f"there are: {', '.join(known)}"

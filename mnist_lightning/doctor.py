@@ -244,7 +244,7 @@ def _nvidia_smi() -> list[str]:
 
 def _data() -> Iterator[Finding]:
     """Reads MNIST as a training would, checksums included, but fetches nothing."""
-    from mnist_lightning.data import MNISTDataModule
+    from mnist_lightning.data.module import MNISTDataModule
 
     data = MNISTDataModule()
     try:
@@ -267,7 +267,7 @@ def _data() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    from mnist_lightning.memory import available_bytes
+    from mnist_lightning.training.memory import available_bytes
 
     free = available_bytes() / GIB
     low = free < 1

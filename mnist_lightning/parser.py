@@ -11,9 +11,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from mnist_lightning import console
-from mnist_lightning.catalog import hint, shipped_configs
-from mnist_lightning.models import Classifier
-from mnist_lightning.names import find_config, import_class, read_config
+from mnist_lightning.catalog import shipped_configs
+from mnist_lightning.classes import import_class
+from mnist_lightning.configs import find_config, read_config
+from mnist_lightning.console import suggest
+from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.words import options
 
 # the sections of the help after those of the command and the model, in their order
@@ -109,18 +111,18 @@ def shorten(message: str, parser: LightningArgumentParser) -> str:
     if re.search(r"required: (\w+\.)?model$", core):
         return f"which model? --config NAME ({', '.join(configs)}), or --model CLASS"
     if match := re.search(r"Expected a dot import path string: (\S+)", core):
-        return f"no model {match[1]!r}; {hint(match[1], models)}"
+        return f"no model {match[1]!r}; {suggest(match[1], models)}"
     if match := re.search(r"does not correspond to a subclass of (\w+)", core):
         if match[1] != "LightningModule":
             wrong = re.search(r"Import path (\S+) does not", core)
             return f"{core.partition(':')[0]}: {wrong[1] if wrong else given} is no {match[1]}"
-        return f"--model {given}: no LightningModule; {hint(given, models)}"
+        return f"--model {given}: no LightningModule; {suggest(given, models)}"
     if match := re.search(r"argument (?:\S+/)?(\S+): expected one argument", core):
         return f"{match[1]} needs a value after it"
     if match := re.search(r"(\w+): Option '(\w+)' is not accepted", core):
         kind = modules.get(match[1])
         known = inspect_module.signature(kind).parameters if kind else []
-        return f"{match[1]} has no option {match[2]!r}; {hint(match[2], known)}"
+        return f"{match[1]} has no option {match[2]!r}; {suggest(match[2], known)}"
     if match := re.search(r"unrecognized arguments: (\S+)|not accept option '(\S+)'", core):
         word = (match[1] or match[2]).partition("=")[0]
         nested = getattr(parser, "_subcommands_action", None)
@@ -128,7 +130,7 @@ def shorten(message: str, parser: LightningArgumentParser) -> str:
         options = [o for p in parsers for action in p._actions for o in action.option_strings]
         if match[2]:  # in a file, where there are no dashes
             options = [option.lstrip("-") for option in options]
-        return f"no option {word}; {hint(word, options, 'all of them: --help')}"
+        return f"no option {word}; {suggest(word, options, 'all of them: --help')}"
     if given and "Expected a" in core:  # of several types
         start, *types = re.split(r"Expected an? ", core)
         return f"{start}expected {' or '.join(kind.strip() for kind in types)}, got {given}"

@@ -19,7 +19,7 @@ import torchvision.datasets
 
 from mnist_lightning import provenance
 from mnist_lightning.__main__ import main
-from mnist_lightning.models import Classifier
+from mnist_lightning.models.classifier import Classifier
 
 DIGITS = ("--data.source", "digits")
 QUICK = (*DIGITS, "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu")

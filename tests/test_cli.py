@@ -21,7 +21,7 @@ from PIL import Image
 from mnist_lightning import ShallowNetwork, __version__
 from mnist_lightning.__main__ import main
 from mnist_lightning.cli import CLI
-from mnist_lightning.inspection import layer_table
+from mnist_lightning.models.inspection import layer_table
 
 FIT = "fit --config shallow --data.source digits --trainer.max_epochs 2".split()
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from mnist_lightning import MNISTDataModule, models, search
+from mnist_lightning import MNISTDataModule
 from mnist_lightning.__main__ import COMMANDS, main
 from mnist_lightning.cli import CLI
 from mnist_lightning.completion import SCRIPTS, candidates, options
-from mnist_lightning.models import Classifier
+from mnist_lightning.models.architectures import ARCHITECTURES
+from mnist_lightning.search import command as search
 
 FILE = Path(__file__).parent.parent / "mnist_lightning" / "options.tsv"
 
@@ -71,17 +72,14 @@ def _of_class(group: str, cls: type) -> Iterator[tuple[str, Any]]:
 
 def _parsed() -> dict[str, tuple[list[str], list[str]]]:
     """Each option of the real parsers, with its commands and values."""
-    from mnist_lightning import catalog, completion, doctor, report
+    from mnist_lightning import catalog, completion, doctor
+    from mnist_lightning.report import page
 
-    classes = [
-        c for c in vars(models).values() if inspect.isclass(c) and c.__module__ == models.__name__
-    ]
-    shipped = [c for c in classes if issubclass(c, Classifier) and c is not Classifier]
     subcommands = _of_cli(run=True)._subcommands_action.choices
     parsers = {
         **{name: subcommands[name] for name in ("fit", "validate", "test", "predict")},
         "search": search._parser(),
-        "report": _of_main(report.main),
+        "report": _of_main(page.main),
         "inspect": _of_cli(run=False),
         "configs": _of_main(catalog.main),
         "doctor": _of_main(doctor.main),
@@ -103,7 +101,7 @@ def _parsed() -> dict[str, tuple[list[str], list[str]]]:
                     note(command, option, getattr(action, "_typehint", None))
         note(command, "--debug", None)
         if "--trainer" in parser._option_string_actions and command != "search":
-            for cls in shipped:
+            for cls in ARCHITECTURES.values():
                 for option, hint in _of_class("model", cls):
                     note(command, option, hint)
             for option, hint in _of_class("data", MNISTDataModule):
@@ -111,7 +109,7 @@ def _parsed() -> dict[str, tuple[list[str], list[str]]]:
             if command != "inspect":
                 note(command, "--trust", None)
     for option in ("--model", "--model.help"):
-        found[option][1].update(dict.fromkeys(cls.__name__ for cls in shipped))
+        found[option][1].update(dict.fromkeys(ARCHITECTURES))
     return {option: (list(found[option][0]), list(found[option][1])) for option in sorted(found)}
 
 

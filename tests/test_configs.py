@@ -11,9 +11,9 @@ import pytest
 import yaml
 from torture import contents, same
 
-from mnist_lightning import analysis
 from mnist_lightning.__main__ import main
-from mnist_lightning.names import find_config
+from mnist_lightning.configs import find_config
+from mnist_lightning.report import analysis
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

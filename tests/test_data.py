@@ -27,15 +27,12 @@ from torch import Tensor
 from torchvision.transforms import ToTensor
 from torchvision.transforms import v2 as transforms
 
-from mnist_lightning import MNISTDataModule, data
-from mnist_lightning.data import (
-    NORMALIZATIONS,
-    EpochSampler,
-    ImageSet,
-    epoch_order,
-    read_image,
-    split_indices,
-)
+from mnist_lightning import MNISTDataModule
+from mnist_lightning.data import download, readers
+from mnist_lightning.data import module as data
+from mnist_lightning.data.module import NORMALIZATIONS
+from mnist_lightning.data.photos import read_image
+from mnist_lightning.data.sampling import EpochSampler, ImageSet, epoch_order, split_indices
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = FILES = (
     "train-images-idx3-ubyte",
@@ -77,7 +74,7 @@ class Made:
         resources = [(f"{file}.gz", md5(self.packed[file])) for file in FILES]
         monkeypatch.setattr(self.known, "resources", resources)
         if name == "MNIST":
-            monkeypatch.setattr(data, "_MNIST_MD5", {f: md5(c) for f, c in self.raw.items()})
+            monkeypatch.setattr(readers, "_MNIST_MD5", {f: md5(c) for f, c in self.raw.items()})
 
     def write(self, data_dir: Path, packed: tuple[str, ...] = ()) -> Path:
         """Writes the files as torchvision lays them out, those named as .gz; returns the folder."""
@@ -437,7 +434,7 @@ def test_what_was_asked_for_is_never_swapped(
     elif asked == "pictures":
         (tmp_path / "photos" / "cats").mkdir(parents=True)
         (tmp_path / "photos" / "cats" / "tom.JPG").touch()
-        monkeypatch.setattr(data, "_download", lambda *_: pytest.fail("downloads"))
+        monkeypatch.setattr(data, "download", lambda *_: pytest.fail("downloads"))
         arguments = {"data_dir": "photos"}
     else:
         known = {"name": {"name": "MNIST"}, "other name": {"name": "FashionMNIST"}}
@@ -546,7 +543,7 @@ def test_images_without_labels_are_refused(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = struct.pack(">2I", 0x801, 59) + made.raw[TRAIN_LABELS][8:-1]
-    monkeypatch.setitem(data._MNIST_MD5, TRAIN_LABELS, md5(content))
+    monkeypatch.setitem(readers._MNIST_MD5, TRAIN_LABELS, md5(content))
     (made.write(tmp_path) / TRAIN_LABELS).write_bytes(content)
     with pytest.raises(ValueError, match="60 train images, 59 labels"):
         made.module(tmp_path).setup()
@@ -676,13 +673,13 @@ def test_a_closed_port(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_time_limits_keep_to_twenty_seconds_in_all() -> None:
-    assert data._REACH_SECONDS + data._STALL_SECONDS <= 20
+    assert download._REACH_SECONDS + download._STALL_SECONDS <= 20
 
 
 def test_a_mirror_that_never_answers(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "_REACH_SECONDS", 0.2)
+    monkeypatch.setattr(download, "_REACH_SECONDS", 0.2)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -697,7 +694,7 @@ def test_a_mirror_that_stalls_in_a_file(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(data, "_STALL_SECONDS", 0.2)
+    monkeypatch.setattr(download, "_STALL_SECONDS", 0.2)
     done = threading.Event()
 
     def answer(handler: http.server.BaseHTTPRequestHandler, number: int) -> None:

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mnist_lightning import doctor, memory
+from mnist_lightning import doctor
 from mnist_lightning.__main__ import main
 from mnist_lightning.doctor import Finding
+from mnist_lightning.training import memory
 
 ROOT = Path(__file__).parent.parent
 

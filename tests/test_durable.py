@@ -21,12 +21,13 @@ import torture
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torture import contents, same
 
-from mnist_lightning import MNISTDataModule, checkpoints, cli
+from mnist_lightning import MNISTDataModule, cli
 from mnist_lightning.__main__ import main
-from mnist_lightning.dashboard import Dashboard
-from mnist_lightning.execution import _EpochLoop
 from mnist_lightning.files import write_json
-from mnist_lightning.models import Classifier
+from mnist_lightning.models.classifier import Classifier
+from mnist_lightning.runs import checkpoints
+from mnist_lightning.runs.loggers import Dashboard
+from mnist_lightning.training.execution import _EpochLoop
 
 FIT = ("fit", "--config", "shallow.yaml", "--data.source", "digits", "--early_stopping.enabled=no")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mnist_lightning import evaluations
 from mnist_lightning.__main__ import main
+from mnist_lightning.runs import evaluations
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from mnist_lightning import DeepNetwork, MNISTDataModule, Perceptron, ResNet18, ShallowNetwork
-from mnist_lightning import execution as ex
-from mnist_lightning.models import Classifier
+from mnist_lightning.models.classifier import Classifier
+from mnist_lightning.training import execution as ex
 
 # 1,294 training images in mini-batches of 16: 80 whole ones and one of 14
 STEPS = 81

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from mnist_lightning import data, space
+from mnist_lightning import data
 from mnist_lightning.__main__ import COMMANDS, main
-from mnist_lightning.stacked import Population
+from mnist_lightning.data import readers
+from mnist_lightning.search import space
+from mnist_lightning.training.stacked import Population
 
 QUICK = settings(
     max_examples=60,
@@ -129,7 +131,7 @@ def test_bytes_are_no_data_set(tmp_path: Path, content: bytes, packed: bool, lab
     magic = (0x0801 if labels else 0x0803).to_bytes(4, "big")
     file.write_bytes(content if packed else magic + content)
     with pytest.raises(ValueError, match=stem):
-        data._read_idx("MNIST", stem, tmp_path)
+        readers._read_idx("MNIST", stem, tmp_path)
 
 
 @QUICK

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from test_search import of, without_time
 
-from mnist_lightning import space
 from mnist_lightning.__main__ import main
-from mnist_lightning.claims import open_storage
-from mnist_lightning.plan import Search
-from mnist_lightning.population import PopulationTraining
-from mnist_lightning.results import Results, load_results
-from mnist_lightning.search import run
-from mnist_lightning.worker import Worker
+from mnist_lightning.search import space
+from mnist_lightning.search.command import run
+from mnist_lightning.search.leases import open_storage
+from mnist_lightning.search.plan import Search
+from mnist_lightning.search.results import Results, load_results
+from mnist_lightning.search.worker import Worker
+from mnist_lightning.training.population import PopulationTraining
 
 
 def search(**changes) -> Search:
@@ -103,7 +103,7 @@ def test_no_network_is_trained_again(small, tmp_path, trained, capsys):
 
 def test_an_interrupted_search_grows_without_another_bit(small, larger, tmp_path, monkeypatch):
     """Also where it was cut within a unit: that goes on from its state."""
-    monkeypatch.setattr("mnist_lightning.worker.SNAPSHOT_SECONDS", 0.0)
+    monkeypatch.setattr("mnist_lightning.search.worker.SNAPSHOT_SECONDS", 0.0)
     begun = search(space={**LARGER["space"], "lr": [0.1, 0.01]}, fixed={"batch_size": 64})
     whole = of_run(begun, tmp_path / "whole")
     run_epoch, epochs = PopulationTraining.run_epoch, []

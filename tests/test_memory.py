@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist_lightning import DeepNetwork, ResNet18, ShallowNetwork, memory
+from mnist_lightning import DeepNetwork, ResNet18, ShallowNetwork
 from mnist_lightning.__main__ import main
+from mnist_lightning.training import memory
 
 # The peak of a process that trains two steps, beside that of one that trains a tiny network.
 PEAK = """

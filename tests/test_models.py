@@ -8,8 +8,8 @@ from conftest import same_weights, trainer
 from torch.optim import lr_scheduler as lrs
 
 from mnist_lightning import DeepNetwork, MNISTDataModule, Perceptron, ShallowNetwork
-from mnist_lightning.data import epoch_order
-from mnist_lightning.models import Classifier
+from mnist_lightning.data.sampling import epoch_order
+from mnist_lightning.models.classifier import Classifier
 
 MODELS = {
     "perceptron": lambda: Perceptron(lr=0.0001),

@@ -18,9 +18,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 import mnist_lightning
-from mnist_lightning import Classifier, MNISTDataModule, ShallowNetwork, search
+from mnist_lightning import Classifier, MNISTDataModule, ShallowNetwork
 from mnist_lightning.__main__ import main
-from mnist_lightning.checkpoints import read
+from mnist_lightning.runs.checkpoints import read
+from mnist_lightning.search import command as search
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PART = README.split("**A model of your own**")[1].split("\n\n**")[0]
@@ -480,7 +481,7 @@ def test_the_package_itself_stays_light() -> None:
 def test_named_data_is_never_swapped(
     named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mnist_lightning.data._first_to_answer", _nobody)
+    monkeypatch.setattr("mnist_lightning.data.download._first_to_answer", _nobody)
     monkeypatch.delenv("MNIST_DATA_DIR", raising=False)
     for kind in ("cats", "dogs"):
         Path("photos", kind).mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 from twins import ADDITIONS, FUSED, MANY, MODELS, ONE, Addition, ways_table
 
-from mnist_lightning import MNISTDataModule, data
-from mnist_lightning.data import epoch_order
-from mnist_lightning.execution import Execution
+from mnist_lightning import MNISTDataModule
+from mnist_lightning.data import module
+from mnist_lightning.data.sampling import epoch_order
+from mnist_lightning.training.execution import Execution
 
 README = Path(__file__).parent.parent / "README.md"
 # 566 images to train on, in 36 mini-batches; the rest validates
@@ -156,7 +157,7 @@ def _same(ours: dict[str, float], theirs: dict[str, float], varies: tuple[str, .
 def _digits_read_once() -> Iterator[None]:
     """A tenth of a second, some hundred times."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_read_digits", functools.cache(data._read_digits))
+        patch.setattr(module, "read_digits", functools.cache(module.read_digits))
         yield
 
 

@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnist_lightning.data import MNISTDataModule, epoch_order
-from mnist_lightning.models import mlp
-from mnist_lightning.population import (
+from mnist_lightning.data.module import MNISTDataModule
+from mnist_lightning.data.sampling import epoch_order
+from mnist_lightning.nets import mlp
+from mnist_lightning.training.population import (
     Member,
     PopulationTraining,
     initial_parameters,
     pixel_order,
     training_bytes,
 )
-from mnist_lightning.stacked import Population
+from mnist_lightning.training.stacked import Population
 
 # every depth from 0 to 4, widths that are padded and widths that are not, equal and mixed
 NETWORKS = [(), (10,), (25,), (200,), (25,), (12, 7), (9, 30), (200, 20), (20, 200)]

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from mnist_lightning import analysis
-from mnist_lightning.analysis import Found
-from mnist_lightning.published import PUBLISHED
+from mnist_lightning.report import analysis
+from mnist_lightning.report.analysis import Found
+from mnist_lightning.report.published import PUBLISHED
 
 ROOT = Path(__file__).parent.parent
 README = " ".join((ROOT / "README.md").read_text().split())  # wherever its lines break

@@ -15,17 +15,19 @@ import scipy.stats
 import torch
 from conftest import trainer
 
-from mnist_lightning import EarlyStopping, MNISTDataModule, analysis, plan
+from mnist_lightning import EarlyStopping, MNISTDataModule
 from mnist_lightning.__main__ import main
-from mnist_lightning.analysis import Found, read
-from mnist_lightning.callbacks import Mistakes
-from mnist_lightning.findings import in_words, results_table
-from mnist_lightning.models import DeepNetwork, ShallowNetwork
-from mnist_lightning.plan import Search
-from mnist_lightning.published import PUBLISHED
-from mnist_lightning.report import Table, _test, _training
-from mnist_lightning.results import sealed
-from mnist_lightning.search import run
+from mnist_lightning.models.multilayer import DeepNetwork, ShallowNetwork
+from mnist_lightning.report import analysis
+from mnist_lightning.report.analysis import Found, read
+from mnist_lightning.report.findings import in_words, results_table
+from mnist_lightning.report.page import Table, _test, _training
+from mnist_lightning.report.published import PUBLISHED
+from mnist_lightning.search import plan
+from mnist_lightning.search.command import run
+from mnist_lightning.search.plan import Search
+from mnist_lightning.search.results import sealed
+from mnist_lightning.training.callbacks import Mistakes
 
 SPACE = {"batch_size": [16, 32], "max_epochs": [1, 2], "lr": [0.1, 0.01, 0.001]}
 STUDY = Path(__file__).parent.parent / "lightning_logs" / "study"
@@ -58,7 +60,7 @@ def report(searched, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made_up(space: dict, accuracy, seeds=(0,), model="ShallowNetwork", **about) -> Found:
     """A search whose accuracies are a formula."""
-    from mnist_lightning.space import grid
+    from mnist_lightning.search.space import grid
 
     rows = []
     for number, params in enumerate(grid(space)):
@@ -549,7 +551,7 @@ def test_a_mistake_is_of_the_image_that_it_shows(searched):
     import base64
     import zlib
 
-    from mnist_lightning import checkpoints
+    from mnist_lightning.runs import checkpoints
 
     (evaluation,) = json.loads((searched / "test.json").read_text())
     checkpoint = checkpoints.read(searched / "checkpoints" / "best.ckpt")

@@ -17,8 +17,8 @@ from torchvision.models import ResNet18_Weights, resnet18
 
 from mnist_lightning import LayerFreezing, MNISTDataModule, ResNet18
 from mnist_lightning.__main__ import main
-from mnist_lightning.data import NORMALIZATIONS
-from mnist_lightning.models import one_cycle
+from mnist_lightning.data.module import NORMALIZATIONS
+from mnist_lightning.models.resnet import one_cycle
 
 FEW = {"limit_train_batches": 2, "limit_val_batches": 1}
 

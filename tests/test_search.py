@@ -27,13 +27,15 @@ import torch
 import yaml
 from conftest import trainer
 
-from mnist_lightning import MNISTDataModule, claims, plan, space, worker
+from mnist_lightning import MNISTDataModule
 from mnist_lightning.__main__ import main
-from mnist_lightning.claims import Claim, ClaimLost, Claims, StorageLost, open_storage
-from mnist_lightning.models import Perceptron, ShallowNetwork
-from mnist_lightning.plan import Search, rounds, units
-from mnist_lightning.population import PopulationTraining
-from mnist_lightning.results import (
+from mnist_lightning.models.multilayer import ShallowNetwork
+from mnist_lightning.models.perceptron import Perceptron
+from mnist_lightning.search import leases, plan, space, worker
+from mnist_lightning.search.command import Progress, _crown, read, run
+from mnist_lightning.search.leases import Claim, ClaimLost, Claims, StorageLost, open_storage
+from mnist_lightning.search.plan import Search, rounds, units
+from mnist_lightning.search.results import (
     CURVES,
     Results,
     load_curves,
@@ -41,7 +43,7 @@ from mnist_lightning.results import (
     sealed,
     unsealed,
 )
-from mnist_lightning.search import Progress, _crown, read, run
+from mnist_lightning.training.population import PopulationTraining
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "search").glob("*.yaml"))
 AXES = {
@@ -420,7 +422,7 @@ def test_the_unit_of_a_frozen_worker_is_free_after_a_while(storage, clock, here)
     watcher = Claims(storage, "s")
     for _ in range(4):
         assert watcher.take("unit", ["a"]) is None
-        clock["now"] += claims.STALE_SECONDS / 3
+        clock["now"] += leases.STALE_SECONDS / 3
     assert isinstance(watcher.take("unit", ["a"]), Claim)
     with pytest.raises(ClaimLost):
         late.check()
@@ -438,8 +440,8 @@ def test_a_lock_that_a_killed_process_left_is_taken_away(folder, monkeypatch):
             pytest.fail("it waits for ever")
         return now
 
-    monkeypatch.setattr(claims.time, "monotonic", waited)
-    monkeypatch.setattr(claims.time, "sleep", waited)
+    monkeypatch.setattr(leases.time, "monotonic", waited)
+    monkeypatch.setattr(leases.time, "sleep", waited)
     killed = open_storage(None, Path("found"))
     killed._storage._backend._lock.acquire()
     assert isinstance(Claims(open_storage(None, Path("found")), "s").take("unit", ["a"]), Claim)
@@ -465,7 +467,7 @@ def test_the_unit_of_a_dead_process_is_free_again(storage):
 def clock(monkeypatch):
     """A clock that stands still until it is told to go on."""
     clock = {"now": 1000.0}
-    monkeypatch.setattr(claims.time, "monotonic", lambda: clock["now"])
+    monkeypatch.setattr(leases.time, "monotonic", lambda: clock["now"])
     return clock
 
 
@@ -473,7 +475,7 @@ def test_the_unit_of_a_silent_machine_is_free_after_a_while(storage, clock):
     Claims(storage, "s").take("unit", ["a"])
     owned(storage, machine="elsewhere")
     watcher = Claims(storage, "s")
-    third = claims.STALE_SECONDS / 3
+    third = leases.STALE_SECONDS / 3
     for beat in (1, 1, 1, 2, 2, 2):  # a sign of life in between
         owned(storage, beat=beat)
         assert watcher.take("unit", ["a"]) is None
@@ -489,7 +491,7 @@ def test_an_observer_that_was_away_watches_anew(storage, clock):
     owned(storage, machine="elsewhere")
     watcher = Claims(storage, "s")
     assert watcher.take("unit", ["a"]) is None
-    clock["now"] += 2 * claims.STALE_SECONDS
+    clock["now"] += 2 * leases.STALE_SECONDS
     assert watcher.take("unit", ["a"]) is None
 
 
@@ -498,7 +500,7 @@ def test_a_container_with_the_same_hostname_is_another_machine(storage, monkeypa
     readlink = os.readlink
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(
-            claims.os, "readlink", lambda p: "pid:[1]" if "ns/pid" in str(p) else readlink(p)
+            leases.os, "readlink", lambda p: "pid:[1]" if "ns/pid" in str(p) else readlink(p)
         )
         Claims(storage, "s").take("unit", ["a"])
     owned(storage, pid=2**22 + 1)  # a number that no process here has
@@ -564,7 +566,7 @@ def test_a_late_trial_costs_the_search_no_more_than_an_early_one(drawn, folder, 
 
         monkeypatch.setattr(owner, name, note)
 
-    monkeypatch.setattr("mnist_lightning.search.SHOW_SECONDS", float("inf"))
+    monkeypatch.setattr("mnist_lightning.search.command.SHOW_SECONDS", float("inf"))
     counted(Results, "records")
     counted(optuna.Study, "get_trials")
     counted(optuna, "create_study")
@@ -585,7 +587,7 @@ def test_a_late_trial_costs_the_search_no_more_than_an_early_one(drawn, folder, 
 def death_of(claim: Claim, part: float = 0.0) -> None:
     if part:
         claim.goes_on(part)
-    me = claims._process()
+    me = leases._process()
     assert Claims(claim._storage, "s").note_death(me["pid"], me["started"], "killed by SIGKILL")
 
 
@@ -613,19 +615,19 @@ class Flaky:
 
 
 def test_a_storage_that_comes_back_within_a_minute_is_waited_for(monkeypatch, clock):
-    monkeypatch.setattr(claims.time, "sleep", lambda s: clock.update(now=clock["now"] + s))
+    monkeypatch.setattr(leases.time, "sleep", lambda s: clock.update(now=clock["now"] + s))
     error = optuna.exceptions.StorageInternalError("This is about something else.")
     error.__cause__ = OSError(errno.ECONNREFUSED, "Connection refused")
-    assert claims._Patient(Flaky(error, 10), "storage x").get_all_studies() == []
+    assert leases._Patient(Flaky(error, 10), "storage x").get_all_studies() == []
     started = clock["now"]
     with pytest.raises(StorageLost, match="storage x does not answer: connection refused"):
-        claims._Patient(Flaky(error, 1000), "storage x").get_all_studies()
-    assert 50 < clock["now"] - started <= claims.PATIENCE_SECONDS
+        leases._Patient(Flaky(error, 1000), "storage x").get_all_studies()
+    assert 50 < clock["now"] - started <= leases.PATIENCE_SECONDS
     full = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(StorageLost, match="storage x cannot be written: no space left on device"):
-        claims._Patient(Flaky(full, 1), "storage x").get_all_studies()
+        leases._Patient(Flaky(full, 1), "storage x").get_all_studies()
     with pytest.raises(KeyError):  # an answer
-        claims._Patient(Flaky(KeyError(1), 1), "storage x").get_all_studies()
+        leases._Patient(Flaky(KeyError(1), 1), "storage x").get_all_studies()
 
 
 def test_what_a_worker_finished_while_the_storage_was_away_is_shown_later(
@@ -1363,14 +1365,14 @@ def test_workers_killed_at_random_are_replaced(tmp_path):
 MACHINE = """
 import os, signal, sys, time
 from pathlib import Path
-from mnist_lightning import claims
+from mnist_lightning.search import leases
 from mnist_lightning.__main__ import main
 from mnist_lightning.population import PopulationTraining
 
-claims.HEARTBEAT_SECONDS, claims.STALE_SECONDS = 0.2, 2.0
+leases.HEARTBEAT_SECONDS, leases.STALE_SECONDS = 0.2, 2.0
 name, frozen, *words = sys.argv[1:]
-process = claims._process
-claims._process = lambda: {**process(), "machine": name}
+process = leases._process
+leases._process = lambda: {**process(), "machine": name}
 run_epoch = PopulationTraining.run_epoch
 
 def freeze_once(self):

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from mnist_lightning import space
-from mnist_lightning.space import Score, Trial
+from mnist_lightning.search import space
+from mnist_lightning.search.space import Score, Trial
 
 SHALLOW = {
     "batch_size": [4, 8, 16, 32, 64, 128],

@@ -25,7 +25,7 @@ from mnist_lightning import (
     ShallowNetwork,
 )
 from mnist_lightning.__main__ import main
-from mnist_lightning.models import Batch
+from mnist_lightning.models.classifier import Batch
 
 
 class Losses(Callback):

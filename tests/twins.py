@@ -20,19 +20,13 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as ls
 from torchmetrics import MeanMetric
 
-from mnist_lightning import (
-    DeepNetwork,
-    MNISTDataModule,
-    Perceptron,
-    ResNet18,
-    ShallowNetwork,
-    execution,
-)
+from mnist_lightning import DeepNetwork, MNISTDataModule, Perceptron, ResNet18, ShallowNetwork
 from mnist_lightning import EarlyStopping as OurEarlyStopping
-from mnist_lightning.callbacks import LayerFreezing
-from mnist_lightning.callbacks import ProgressBar as OurBar
-from mnist_lightning.checkpoints import ModelCheckpoint as OurCheckpoint
-from mnist_lightning.models import Classifier
+from mnist_lightning.models.classifier import Classifier
+from mnist_lightning.runs.checkpoints import ModelCheckpoint as OurCheckpoint
+from mnist_lightning.training import execution
+from mnist_lightning.training.freezing import LayerFreezing
+from mnist_lightning.training.progress import ProgressBar as OurBar
 
 FUSED, MANY, ONE = "fused", "many steps", "one at a time"
 

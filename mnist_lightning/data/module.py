@@ -1,0 +1,289 @@
+"""MNIST and the sets of the same format: found or fetched, verified, split, batched, resized.
+
+The whole set lives in memory as uint8 tensors. A mini-batch is one indexing operation; scaling,
+normalisation and the resize to 224 pixels happen per batch, on the device that trains.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from mnist_lightning.data.download import download
+from mnist_lightning.data.photos import IMAGES, read_image
+from mnist_lightning.data.readers import (
+    FILES,
+    first_picture,
+    missing_files,
+    not_there,
+    read_digits,
+    read_files,
+    where_to_put,
+)
+from mnist_lightning.data.sampling import EpochSampler, ImageSet, as_is, split_indices
+
+SetName = Literal["MNIST", "FashionMNIST", "KMNIST"]
+Source = Literal["auto", "mnist", "digits"]
+Split = Literal["study", "canonical"]
+Normalization = Literal["unit", "mnist", "imagenet"]
+
+# (mean, standard deviation) of pixels in [0, 1]. "imagenet" is the mean over ImageNet's three
+# channels: a gray image repeated three times needs one scalar, the same for each channel.
+NORMALIZATIONS: dict[str, tuple[float, float]] = {
+    "unit": (0.0, 1.0),
+    "mnist": (0.1307, 0.3081),
+    "imagenet": (0.449, 0.226),
+}
+
+
+class MNISTDataModule(LightningDataModule):
+    """The 70,000 digits, split into train, validation and test, in mini-batches.
+
+    Args:
+        name: which set of the MNIST format: MNIST, unless you say another.
+        source: ``mnist`` takes the set named above, from ``data_dir`` or else from its mirrors;
+            ``digits`` takes the 1,797 real 8x8 digits that scikit-learn carries, enlarged to 28x28;
+            ``auto`` prefers the first and, where nothing was asked for (no name, no ``data_dir``,
+            no ``MNIST_DATA_DIR``), falls back to the second, with a warning.
+        data_dir: holds ``MNIST/raw/...`` in torchvision's layout, raw or .gz. Without it, the
+            environment variable ``MNIST_DATA_DIR``, else ``data``.
+        split: ``study`` pools all 70,000 images, shuffles them and gives 63,000 for training and
+            validation and 7,000 for the test; ``canonical`` keeps MNIST's own 10,000 test images.
+        val_fraction: share of the training pool that validates.
+        split_seed: draws the split, and nothing else does.
+        batch_size: images in a training mini-batch, in each process.
+        eval_batch_size: images in a validation or test mini-batch; changes memory, not results.
+        image_size: pixels a side that the model sees. Other than 28, each batch is resized
+            (bilinear, antialiased where it shrinks) on the device.
+        normalization: ``unit`` divides pixels by 255; ``mnist`` and ``imagenet`` then subtract
+            that set's mean and divide by its standard deviation, one scalar for the gray channel.
+        predict_dir: a folder of image files for ``predict``; without it, the validation images.
+        steps_per_execution: mini-batches that a training takes at once and makes as many updates
+            with. They are the same mini-batches and updates as one by one, without what the Trainer
+            does between them. Unset, as many as are worth it; see ``execution``.
+
+    A batch is ``(images, labels)``: from the loaders uint8 ``(b, 28, 28)`` and int64 ``(b,)``;
+    after ``on_after_batch_transfer``, which the Trainer calls, the images are float32
+    ``(b, 1, image_size, image_size)``.
+    """
+
+    name: SetName
+    train_set: ImageSet
+    val_set: ImageSet
+    test_set: ImageSet
+    checksum: str
+    """SHA-256 over images and labels as read, whatever files they came from."""
+
+    steps_known = True  # see execution.altered
+
+    def __init__(
+        self,
+        name: SetName | None = None,
+        source: Source = "auto",
+        data_dir: str | None = None,
+        split: Split = "study",
+        val_fraction: float = 0.2,
+        split_seed: int = 0,
+        batch_size: int = 32,
+        eval_batch_size: int = 1000,
+        image_size: int = 28,
+        normalization: Normalization = "unit",
+        predict_dir: str | None = None,
+        steps_per_execution: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check("val_fraction", val_fraction, 0 < val_fraction < 1, "must lie between 0 and 1")
+        for key, count in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("image_size", image_size),
+            ("steps_per_execution", 1 if steps_per_execution is None else steps_per_execution),
+        ):
+            _check(key, count, count >= 1, "must be at least 1")
+        _check("image_size", image_size, image_size <= 1024, "must be at most 1024")
+        for key, value, allowed in (
+            ("name", name or "MNIST", SetName),
+            ("source", source, Source),
+            ("split", split, Split),
+            ("normalization", normalization, Normalization),
+        ):
+            choices = allowed.__args__  # type: ignore[attr-defined]
+            _check(key, value, value in choices, f"must be one of {', '.join(choices)}")
+        folder = data_dir or os.environ.get("MNIST_DATA_DIR")
+        if source == "auto" and (name or folder):
+            source = "mnist"  # asked for: nothing else will do
+        name = name or "MNIST"
+        self.save_hyperparameters(ignore=["predict_dir", "steps_per_execution"])
+        self.hparams.update(name=name, source=source)  # a subclass was perhaps given others
+        self.name, self.source, self.split = name, source, split
+        self.data_dir = Path(folder or "data")
+        self.val_fraction, self.split_seed = val_fraction, split_seed
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.image_size, self.normalization = image_size, normalization
+        self.predict_dir = predict_dir
+        self.steps_per_execution = steps_per_execution
+        self._loaded = False
+        self._no_download = "not tried"
+
+    def prepare_data(self) -> None:
+        """Fetches the files if they are not there yet; in one process only."""
+        missing = missing_files(self.name, self.data_dir)
+        if self.source == "digits" or not missing:
+            return
+        if len(missing) == len(FILES) and (pictures := first_picture(self.data_dir)):
+            raise ValueError(
+                not_there(self.name, self.data_dir, f"it holds other pictures ({pictures.name})")
+            )
+        try:
+            download(self.name, self.data_dir)
+        except OSError as error:
+            # a set that is there in part was meant to be used: no falling back to the digits
+            if self.source == "mnist" or len(missing) < len(FILES):
+                reason = f"no {', no '.join(missing)}; {error}"
+                raise ValueError(not_there(self.name, self.data_dir, reason)) from error
+            self._no_download = str(error)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads, verifies and splits the set; every process gets the same split."""
+        if stage == "fit" and self.trainer is not None and (self.steps_per_execution or 1) > 1:
+            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+            if not any(hasattr(callback, "takes_executions") for callback in callbacks):
+                module = type(self.trainer.lightning_module).__name__
+                raise ValueError(
+                    f"steps_per_execution {self.steps_per_execution} is not possible: {module} does"
+                    " not bring the callback Execution. Leave it out, or set it to 1"
+                )
+        if self._loaded:
+            return
+        if self.source == "auto":
+            gone = len(missing_files(self.name, self.data_dir)) == len(FILES)
+            self.source = "digits" if gone else "mnist"
+            if self.source == "digits":
+                rank_zero_warn(
+                    f"{self.name} is not in {self.data_dir}, nor was it fetched"
+                    f" ({self._no_download}): training on scikit-learn's 1,797 small digits"
+                    " instead. The results say"
+                    f" nothing about {self.name}. {where_to_put(self.name, self.data_dir)}"
+                )
+            # from here on the run is about this source: checkpoints must not say "auto"
+            self.hparams["source"] = self.source
+        pool = read_digits() if self.source == "digits" else read_files(self.name, self.data_dir)
+        self.checksum = pool.checksum
+        train, val, test = split_indices(
+            len(pool.labels), pool.official_test, self.split, self.val_fraction, self.split_seed
+        )
+        for part, indices in (("train", train), ("validate", val), ("test", test)):
+            if not len(indices):
+                raise ValueError(
+                    f"val_fraction {self.val_fraction} of {len(train) + len(val):,} images leaves"
+                    f" none to {part} on; the study takes 0.2"
+                )
+        self.train_set = ImageSet(pool.images[train], pool.labels[train])
+        self.val_set = ImageSet(pool.images[val], pool.labels[val])
+        self.test_set = ImageSet(pool.images[test], pool.labels[test])
+        self._loaded = True
+
+    def describe(self) -> str:
+        """One line: which data this is, after ``setup``."""
+        name = self.name if self.source == "mnist" else "scikit-learn's digits"
+        sizes = f"{len(self.train_set):,} / {len(self.val_set):,} / {len(self.test_set):,}"
+        return f"{name}, split {self.split} (seed {self.split_seed}): {sizes} train / val / test"
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        sampler = EpochSampler(
+            self.train_set,
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            # set by seed_everything, for this process and those that it starts
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+        )
+        return self._loader(self.train_set, self.batch_size, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._eval_loader(self.val_set)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._eval_loader(self.test_set)
+
+    def predict_dataloader(self) -> DataLoader:
+        if self.predict_dir is None:
+            return self.val_dataloader()
+        images = torch.stack([read_image(path) for path in self.predict_files()])
+        unknown = torch.full((len(images),), -1)
+        return self._eval_loader(ImageSet(images, unknown))
+
+    def predict_files(self) -> list[Path]:
+        """The image files of ``predict_dir``, sorted by name.
+
+        Raises:
+            ValueError: the folder is missing or holds no image.
+        """
+        folder = Path(self.predict_dir or "")
+        files = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES)
+        if not files:
+            raise ValueError(f"no image (.png, .jpg, .gif, .webp) in predict_dir: {folder}")
+        return files
+
+    def on_after_batch_transfer(
+        self, batch: tuple[Tensor, Tensor], dataloader_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        pixels = self.preprocess(images)
+        if self.trainer is not None:
+            # "64-true" and "bf16-true" convert what they are given, but before this hook
+            pixels = self.trainer.precision_plugin.convert_input(pixels)
+        return pixels, labels
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """uint8 ``(b, 28, 28)`` -> normalised float32 ``(b, 1, image_size, image_size)``."""
+        mean, std = NORMALIZATIONS[self.normalization]
+        pixels = images.unsqueeze(1).float().div_(255)
+        if (mean, std) != (0.0, 1.0):
+            pixels.sub_(mean).div_(std)
+        if self.image_size != images.shape[-1]:
+            size = (self.image_size, self.image_size)
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+        return pixels
+
+    def _eval_loader(self, data: ImageSet) -> DataLoader:
+        """Each image once, in order. Of several processes, each gets its own share of them.
+
+        Raises:
+            ValueError: fewer images than processes.
+        """
+        trainer = self.trainer
+        if trainer is None or trainer.world_size == 1:
+            return self._loader(data, self.eval_batch_size)
+        processes = trainer.world_size
+        if len(data) < processes:
+            # Lightning stops a process without a batch, and the others would wait for it
+            raise ValueError(
+                f"{processes} processes cannot share {len(data)} images:"
+                f" --trainer.devices {len(data)} or fewer"
+            )
+        # Lightning leaves it in place, where its own for several processes would repeat images
+        # until all processes had as many
+        share = UnrepeatedDistributedSampler(
+            data, num_replicas=processes, rank=trainer.global_rank, shuffle=False
+        )
+        return self._loader(data, self.eval_batch_size, share)
+
+    @staticmethod
+    def _loader(
+        data: ImageSet, batch_size: int, sampler: DistributedSampler | None = None
+    ) -> DataLoader:
+        # no worker processes: indexing takes less time than handing the batch over would
+        return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=as_is)
+
+
+def _check(name: str, value: object, holds: bool, law: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} {law}, got {value!r}")

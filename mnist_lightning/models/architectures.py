@@ -1,0 +1,10 @@
+"""The architectures by name."""
+
+from mnist_lightning.models.classifier import Classifier
+from mnist_lightning.models.multilayer import DeepNetwork, ShallowNetwork
+from mnist_lightning.models.perceptron import Perceptron
+from mnist_lightning.models.resnet import ResNet18
+
+ARCHITECTURES: dict[str, type[Classifier]] = {
+    kind.__name__: kind for kind in (Perceptron, ShallowNetwork, DeepNetwork, ResNet18)
+}

@@ -1,0 +1,112 @@
+"""What a model is made of, read off a real forward pass or a real training step."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnist_lightning.data.module import MNISTDataModule
+from mnist_lightning.models.perceptron import Perceptron
+
+
+class Layer(NamedTuple):
+    """One call of a layer: its name, the shape that came out (batch first, -1), its parameters."""
+
+    name: str
+    output_shape: tuple[int, ...]
+    parameters: int
+
+
+def layer_table(net: nn.Module, image: Tensor) -> list[Layer]:
+    """Every layer, in the order in which a forward pass is done with them.
+
+    A layer that is used twice stands twice, its parameters once.
+
+    Args:
+        net: left as it was (its training mode too).
+        image: one image, ``(1, 1, height, width)``.
+    """
+    table: list[Layer] = []
+    counted: set[nn.Parameter] = set()
+
+    def note(module: nn.Module, _: object, output: Tensor) -> None:
+        own = set(module.parameters(recurse=False)) - counted
+        counted.update(own)
+        name = f"{type(module).__name__}-{len(table) + 1}"
+        table.append(Layer(name, (-1, *output.shape[1:]), sum(p.numel() for p in own)))
+
+    layers = [m for m in net.modules() if m is not net and not isinstance(m, nn.Sequential)]
+    # a net that is itself a layer, like the perceptron's map
+    hooks = [module.register_forward_hook(note) for module in layers or [net]]
+    was_training = net.training
+    try:
+        net.eval()
+        with torch.inference_mode():
+            net(image)
+    finally:
+        net.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return table
+
+
+def format_layers(table: list[Layer], net: nn.Module) -> str:
+    """The table as text, with totals that are counted from the network and not from the table."""
+    total = sum(p.numel() for p in net.parameters())
+    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert sum(layer.parameters for layer in table) == total, "a parameter belongs to no layer"
+    rows = [(name, str(list(shape)), f"{count:,}") for name, shape, count in table]
+    text = format_table(("Layer (type)", "Output shape", "Param #"), rows, right=(2,))
+    return f"{text}\n\nTotal params: {total:,}\nTrainable params: {trainable:,}"
+
+
+def tensor_table(
+    model: Perceptron, data: MNISTDataModule, images: Tensor, labels: Tensor
+) -> list[tuple[str, str, str]]:
+    """The tensors of one live step of the perceptron: name, shape, meaning.
+
+    Args:
+        model: takes one step's gradients; its weights stay.
+        data: that the mini-batch comes from, after ``setup``.
+        images: ``(b, 1, 28, 28)``.
+        labels: ``(b,)``.
+    """
+    step = model.delta_rule(images, labels)
+    y, t, grad = step["y"], step["t"], step["grad"]
+    tensors = {
+        "data_train": (data.train_set.images.flatten(1), "training images, each a row of pixels"),
+        "label_train": (F.one_hot(data.train_set.labels), "their labels, one-hot"),
+        "data_val": (data.val_set.images.flatten(1), "validation images"),
+        "label_val": (F.one_hot(data.val_set.labels), "their labels, one-hot"),
+        "data_test": (data.test_set.images.flatten(1), "test images"),
+        "label_test": (F.one_hot(data.test_set.labels), "their labels, one-hot"),
+        "x": (step["x"], "the mini-batch, pixels from 0 to 1"),
+        "w": (step["w"], "weights, from each pixel to each class"),
+        "b": (step["b"], "biases, one a class"),
+        "y": (y, "scores of the mini-batch: x @ w + b"),
+        "t": (t, "its labels, one-hot"),
+        "grad": (grad, "the gradient of the rule with respect to the scores: t - y"),
+        "x.T @ grad": (step["x"].T @ grad, "moves w, times the learning rate"),
+        "grad.sum(0)": (grad.sum(0), "moves b, times the learning rate"),
+        "y.argmax(1)": (y.argmax(1), "predicted classes"),
+        "t.argmax(1)": (t.argmax(1), "true classes"),
+    }
+    return [(name, str(list(value.shape)), meaning) for name, (value, meaning) in tensors.items()]
+
+
+def format_table(
+    header: tuple[str, ...], rows: Iterable[tuple[str, ...]], right: tuple[int, ...] = ()
+) -> str:
+    """Columns as wide as their widest cell; those in ``right`` are aligned to the right."""
+    rows = list(rows)
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [header, *rows]
+    ]
+    return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:]])

@@ -1,0 +1,565 @@
+"""Run a search: trials in, results out; resumed, spread over workers and machines."""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import multiprocessing
+import os
+import re
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+
+from mnist_lightning import console
+from mnist_lightning.classes import allow_classes, class_path, naming, parser_settings
+from mnist_lightning.configs import SearchByName, check_named
+from mnist_lightning.data.module import MNISTDataModule
+from mnist_lightning.files import printable, write_bytes
+from mnist_lightning.search import leases, space
+from mnist_lightning.search.leases import Claim, ClaimLost, Claims, open_storage, start_of
+from mnist_lightning.search.plan import (
+    OBJECTIVES,
+    SMALL,
+    STRATEGIES,
+    UNIT_BYTES,
+    Search,
+    Unit,
+    all_units,
+    check_count,
+    digest,
+    networks,
+    open_units,
+    planned,
+)
+from mnist_lightning.search.results import Record, Results, score, sealed
+from mnist_lightning.search.space import Score
+from mnist_lightning.search.worker import (
+    ATTEMPTS,
+    Report,
+    Worker,
+    adopt,
+    fill_index,
+    make_trainer,
+    optuna_study,
+    sampler_and_pruner,
+)
+
+ROOT = Path("lightning_logs") / "search"
+SHOW_SECONDS = 1.0
+STOPS = {signal.SIGINT, signal.SIGTERM}
+
+
+def _work_here(
+    report: Report,
+    search: Search,
+    key: str,
+    path: Path,
+    storage: str | None,
+    device: str,
+    threads: int,
+) -> None:
+    meeting_point = open_storage(storage, path)
+    Worker(search, key, Results(path), meeting_point, device, threads, report).work()
+
+
+def _work_elsewhere(pipe: Connection, parent: int, *arguments: Any) -> None:
+    """``_work_here`` in a process of its own."""
+
+    def leave_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    try:
+        signal.signal(signal.SIGTERM, _stop)
+        # held back while the modules were imported, where it would print a long traceback
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        _work_here(lambda unit, part: pipe.send((unit, part)), *arguments)
+    except (KeyboardInterrupt, SystemExit):  # the Trainer turns the one into the other
+        os._exit(128 + signal.SIGTERM)  # not even a traceback of a thread
+    except Exception as error:
+        # as words: not every exception can be sent
+        wrong = isinstance(error, ValueError)
+        pipe.send(str(error) if wrong else f"a worker failed: {type(error).__name__}: {error}")
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+class _Crew:
+    """The workers of this machine, each in a process of its own.
+
+    Args:
+        claims: of the search; a worker that dies leaves its unit to the others there.
+        arguments: of ``_work_here``, all but the first.
+    """
+
+    def __init__(self, claims: Claims, arguments: tuple[Any, ...]) -> None:
+        self.claims, self.arguments = claims, arguments
+        self._pipes: dict[Any, tuple[SpawnProcess, str | None]] = {}
+        self._idle_deaths = self._deaths_borne = 0  # since one last worked
+
+    def work(self, workers: int, progress: "Progress") -> list[str]:
+        """Runs workers until there is no more to do; a worker that its unit killed is replaced.
+
+        Returns:
+            Why some of them could not go on.
+        """
+        errors = []
+        self._deaths_borne = ATTEMPTS * workers
+        over = math.inf  # since when a worker has found nothing left to do
+        try:
+            for _ in range(workers):
+                self._hire()
+            # whoever is frozen by then has lost its unit, and is not waited for
+            while self._pipes and time.monotonic() - over < leases.STALE_SECONDS:
+                for pipe in cast(list[Connection], wait(list(self._pipes), timeout=0.5)):
+                    try:
+                        message = pipe.recv()
+                    except EOFError:
+                        process, started = self._pipes.pop(pipe)
+                        process.join()
+                        if process.exitcode:
+                            errors += self._bury(process, started)
+                        elif not errors:
+                            over = min(over, time.monotonic())
+                        continue
+                    if isinstance(message, str):
+                        errors.append(message)
+                    else:
+                        progress.note(*message)
+                        self._idle_deaths = 0
+                progress.show()
+        finally:
+            for process, _ in self._pipes.values():  # those left when this is interrupted
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(cast(int, process.pid), signal.SIGINT)
+            for process, _ in self._pipes.values():
+                process.join(10)
+                process.kill()
+        return errors
+
+    def _hire(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        # a pipe for each: a worker that is killed takes no lock with it
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_work_elsewhere, args=(sender, os.getpid(), *self.arguments), daemon=True
+        )
+        resource_tracker.ensure_running()  # its start, inside the next one, would unblock them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # which a new process inherits
+        try:
+            process.start()
+            self._pipes[receiver] = process, start_of(cast(int, process.pid))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        sender.close()
+
+    def _bury(self, process: SpawnProcess, started: str | None) -> list[str]:
+        code = cast(int, process.exitcode)
+        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if code == -signal.SIGKILL:
+            reason += ", as where memory runs out"
+        held_unit = self.claims.note_death(cast(int, process.pid), started, reason)
+        self._idle_deaths += not held_unit
+        # killed while it had no unit: not by one
+        if held_unit or (code < 0 and self._idle_deaths <= self._deaths_borne):
+            self._hire()
+            return []
+        return [f"a worker ended: {reason}"]
+
+
+class Progress:
+    """One line: trials done, the best so far, the time left."""
+
+    def __init__(self, search: Search, results: Results, images: int) -> None:
+        from tqdm import tqdm
+
+        self.search, self.results, self.images = search, results, images
+        self._plan()
+        self._best: float | None = None
+        self._scored = 0
+        self._said = self._shown = time.monotonic()
+        self._bar = tqdm(
+            total=self.total,
+            initial=self._done,
+            disable=not sys.stderr.isatty(),
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} trials, {elapsed}{postfix}",
+        )
+
+    def _plan(self) -> None:
+        """Looks what there is to do; again whenever a round ends."""
+        records = self.results.records()
+        self._done = len(records)
+        self.total = len({*records, *planned(self.search, records)})
+        left = open_units(self.search, records, self.images)
+        self._work = {unit.name: unit.work for unit in left}
+        self._part: dict[str, float] = {}
+        self._to_do = sum(self._work.values())  # since we came, and how much of it is done
+        self._worked = 0.0
+        self._started = time.monotonic()
+
+    def note(self, unit: str, part: float) -> None:
+        """A worker has done this part of its unit."""
+        work = self._work.get(unit, 0.0)
+        if unit in self._part:
+            self._worked += work * (part - self._part[unit])
+        else:
+            self._to_do -= work * part
+        self._part[unit] = part
+
+    def show(self) -> None:
+        """Shows how things stand, if it is time: with many trials, looking takes a while."""
+        if time.monotonic() - self._shown > SHOW_SECONDS:
+            self._show()
+
+    def _show(self) -> None:
+        self._shown = time.monotonic()
+        records = self.results.records()
+        done = len(records)
+        for record in itertools.islice(records.values(), self._scored, None):  # the new ones
+            if found := score(record, self.search.objective):
+                self._best = max(found.val_acc, self._best or 0.0)
+        self._scored = done
+        if done == self.total and done > self._done:
+            self._plan()
+        facts = self._facts()
+        self._bar.total, self._bar.n = self.total, done
+        self._bar.set_postfix_str(", ".join(facts))
+        if self._bar.disable and time.monotonic() - self._said > 30:
+            self._said = time.monotonic()
+            print(", ".join([f"{done}/{self.total} trials", *facts]), flush=True)
+
+    def _facts(self) -> list[str]:
+        facts = []
+        if self._best is not None:
+            facts.append(f"best trial {self._best:.4f}")
+        if self._worked:
+            left = (time.monotonic() - self._started) * (self._to_do / self._worked - 1)
+            facts.append(f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
+        return facts
+
+    def close(self) -> None:
+        """Leaves the bar as things stand."""
+        if not self._bar.disable:
+            self._show()
+        self._bar.close()
+
+
+def run(
+    search: Search,
+    folder: Path | None = None,
+    workers: int | None = None,
+    storage: str | None = None,
+    device: str = "cpu",
+) -> list[Record]:
+    """Runs a search, or what is left of it, or what it has grown by: see ``space.check_growth``.
+
+    Args:
+        search: what to search.
+        folder: for its results; by default ``lightning_logs/search/<name>``.
+        workers: processes; by default one for each core, or one where all want the same GPU. 0
+            trains in this process, which then must not be killed by a trial.
+        storage: where workers on several machines meet; see ``leases.open_storage``.
+        device: on which populations are trained.
+
+    Returns:
+        All trials, as in ``results.json``.
+
+    Raises:
+        ValueError: the search cannot work, or the folder is of another one.
+        KeyboardInterrupt: Ctrl-C; the same call goes on.
+        SystemExit: a signal handler's; the same.
+    """
+    search.check()
+    # what is unknown, or not on this machine, is found out now
+    if search.sampled:
+        sampler_and_pruner(search)
+    if search.trainer or search.model_class not in SMALL:
+        make_trainer(search, max_epochs=1)
+    _check_device(device)
+    results = Results(folder or ROOT / search.name)
+    data = search.load_data()
+    identity = search.identity(data)
+    known = _history(open_storage(storage, results.path), search.name, identity) if storage else ()
+    search = dataclasses.replace(search, grown_from=tuple(results.open(identity, known)))
+    # that of the first definition: workers that know no other one meet the others there
+    key = f"{search.name}-{digest(search.at(0).identity(data))}"
+    meeting_point = open_storage(storage, results.path)
+    claims = Claims(meeting_point, key)
+    images = len(data.train_set)
+    if without_weights := results.heal():
+        claims.forget(without_weights)
+    if storage is not None:
+        _agree(search, results, claims, images)
+        index = optuna_study(search, meeting_point, key)
+        index.set_user_attr("definitions", [*search.grown_from, identity])
+    print(f"{search.name}: {search.model}, {data.describe()}")
+    if left := open_units(search, results.records(), images):
+        if workers is None:
+            alone = not (left[0].together or search.model_class in SMALL)
+            # trainings that each want the whole GPU take turns
+            workers = 1 if alone and torch.cuda.is_available() else os.cpu_count() or 1
+        if search.second_round is None and search.strategy["name"] != "refine":
+            workers = min(workers, len(left))  # no further round will need more
+        _say_plan(search, results.records(), left, max(workers, 1))
+        if search.sampled:
+            # what the sampler learns from
+            for generation in range(len(search.grown_from) + 1):
+                past = search.at(generation)
+                drawn = [r for r in results.in_order() if r["number"] < past.strategy["n"]]
+                fill_index(past, meeting_point, key, drawn)
+        threads = max(1, (os.cpu_count() or 1) // max(workers, 1))
+        arguments = (search, key, results.path, storage, device, threads)
+        progress = Progress(search, results, images)
+        threads_before = torch.get_num_threads()
+        errors: list[str] = []
+        try:
+            if workers:
+                errors = _Crew(claims, arguments).work(workers, progress)
+            else:
+
+                def report(unit: str, part: float) -> None:
+                    progress.note(unit, part)
+                    progress.show()
+
+                _work_here(report, *arguments)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            progress.close()
+            done = len(results.write_tables())
+            print(f"\n{done} of {progress.total} trials are done; the same command goes on")
+            if isinstance(stop, SystemExit) and stop.code != 1:
+                raise
+            raise KeyboardInterrupt from None  # the Trainer makes of it an exit with 1
+        finally:
+            progress.close()
+            torch.set_num_threads(threads_before)
+        if errors and open_units(search, results.records(), images):
+            results.write_tables()
+            raise ValueError(f"{errors[0]} (what is finished stays; the same command goes on)")
+    else:
+        print(f"holds all its {counted(len(results.records()), 'trial')}: nothing to train")
+    found = results.write_tables()
+    fill_index(search, meeting_point, key, found)
+    results.write_tensorboard(search.model)
+    _crown(search, results, found)
+    return found
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"there is no device {device!r}: name cpu, cuda or cuda:1") from error
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind != "cpu" and (there is None or there.type != kind):
+        raise ValueError(f"device {device!r} is not on this machine; there is {there or 'cpu'}")
+
+
+def _history(storage: Any, name: str, identity: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """What this search grew from on other machines: nothing where none has it."""
+    for study in storage.get_all_studies():
+        definitions = study.user_attrs.get("definitions")
+        known = isinstance(definitions, list) and definitions[-1:] == [identity]
+        if known and study.study_name.startswith(f"{name}-"):
+            return definitions[:-1]
+    return ()
+
+
+def counted(count: int, what: str) -> str:
+    """``1 trial``, ``2 trials``."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def _agree(search: Search, results: Results, claims: Claims, images: int) -> None:
+    """Shows the units that are finished here to other machines, or adopts theirs.
+
+    A unit whose worker lost the storage is finished here, but nobody knows.
+    """
+    records = results.records()
+    for unit in all_units(search, records, images):
+        if not all(id in records for id in unit.ids):
+            continue
+        claim = claims.take(unit.name, unit.ids)
+        if isinstance(claim, Claim):
+            with contextlib.suppress(ClaimLost):
+                claim.finish([sealed(records[id]) for id in unit.ids])
+        elif claim:
+            adopt(search, results, claims, unit, claim)
+
+
+def _say_plan(
+    search: Search, records: Mapping[str, Record], left: Sequence[Unit], workers: int
+) -> None:
+    ids = planned(search, records)
+    missing = sum(id not in records for id in ids)
+    line = f"trains {counted(missing, 'trial')}"
+    if records:
+        whole = len({*records, *ids})
+        line = f"holds {counted(len(records), 'trial')} of {whole:,}; trains {missing:,}"
+    if together := [unit for unit in left if unit.together]:
+        count = sum(len(networks(search, unit.trials)) for unit in together)
+        line += f": {counted(count, 'network')} in {counted(len(together), 'population')}"
+        if any("-part" in unit.name for unit in together):
+            line += f", split to stay below {UNIT_BYTES >> 20} MiB each"
+    print(f"{line}; {counted(workers, 'worker')}", flush=True)
+
+
+def _crown(search: Search, results: Results, records: Sequence[Record]) -> None:
+    """Names the best, and keeps the winner's checkpoint as ``best.ckpt``."""
+    if failed := [record for record in records if record["state"] == "FAIL"]:
+        first = " ".join(f"{failed[0]['id']}: {failed[0]['error']}".split())
+        print(f"{len(failed)} failed, the first: {printable(first)}")
+    scored = [(found, r) for r in records if (found := score(r, search.objective))]
+    if not scored:
+        print("no trial succeeded")
+        return
+    ranked = sorted(scored, key=lambda pair: (-pair[0].val_acc, pair[0].val_loss))
+    # of several seeds, the best mean wins, and of its trials the best one
+    cells = space.ranking([({**r["params"], "seed": r["seed"]}, found) for found, r in scored])[:5]
+    best_of = [next(r for _, r in ranked if r["params"] == params) for params, _ in cells]
+    winner = best_of[0]
+    print(printable(_table(search, cells, best_of)))
+    weights = results.checkpoints / f"{winner['id']}.ckpt"
+    if not weights.is_file():
+        print(f"\nwinner       {winner['id']}; its weights are on the machine that trained it")
+        return
+    best = results.checkpoints / "best.ckpt"
+    own = naming(model=class_path(search.model_class))
+    write_bytes(best, weights.read_bytes())
+    print(
+        f"\nwinner       {winner['id']}"
+        f"\nresults      {results.path / 'results.csv'}"
+        f"\ntest it      {console.command('test', '--ckpt_path', results.path, *own)}"
+        f"\nanother one  {console.command('test', '--ckpt_path', best.parent / 'ID.ckpt', *own)}"
+        f"\nsee them     {console.tensorboard(results.path)}"
+    )
+
+
+def _table(
+    search: Search,
+    cells: Sequence[tuple[Mapping[str, Any], Sequence[Score]]],
+    best_of: list[Record],
+) -> str:
+    """Configurations by the mean over their seeds, the best first.
+
+    Args:
+        search: the search.
+        cells: parameters and the scores of their seeds.
+        best_of: the best trial of each.
+    """
+    rows = [(OBJECTIVES[search.objective], "n", "best trial", "configuration")]
+    shown = [name for name in cells[0][0] if name not in search.fixed] or list(cells[0][0])
+    for (params, scores), record in zip(cells, best_of, strict=True):
+        found = [score.val_acc for score in scores]
+        mean = f"{statistics.fmean(found):.4f}"
+        if len(found) > 1:
+            mean += f" ± {statistics.stdev(found):.4f}"
+        words = ", ".join(f"{name} {_rounded(params[name])}" for name in shown if name in params)
+        rows.append((mean, str(len(found)), record["id"], words))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = (
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    )
+    return "\n" + "\n".join(lines)
+
+
+def _rounded(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else " ".join(str(value).split())
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=f"{console.PROGRAM} search",
+        description="Train many models and compare them. Flags win over the configuration.",
+        exit_on_error=False,
+    )
+    add = parser.add_argument
+    add("-c", "--config", action=SearchByName, help="A YAML file, or the name of a shipped one.")
+    add("--name", type=str | None, help="Of the search and its folder (default: the file's name).")
+    add("--model", type=str, required=True, help="Name of a class, like ShallowNetwork.")
+    add("--strategy", type=str | dict[str, Any], default="grid", help=f"{', '.join(STRATEGIES)}.")
+    add("--space", type=dict[str, Any], default={}, help="Axes by parameter; lists of values.")
+    add("--fixed", type=dict[str, Any], default={}, help="Parameters that all trials share.")
+    add("--seeds", type=list[int], default=[0], help="Each combination is trained with each.")
+    add("--second_round", type=dict[str, int] | None, help="{best: k, max_epochs: n}")
+    add("--objective", type=str, default="val_acc", help=f"{' or '.join(OBJECTIVES)}.")
+    skipped = {"batch_size", "eval_batch_size", "predict_dir"}
+    parser.add_class_arguments(MNISTDataModule, "data", skip=skipped, instantiate=False)
+    add("--trainer", type=dict[str, Any], default={}, help="For models that the Trainer trains.")
+    add("--folder", type=str | None, help="Default: lightning_logs/search/NAME.")
+    add("--workers", type=int | None, help="Processes (default: one for each core).")
+    add(
+        "--storage",
+        type=str | None,
+        help="Where workers on several machines meet: a journal file"
+        " on a shared disk, postgresql://..., or grpc://host:port of Optuna's proxy.",
+    )
+    add("--device", type=str, default="cpu", help="Where populations are trained.")
+    return parser
+
+
+def read(argv: Sequence[str]) -> tuple[Search, dict[str, Any]]:
+    """The search that the words of a command line ask for, and the other arguments of ``run``.
+
+    Raises:
+        ValueError: they, or the configuration that they name, cannot be understood.
+    """
+    check_named([word.rpartition("=")[2] for word in argv], Path())
+    try:
+        with parser_settings():
+            allow_classes([])  # only the model's is imported, and not by the parser
+            settings = _parser().parse_args(list(argv))
+    except (ArgumentError, TypeError) as error:
+        if data := re.search(r'"data":\s+Unable to load config \'(.+?)\'', str(error)):
+            raise ValueError(
+                f"--data {data[1]}: a search takes the settings of MNISTDataModule, like"
+                " --data.split, and no other data module"
+            ) from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError("; ".join(lines[:2])) from error
+    given = settings.as_dict()
+    configs = given.pop("config") or []
+    place = {key: given.pop(key) for key in ("folder", "workers", "storage", "device")}
+    if place["folder"] is not None:
+        place["folder"] = Path(place["folder"])
+    if place["workers"] is not None:
+        check_count("workers", place["workers"])
+    if isinstance(given["strategy"], str):
+        given["strategy"] = {"name": given["strategy"]}
+    given["name"] = given["name"] or (Path(str(configs[-1])).stem if configs else "search")
+    return Search(**given), place
+
+
+def main(argv: Sequence[str]) -> int:
+    """``python -m mnist_lightning search --config NAME [options]``.
+
+    Raises:
+        ValueError: what was asked for cannot be understood, or cannot work, or no trial succeeded.
+    """
+    search, place = read(argv)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        records = run(search, **place)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if not any(record["state"] == "COMPLETE" for record in records):
+        error = records[0]["error"]
+        raise ValueError(f"no trial of {len(records)} succeeded, the first: {error}")
+    return 0

@@ -1,0 +1,466 @@
+"""What is searched, and the units of work that it makes.
+
+A unit is what one worker takes: networks that share their mini-batches and are trained together, or
+one training by itself. Which networks form a unit follows from the search alone, and from what it
+grew from: what a definition adds forms units of its own. So results are the same bits for any
+number of workers, interrupted or not, grown before or after.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+
+from mnist_lightning.classes import import_class
+from mnist_lightning.console import suggest
+from mnist_lightning.data.module import MNISTDataModule
+from mnist_lightning.models.architectures import ARCHITECTURES
+from mnist_lightning.models.classifier import Classifier
+from mnist_lightning.models.multilayer import DeepNetwork, ShallowNetwork
+from mnist_lightning.nets import CLASSES, PIXELS
+from mnist_lightning.search import space
+from mnist_lightning.search.results import Record, score
+from mnist_lightning.search.space import DEFINITION, STRATEGIES, Trial
+from mnist_lightning.training.population import Member, training_bytes
+
+# Networks trained together take at most this much memory, beside the images. Small enough that the
+# networks of one batch size can be shared out, large enough for the study's 16 of each.
+UNIT_BYTES = 64 * 2**20
+SMALL = (ShallowNetwork, DeepNetwork)  # what population trains, with plain SGD
+
+OBJECTIVES = {
+    "val_acc": "validation accuracy",
+    "best_val_acc": "validation accuracy, best epoch",
+}
+# Settings of the data that decide which images train and which validate.
+DATA_OF_ALL = [
+    f"data.{name}" for name in ("name", "source", "data_dir", "split", "val_fraction", "split_seed")
+]
+NO_RESULT = [f"data.{name}" for name in ("eval_batch_size", "predict_dir", "steps_per_execution")]
+MOST_TRIALS = 100_000  # each is a file, and counted again and again
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched. Two searches with equal fields, on the same data, have equal results.
+
+    Args:
+        name: of the search, and of its folder.
+        model: name of a class in ``mnist_lightning.models``, or dotted path of a LightningModule
+            of your own, which logs a loss and an accuracy in its validation.
+        space: axes, by parameter: see ``mnist_lightning.space``. A parameter is ``max_epochs``,
+            ``batch_size``, an argument of the model, or ``data.normalization`` and what else
+            ``MNISTDataModule`` takes that leaves the validation images as they are.
+        strategy: ``{name: grid | random | refine | optuna}`` and its options.
+        fixed: parameters that all trials share.
+        seeds: each combination is trained with each of them.
+        second_round: ``{best: k, max_epochs: n}``: the best k are trained again for n epochs.
+        objective: ``val_acc`` is the validation accuracy after the last epoch, ``best_val_acc``
+            that of the best epoch. A trial's checkpoint holds the weights that reached it.
+        data: arguments of ``MNISTDataModule``, all but ``batch_size``.
+        trainer: arguments of the Trainer, for models that it trains.
+        grown_from: what its folder knows of earlier definitions; see ``space.check_growth``.
+    """
+
+    name: str
+    model: str
+    space: Mapping[str, Any]
+    strategy: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "grid"})
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seeds: Sequence[int] = (0,)
+    second_round: Mapping[str, int] | None = None
+    objective: str = "val_acc"
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    trainer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    grown_from: Sequence[Mapping[str, Any]] = ()
+
+    @cached_property
+    def model_class(self) -> type[LightningModule]:
+        module, _, name = self.model.rpartition(".")
+        try:
+            found = import_class(self.model) if module else ARCHITECTURES.get(name)
+        except ValueError:
+            found = None
+        of_kind = isinstance(found, type) and issubclass(found, LightningModule)
+        if not of_kind or found is Classifier:
+            raise ValueError(f"no model {self.model!r}; {suggest(name, ARCHITECTURES)}")
+        return cast(type[LightningModule], found)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether Optuna draws the parameters, one trial after the other."""
+        return self.strategy["name"] == "optuna"
+
+    def at(self, generation: int) -> "Search":
+        """The search as it was defined then, the newest definition being the last one."""
+        if generation == len(self.grown_from):
+            return self
+        past = {name: self.grown_from[generation][name] for name in DEFINITION}
+        return dataclasses.replace(self, **past, grown_from=self.grown_from[:generation])
+
+    def check(self) -> None:
+        """Refuses what cannot work before anything is trained.
+
+        Raises:
+            ValueError: what is wrong, and what would be right.
+        """
+        if self.name in ("", ".", "..") or set("/\\\0") & set(self.name):
+            raise ValueError(f"--name must be the name of a folder, not a path, got {self.name!r}")
+        options = dict(self.strategy)
+        strategy = options.pop("name", None)
+        if strategy not in STRATEGIES:
+            raise ValueError(f"no strategy {strategy!r}; {suggest(str(strategy), STRATEGIES)}")
+        known = STRATEGIES[strategy]
+        for option in space.unknown(options, list(known)):
+            raise ValueError(
+                f"strategy {strategy} has no option {option}; {suggest(option, known)}"
+            )
+        for option, default in known.items():
+            if default is ... and option not in options:
+                raise ValueError(f"strategy {strategy} needs {option}")
+            if option in ("n", "rounds") and option in options:
+                check_count(f"strategy.{option}", options[option])
+        space.check(self.space, ranges=strategy in ("random", "optuna"))
+        of_grid = strategy not in ("random", "optuna")
+        count = math.prod(map(len, self.space.values())) if of_grid else options["n"]
+        if (count := count * len(self.seeds)) > MOST_TRIALS:
+            raise ValueError(
+                f"a search of {count:,} trials: at most {MOST_TRIALS:,}. Shorter axes, or"
+                " --strategy '{name: random, n: 1000}', which draws from them"
+            )
+        both = sorted(self.space.keys() & self.fixed.keys())
+        if both:
+            raise ValueError(f"{both[0]} is fixed and an axis: it can be one of the two")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be different numbers, got {list(self.seeds)}")
+        if self.sampled and len(self.seeds) > 1:
+            raise ValueError(f"optuna draws trials of one seed, got seeds {list(self.seeds)}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
+            )
+        if self.second_round is not None:
+            if self.sampled or set(self.second_round) != {"best", "max_epochs"}:
+                raise ValueError("second_round is {best: k, max_epochs: n}; not after optuna")
+            for option, value in self.second_round.items():
+                check_count(f"second_round.{option}", value)
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        of_data = [f"data.{name}" for name in _arguments(MNISTDataModule)]
+        known = ["max_epochs", "batch_size", *_arguments(self.model_class)]
+        axes = {**self.fixed, **self.space}
+        for name in axes:
+            if name in ("seed", "seeds"):
+                raise ValueError(f"{name} is no axis: say seeds: [0, 1, 2] beside the space")
+            base, _, layer = name.partition(".")
+            if base == "data":
+                _check_data_axis(name, of_data)
+            elif base not in known or (layer and not layer.isdigit()):
+                raise ValueError(f"{self.model} has no parameter {name}; {suggest(base, known)}")
+        if "max_epochs" not in axes:
+            raise ValueError("max_epochs is missing: an axis of the space, or fixed")
+        ends = {  # of a range, its two ends stand for all that lies between
+            name: [axis["low"], axis["high"]] if isinstance(axis, Mapping) else axis
+            for name, axis in self.space.items()
+        }
+        for name in ("max_epochs", "batch_size"):
+            for value in ends.get(name, [self.fixed[name]] if name in self.fixed else []):
+                check_count(name, value)
+        tried = set()
+        combinations = space.grid(ends)
+        if len(combinations) > 1000:  # then each value of an axis, beside the others' first ones
+            first = combinations[0]
+            combinations = [{**first, name: v} for name, axis in ends.items() for v in axis]
+        for combination in combinations:
+            params = {**self.fixed, **combination}
+            data = self.data_settings(params)
+            if (key := json.dumps(data)) not in tried:
+                tried.add(key)
+                if MNISTDataModule(**data).image_size != 28 and self.model_class in SMALL:
+                    raise ValueError(
+                        f"{self.model} sees 28 x 28 pixels: data.image_size must be 28"
+                    )
+            arguments = self.model_args(params)
+            key = json.dumps(arguments)
+            if key not in tried:
+                tried.add(key)
+                with torch.device("meta"):  # shapes without memory
+                    self._build(arguments)
+
+    def _build(self, arguments: Mapping[str, Any]) -> LightningModule:
+        try:
+            return self.model_class(**arguments)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{self.model} refuses {dict(arguments)}: {error}") from error
+
+    def model_args(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's share of a trial's parameters, ``name.1, name.2 ...`` gathered in lists."""
+        found: dict[str, Any] = {}
+        lists: dict[str, dict[int, Any]] = {}
+        for name, value in params.items():
+            base, _, layer = name.partition(".")
+            if base == "data":
+                continue
+            if layer:
+                lists.setdefault(base, {})[int(layer)] = value
+            elif name not in ("max_epochs", "batch_size", "seed"):
+                found[name] = value
+        for name, entries in lists.items():
+            if sorted(entries) != list(range(1, len(entries) + 1)):
+                raise ValueError(f"axes {name}.N must count 1, 2, 3 ..., got {sorted(entries)}")
+            found[name] = [entries[layer] for layer in sorted(entries)]
+        return found
+
+    def build(self, params: Mapping[str, Any]) -> LightningModule:
+        """A new model of a trial, with the weights of its seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(params["seed"])
+            return self._build(self.model_args(params))
+
+    def data_module(self, params: Mapping[str, Any]) -> MNISTDataModule:
+        """The data as a trial sees it."""
+        settings = self.data_settings(params)
+        return MNISTDataModule(**{**settings, "batch_size": self.batch_size(params)})
+
+    def data_settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the data module, those that are axes among them, without ``batch_size``."""
+        own = {
+            name.removeprefix("data."): value
+            for name, value in params.items()
+            if name.startswith("data.")
+        }
+        return {**self.data, **own}
+
+    def batch_size(self, params: Mapping[str, Any]) -> int:
+        """A trial's, or the data module's default."""
+        default = inspect.signature(MNISTDataModule.__init__).parameters["batch_size"].default
+        return params.get("batch_size", default)
+
+    def load_data(self) -> MNISTDataModule:
+        """The data, fetched, verified and split: the images are the same for all trials."""
+        data = MNISTDataModule(**self.data)
+        data.prepare_data()
+        data.setup("fit")
+        return data
+
+    def identity(self, data: MNISTDataModule) -> dict[str, Any]:
+        """All that the results depend on, as JSON types."""
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("name", "data", "grown_from")
+        }
+        facts = ("name", "source", "split", "val_fraction", "split_seed", "image_size")
+        about = {fact: getattr(data, fact) for fact in (*facts, "normalization", "checksum")}
+        return json.loads(json.dumps({**fields, "data": about}))
+
+    def hidden_units(self, params: Mapping[str, Any]) -> tuple[int, ...] | None:
+        """Sizes of the hidden layers where ``population`` can train the model, else ``None``."""
+        if self.model_class not in SMALL:
+            return None
+        signature = inspect.signature(self.model_class.__init__)
+        bound = signature.bind_partial(None, **self.model_args(params))
+        bound.apply_defaults()
+        if bound.arguments["optimizer"] != "sgd":
+            return None
+        units = bound.arguments["hidden_units"]
+        return tuple(units) if isinstance(units, list | tuple) else (units,)
+
+    def lr(self, params: Mapping[str, Any]) -> float:
+        """The learning rate, the model's default where the search does not say."""
+        default = inspect.signature(self.model_class.__init__).parameters["lr"].default
+        return float(params.get("lr", default))
+
+
+def _arguments(kind: type) -> list[str]:
+    """Names of what a class takes, also of what it passes on to its bases as ``**kwargs``."""
+    found: list[str] = []
+    for base in kind.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        found += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return list(dict.fromkeys(found))
+
+
+def _check_data_axis(name: str, known: Sequence[str]) -> None:
+    """Refuses what is no setting of the data, or none that trials may differ in."""
+    if name not in known:
+        raise ValueError(f"the data has no setting {name}; {suggest(name, known)}")
+    if name in DATA_OF_ALL:
+        raise ValueError(
+            f"{name} is no parameter of a trial: trials are compared on the same validation images."
+            f" Make a search for each value, with --{name} and --folder"
+        )
+    if name == "data.batch_size":
+        raise ValueError("data.batch_size is called batch_size here")
+    if name in NO_RESULT:
+        raise ValueError(f"{name} changes no result: give it once, with --{name}")
+
+
+def check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Trials that one worker trains together.
+
+    Args:
+        name: unique in the search.
+        trials: empty where a sampler will draw the one trial.
+        together: whether they are networks of one population.
+        work: estimated seconds on one core, for the order of units and the time left.
+        number: of the trial that a sampler will draw.
+        generation: of the definition that it is drawn from.
+    """
+
+    name: str
+    trials: tuple[Trial, ...]
+    together: bool
+    work: float
+    number: int = -1
+    generation: int = 0
+
+    @property
+    def ids(self) -> list[str]:
+        """Of its trials; known before they are drawn."""
+        return [trial.id for trial in self.trials] or [f"draw{self.number:04d}"]
+
+
+def units(search: Search, trials: Sequence[Trial], images: int) -> list[Unit]:
+    """What workers take, the longest first: independent of progress and of the number of workers.
+
+    Args:
+        search: the search.
+        trials: of one round.
+        images: in the training set.
+    """
+    groups: dict[tuple[Any, ...], list[Trial]] = {}
+    found = []
+    for trial in trials:
+        if search.hidden_units(trial.params) is None:
+            # seconds that nobody knows; among each other they compare
+            found.append(Unit(trial.id, (trial,), False, float(trial.params["max_epochs"])))
+        else:
+            batch_size, seed = search.batch_size(trial.params), trial.params["seed"]
+            data = json.dumps(search.data_settings(trial.params))
+            key = (trial.round, trial.generation, batch_size, seed, data)
+            groups.setdefault(key, []).append(trial)
+    plain = json.dumps(dict(search.data))
+    for (round, generation, batch_size, seed, data), group in groups.items():
+        parts = _split(search, group)
+        for number, part in enumerate(parts):
+            name = f"round{round}-batch{batch_size}-seed{seed}" + f"-part{number}" * (
+                len(parts) > 1
+            )
+            if generation or data != plain:  # other trials have a unit of that name already
+                name += f"-{digest([trial.id for trial in part])}"
+            found.append(Unit(name, tuple(part), True, _cost(search, part, batch_size, images)))
+    return sorted(found, key=lambda unit: -unit.work)
+
+
+def networks(search: Search, trials: Sequence[Trial]) -> dict[tuple[Any, ...], list[Trial]]:
+    """Trials of the same network, of which the longest training passes through the others."""
+    found: dict[tuple[Any, ...], list[Trial]] = {}
+    for trial in trials:
+        units = search.hidden_units(trial.params)
+        assert units is not None
+        found.setdefault((len(units), units, search.lr(trial.params)), []).append(trial)
+    return dict(sorted(found.items()))
+
+
+def member(network: tuple[Any, ...], trials: Sequence[Trial]) -> Member:
+    _, units, lr = network
+    return Member(units, lr, max(trial.params["max_epochs"] for trial in trials))
+
+
+def _split(search: Search, trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Networks of one batch size and seed in parts of about equal memory, each within the limit."""
+    found = networks(search, trials)
+    sizes = {key: training_bytes(member(key, group)) for key, group in found.items()}
+    count = math.ceil(sum(sizes.values()) / UNIT_BYTES)
+    parts: list[list[Trial]] = []
+    filled, total = 0.0, sum(sizes.values()) / count
+    for key, group in found.items():
+        # neighbours in this order have like shapes, which stack
+        if not parts or filled + sizes[key] / 2 > total:
+            parts.append([])
+            filled = 0.0
+        parts[-1] += group
+        filled += sizes[key]
+    return parts
+
+
+def _cost(search: Search, trials: Sequence[Trial], batch_size: int, images: int) -> float:
+    members = [member(key, group) for key, group in networks(search, trials).items()]
+    epochs = max(m.max_epochs for m in members)
+    products = sum(
+        m.max_epochs * a * b
+        for m in members
+        for a, b in pairwise([PIXELS, *m.hidden_units, CLASSES])
+    )
+    # forward, backward and update at 100 GFLOP/s, and what a step takes before it does anything
+    return images * (6 * products / 1e11 + epochs * 6e-5 / batch_size)
+
+
+def rounds(search: Search, records: Mapping[str, Record]) -> list[list[Trial]]:
+    """The rounds of the search, up to the first that is not finished."""
+    scores = {id: score(record, search.objective) for id, record in records.items()}
+    return list(
+        space.rounds(
+            search.space,
+            search.strategy,
+            search.seeds,
+            search.fixed,
+            search.second_round,
+            scores,
+            search.grown_from,
+        )
+    )
+
+
+def planned(search: Search, records: Mapping[str, Record]) -> list[str]:
+    """Ids of the trials of all rounds, up to the first that is not finished."""
+    if search.sampled:
+        return [unit.ids[0] for unit in all_units(search, records, 1)]
+    return [trial.id for trials in rounds(search, records) for trial in trials]
+
+
+def generation(search: Search, number: int) -> int:
+    """Of the definition that a sampler draws the trial of this number from."""
+    return sum(past["strategy"]["n"] <= number for past in search.grown_from)
+
+
+def digest(content: Any) -> str:
+    """Eight hexadecimal digits that follow from JSON types."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
+
+
+def all_units(search: Search, records: Mapping[str, Record], images: int) -> list[Unit]:
+    """Units of all rounds, up to the first that is not finished."""
+    if search.sampled:
+        return [
+            Unit(f"draw{i:04d}", (), False, 1.0, i, generation(search, i))
+            for i in range(search.strategy["n"])
+        ]
+    return [unit for trials in rounds(search, records) for unit in units(search, trials, images)]
+
+
+def open_units(search: Search, records: Mapping[str, Record], images: int) -> list[Unit]:
+    """Units of the first round that is not finished, without those that are."""
+    found = all_units(search, records, images)
+    return [unit for unit in found if any(id not in records for id in unit.ids)]

@@ -1,0 +1,1 @@
+"""How a training steps, stops, freezes layers and shows where it is."""

@@ -1,0 +1,169 @@
+"""Trainings of many networks on the same mini-batches, on top of ``stacked``."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mnist_lightning.data.sampling import epoch_order
+from mnist_lightning.nets import CLASSES, PIXELS, mlp
+from mnist_lightning.training.stacked import BLOCK_ROWS, Population
+
+
+class Member(NamedTuple):
+    """What tells the networks of a training apart."""
+
+    hidden_units: tuple[int, ...]
+    lr: float
+    max_epochs: int
+
+
+class PopulationTraining:
+    """Trains networks on the same mini-batches, epoch by epoch, and validates after each epoch.
+
+    Every network starts from the weights, and visits the images in the order, that it would have
+    alone with the same seed. Its updates are those it would make alone, up to rounding: how sums
+    round depends on which networks are stacked together. So until the first network stops, nothing
+    depends on anyone's ``max_epochs``, to the bit. Then the others are stacked anew, and their
+    later updates differ by rounding from those they would have made beside it.
+
+    Args:
+        members: the networks.
+        train: images, floating point ``(n, 784)``, and labels, int64 ``(n,)``.
+        val: the same for validation.
+        batch_size: images in a mini-batch.
+        seed: of the initial weights and of the order of the images.
+
+    Attributes:
+        epoch: how many epochs are done.
+        curves: ``train_loss``, ``val_loss`` and ``val_acc``, each a list for each member with a
+            number for each epoch. The train loss is the mean over the epoch's mini-batches as they
+            came, before each update.
+        failed: for each member ``None``, or why its numbers mean nothing any more.
+        best_epoch: for each member the first epoch, counted from 1, of its highest ``val_acc``.
+    """
+
+    CURVES = ("train_loss", "val_loss", "val_acc")
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        train: tuple[Tensor, Tensor],
+        val: tuple[Tensor, Tensor],
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.members, self.batch_size, self.seed = list(members), batch_size, seed
+        self.epoch = 0
+        self.curves: dict[str, list[list[float]]] = {
+            name: [[] for _ in self.members] for name in self.CURVES
+        }
+        self.failed: list[str | None] = [None for _ in self.members]
+        self.best_epoch = [0 for _ in self.members]
+        self._best: list[list[Tensor]] = [[] for _ in self.members]
+        self._order = pixel_order(train[0])
+        networks = {}
+        for m, member in enumerate(self.members):
+            networks[m] = initial_parameters(member.hidden_units, seed)
+            networks[m] = [p.to(train[0]) for p in networks[m]]
+        self._populate(networks)
+        self._train, self._val = ((self.population.arrange(x), y) for x, y in (train, val))
+        columns = torch.arange(1, 1 + self._train[0].shape[1], device=train[0].device)
+        # for each image, how many leading columns hold all of it
+        self._lit = torch.cat(
+            [((rows != 0) * columns).amax(1) for rows in self._train[0].split(1024)]
+        )
+
+    def _populate(self, networks: dict[int, list[Tensor]]) -> None:
+        self._training = list(networks)
+        lr = [self.members[m].lr for m in networks]
+        self.population = Population(list(networks.values()), lr, self._order)
+
+    @property
+    def done(self) -> bool:
+        """Whether no network is left that has epochs to go and finite weights."""
+        return not any(
+            member.max_epochs > self.epoch and failed is None
+            for member, failed in zip(self.members, self.failed, strict=True)
+        )
+
+    def parameters(self, member: int) -> list[Tensor]:
+        """Weights and biases after the last epoch done, for networks that trained in it."""
+        return self.population.parameters(self._training.index(member))
+
+    def best_parameters(self, member: int) -> list[Tensor]:
+        """Weights and biases after the member's ``best_epoch``."""
+        return self._best[member]
+
+    def run_epoch(self) -> None:
+        """One more epoch of training, and one validation."""
+        left = [m for m in self._training if self.members[m].max_epochs > self.epoch]
+        if left != self._training:  # the others have done their epochs
+            self._populate({m: self.parameters(m) for m in left})
+        rows, labels = self._train
+        n = len(labels)
+        order = epoch_order(n, self.seed, self.epoch).to(rows.device)
+        block = self.batch_size * max(1, BLOCK_ROWS // self.batch_size)
+        total = torch.zeros(len(left), dtype=torch.float64, device=rows.device)
+        for images in order.split(block):
+            lit = int(self._lit[images].max())
+            loss, _ = self.population.train_block(
+                rows[images], labels[images], self.batch_size, lit
+            )
+            total += loss.sum(1)
+        val_loss, correct = self.population.evaluate(*self._val)
+        self.epoch += 1
+        n_val = len(self._val[1])
+        results = zip(left, total.tolist(), val_loss.tolist(), correct.tolist(), strict=True)
+        for m, train_loss, loss, right in results:
+            self._note(m, train_loss / n, loss / n_val, right / n_val)
+
+    def _note(self, m: int, train_loss: float, val_loss: float, val_acc: float) -> None:
+        if not (math.isfinite(train_loss) and math.isfinite(val_loss)) and not self.failed[m]:
+            self.failed[m] = f"diverged: the loss is not finite in epoch {self.epoch}"
+        for name, value in zip(self.CURVES, (train_loss, val_loss, val_acc), strict=True):
+            self.curves[name][m].append(value)
+        best = self.curves["val_acc"][m][self.best_epoch[m] - 1] if self.best_epoch[m] else -1.0
+        if not self.failed[m] and val_acc > best:
+            self.best_epoch[m], self._best[m] = self.epoch, self.parameters(m)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that ``load_state_dict`` needs to go on, to the bit."""
+        return {
+            "epoch": self.epoch,
+            "curves": self.curves,
+            "failed": self.failed,
+            "best_epoch": self.best_epoch,
+            "best": self._best,
+            "networks": {m: self.parameters(m) for m in self._training},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back, or on, to a state of a training with the same arguments."""
+        self.epoch, self.curves, self.failed = state["epoch"], state["curves"], state["failed"]
+        self.best_epoch, self._best = state["best_epoch"], state["best"]
+        self._populate(state["networks"])
+
+
+def initial_parameters(hidden_units: Sequence[int], seed: int) -> list[Tensor]:
+    """Weights and biases of a network built right after seeding; keeps the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return [p.detach() for p in mlp(hidden_units).parameters()]
+
+
+def training_bytes(member: Member) -> int:
+    """Memory that a member needs in a training: weights, their best state, what a block keeps."""
+    sizes = [PIXELS, *member.hidden_units, CLASSES]
+    weights = sum((a + 1) * b for a, b in pairwise(sizes))
+    return 4 * (2 * weights + 8 * BLOCK_ROWS * sum(sizes[1:]))
+
+
+def pixel_order(x: Tensor) -> Tensor:
+    """The columns of ``x`` ``(n, inputs)``, those most often non-zero first."""
+    return (x != 0).sum(0).argsort(descending=True, stable=True)
