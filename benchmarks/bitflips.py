@@ -59,7 +59,8 @@ class Interrupted(BaseException):
 def make(folder: Path) -> tuple[Path, Path]:
     """A run with a test evaluation, and a search that was interrupted."""
     os.chdir(folder)
-    words = "fit --config shallow.yaml --data.source digits --trainer.max_epochs 2 --threads 1"
+    words = "fit --config shallow.yaml --data.source digits --trainer.max_epochs 2"
+    words += " --execution.threads 1"
     run_epoch, worker.SNAPSHOT_SECONDS = PopulationTraining.run_epoch, 0.0
 
     def interrupted(self: PopulationTraining) -> None:

@@ -34,7 +34,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchmetrics.classification import MulticlassAccuracy
 
-from mnist_lightning import DeepNetwork, MNISTDataModule, ShallowNetwork
+from mnist_lightning import DeepNetwork, Execution, MNISTDataModule, ShallowNetwork
 from mnist_lightning.data.sampling import epoch_order
 from mnist_lightning.models.classifier import Classifier
 
@@ -104,10 +104,12 @@ def ours(
     epochs: int,
     *callbacks: pl.Callback,
     steps: int | None = None,
+    fused: bool = True,
 ) -> Outcome:
-    data.batch_size, data.steps_per_execution = batch_size, steps
+    data.batch_size = batch_size
+    execution = Execution(steps, fused)
     with quietly() as folder:
-        lightning = trainer(folder, *callbacks, max_epochs=epochs)
+        lightning = trainer(folder, execution, *callbacks, max_epochs=epochs)
         began = time.perf_counter()
         lightning.fit(model, data)
         seconds = time.perf_counter() - began
@@ -164,7 +166,7 @@ def measure(quick: bool) -> dict[str, Any]:
         return {
             "documented": lambda: documented(data, 8),
             "ours": lambda: ours(data, SHALLOW(), 8, epochs),
-            "one by one": lambda: ours(data, SHALLOW(fused=False), 8, 1, steps=1),
+            "one by one": lambda: ours(data, SHALLOW(), 8, 1, steps=1, fused=False),
             "loop": lambda: loop(data, SHALLOW(), 8, epochs),
             "deep, ours": lambda: ours(data, DEEP(), 32, 1),
             "deep, loop": lambda: loop(data, DEEP(), 32, 1),

@@ -35,8 +35,8 @@ from mnist_lightning.runs.folder import newest_first
 
 MODELS = {
     "perceptron": ["--config", "perceptron.yaml"],
-    "shallow, fused": ["--config", "shallow.yaml", "--data.steps_per_execution", "20"],
-    "shallow, autograd": ["--config", "shallow.yaml", "--model.fused", "no"],
+    "shallow, fused": ["--config", "shallow.yaml", "--execution.steps", "20"],
+    "shallow, autograd": ["--config", "shallow.yaml", "--execution.fused", "no"],
     "three layers, Adam": ["--config", "deep3.yaml", "--model.optimizer", "adam"],
     "shallow, EMA of the weights": [
         *("--config", "shallow.yaml"),
@@ -51,7 +51,7 @@ MODELS = {
 }
 EPOCHS = {"ResNet-18, frozen layers, one cycle": 6, "convolutions, dropout, random shifts": 12}
 COMMON = [
-    *("--data.source", "digits", "--early_stopping.enabled", "no", "--threads", "1"),
+    *("--data.source", "digits", "--early_stopping.enabled", "no", "--execution.threads", "1"),
     *("--save_every_minutes", "0.002"),
 ]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -35,7 +35,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
-from mnist_lightning import console
+from mnist_lightning import console, moved
 from mnist_lightning.classes import (
     allow_classes,
     class_path,
@@ -50,7 +50,8 @@ from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.data.sampling import in_image_order
 from mnist_lightning.files import csv_cell, printable, write_text
 from mnist_lightning.models import inspection, own
-from mnist_lightning.models.classifier import Classifier, Diverged
+from mnist_lightning.models.classifier import Classifier
+from mnist_lightning.models.metrics import Diverged
 from mnist_lightning.models.perceptron import Perceptron
 from mnist_lightning.models.resnet import ResNet18
 from mnist_lightning.parser import Parser, shorten
@@ -146,6 +147,8 @@ class CLI(LightningCLI):
         self.words = words
         self.command, options = (words[0], words[1:]) if run else ("", words)
         self.asked = asked([word for word in options if word != "--trust"])
+        if not is_own(self.asked.model):
+            self.asked.words = moved.current_words(self.asked.words)
         self.checkpoint_path: Path | None = None
         self.checkpoint: dict[str, Any] | None = None
         self.run_name = run_name(self.asked)
@@ -209,13 +212,7 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.add_lightning_class_args(LayerFreezing, "freezing")
-        parser.add_argument(
-            "--threads",
-            type=int | None,
-            default=None,
-            help="Of the processor. By default OMP_NUM_THREADS, or else one for small networks and"
-            " all for convolutions. Another number gives other roundings.",
-        )
+        parser.add_lightning_class_args(Execution, "execution")
         parser.add_argument(
             "--save_every_minutes",
             type=float,
@@ -285,6 +282,8 @@ class CLI(LightningCLI):
             "class_path": class_path(model),
             "init_args": checkpoints.arguments(model, checkpoint.get("hyper_parameters", {})),
         }
+        for name, value in checkpoint.get("execution", {}).items():
+            self.defaults[f"execution.{name}"] = value
         data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
         if data.get("data_dir") and (
             data.get("source") == "digits" or not Path(data["data_dir"]).is_dir()
@@ -390,7 +389,7 @@ class CLI(LightningCLI):
         make = partial(getattr(sys.modules[module], name), **settings.model.get("init_args", {}))
         data = self._data_settings()
         if "batch_size" in data and "image_size" in data:
-            memory.check(make, data.batch_size, data.image_size)
+            memory.check(make, data.batch_size, data.image_size, settings.execution.fused)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         # The model and the data stand by now. Whatever is wrong with them shows before the run's
@@ -413,8 +412,8 @@ class CLI(LightningCLI):
             kwargs["enable_progress_bar"] = terminal
             extra += [ProgressBar()] if terminal else []
         kwargs["logger"] = False
-        threads = self._get(self.config_init, "threads")
-        extra += [Dashboard(), Execution(threads=threads, say=say)]
+        extra.append(Dashboard())
+        self._get(self.config_init, "execution").say = say
         if self.subcommand == "fit":
             self._check_goes_on()
             self.safe_points = SafePoints(self._get(self.config_init, "save_every_minutes"))

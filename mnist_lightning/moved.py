@@ -77,3 +77,58 @@ class FormerModules(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         homes = GONE[module.__name__.rpartition(".")[2]]
         vars(module)["__getattr__"] = former_names(module.__name__, homes)
+
+
+# option: its name by now
+OPTIONS = {
+    "threads": "execution.threads",
+    "data.steps_per_execution": "execution.steps",
+    "data.init_args.steps_per_execution": "execution.steps",
+    "model.fused": "execution.fused",
+    "model.init_args.fused": "execution.fused",
+}
+
+
+def current_words(words: Sequence[str]) -> list[str]:
+    """The words of a command, with the options that have another name by now."""
+    named = [(word, *word.removeprefix("--").partition("=")) for word in words]
+    return [
+        f"--{OPTIONS[name]}{equals}{value}" if word.startswith("--") and name in OPTIONS else word
+        for word, name, equals, value in named
+    ]
+
+
+def current_config(content: str) -> str:
+    """A configuration as text, with the settings that are at another place by now."""
+    if not any(option.rpartition(".")[2] in content for option in OPTIONS):
+        return content
+    import yaml
+
+    settings = yaml.safe_load(content)
+    changed = False
+    for option, current in OPTIONS.items():
+        *groups, name = option.split(".")
+        within: Any = settings
+        for group in groups:
+            within = within.get(group) if isinstance(within, dict) else None
+        if not isinstance(within, dict) or name not in within or _is_of_another(settings, option):
+            continue
+        group, _, name_now = current.partition(".")
+        settings.setdefault(group, {}).setdefault(name_now, within.pop(name))
+        changed = True
+    return yaml.safe_dump(settings, sort_keys=False) if changed else content
+
+
+def _is_of_another(settings: dict[str, Any], option: str) -> bool:
+    """Whether the option is one of a model or data of the user's own."""
+    group = settings.get(option.partition(".")[0])
+    path = group.get("class_path") if isinstance(group, dict) else None
+    return "." in str(path or "") and not str(path).startswith("mnist_lightning.")
+
+
+def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
+    """Has a checkpoint of before say what it says by the names of now."""
+    settings = checkpoint.get("hyper_parameters")
+    ours = str(checkpoint.get("model_class", "")).startswith("mnist_lightning.")
+    if ours and isinstance(settings, dict) and isinstance(settings.get("fused"), bool):
+        checkpoint.setdefault("execution", {"fused": settings.pop("fused")})

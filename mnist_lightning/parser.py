@@ -10,11 +10,12 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
-from mnist_lightning import console
+from mnist_lightning import console, moved
 from mnist_lightning.catalog import shipped_configs
 from mnist_lightning.classes import import_class
 from mnist_lightning.configs import find_config, read_config
 from mnist_lightning.console import suggest
+from mnist_lightning.models.architectures import ARCHITECTURES
 from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.words import options
 
@@ -23,6 +24,7 @@ SECTIONS = {
     "data": "data",
     "early_stopping": "early stopping",
     "freezing": "layer freezing",
+    "execution": "how the training steps",
     "trainer": "Lightning's Trainer",
 }
 # what is needed first, and better words than the parser's own
@@ -32,7 +34,6 @@ GENERAL = {
     "ckpt_path": "A checkpoint: its file, the folder of a run, or the name of one, like shallow or"
     " shallow/last.",
     "seed_everything": "The seed of the training; true draws one.",
-    "threads": None,
     "save_every_minutes": None,
     "verbose": None,
     "print_config": None,
@@ -84,6 +85,9 @@ class Parser(LightningArgumentParser):
         parser.description = None
         usage, _, rest = parser.format_help().rstrip().partition("\n\n")
         return "\n\n".join([usage, _introduction(command, model), rest])
+
+    def parse_string(self, content: str, *args: Any, **settings: Any) -> Any:
+        return super().parse_string(moved.current_config(content), *args, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
@@ -165,7 +169,7 @@ def _model(words: list[str], default: Any) -> tuple[type | None, dict[str, Any]]
 def _introduction(command: str, model: type | None) -> str:
     if model is not None:
         return f"The options of {model.__name__}, of its data, and of the training."
-    models = sorted(model.__name__ for model in _subclasses(Classifier))
+    models = sorted(ARCHITECTURES)
     configs = (path.name for path in shipped_configs())
     return (
         "A model has options of its own, like its learning rate. To see them too, name it:\n"

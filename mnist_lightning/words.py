@@ -12,7 +12,9 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
+from mnist_lightning import moved
 from mnist_lightning.catalog import shipped_configs
+from mnist_lightning.classes import is_own
 from mnist_lightning.completion import options as listed
 from mnist_lightning.configs import Asked, asked, find_config
 from mnist_lightning.console import python, require, suggest
@@ -47,6 +49,8 @@ def check(command: str, words: Sequence[str]) -> None:
             require("optuna", "a search")
         return
     wanted = asked(words)
+    if not is_own(wanted.model):
+        given = dict(options(moved.current_words(words)))
     if "help" not in given:
         _check_options(command, list(given), wanted)
         _check_checkpoint(command, given, wanted)

@@ -49,7 +49,7 @@ def _parsed(words: str) -> CLI:
         return CLI(words.split())
 
 
-TRAINED = {"hidden_units": 20, "lr": 0.3, "optimizer": "sgd", "fused": True}
+TRAINED = {"hidden_units": 20, "lr": 0.3, "optimizer": "sgd"}
 CKPT = "lightning_logs/shallow/version_0/checkpoints/best.ckpt"
 
 
@@ -306,9 +306,9 @@ def test_layer_table_counts_what_the_network_has() -> None:
     ("flags", "said"),
     [
         ("", "steps per execution: 256, fused; 1 thread\n"),
-        ("--threads 2", "steps per execution: 256, fused; 2 threads\n"),
+        ("--execution.threads 2", "steps per execution: 256, fused; 2 threads\n"),
         (
-            "--model.optimizer adam --data.steps_per_execution 9",
+            "--model.optimizer adam --execution.steps 9",
             "steps per execution: 9, autograd: the optimizer is Adam; 1 thread\n",
         ),
         (
@@ -336,7 +336,7 @@ def test_fit_says_how_it_steps(
     recorded = json.loads(
         (tmp_path / "lightning_logs/shallow/version_0/provenance.json").read_text()
     )
-    assert recorded[0]["threads"] == (2 if "--threads" in flags else 1)
+    assert recorded[0]["threads"] == (2 if "--execution.threads" in flags else 1)
 
 
 def test_a_command_leaves_the_process_as_it_was(
@@ -353,7 +353,7 @@ def test_a_command_leaves_the_process_as_it_was(
     import mnist_lightning.cli  # noqa: F401 (importing Lightning itself changes the filters)
 
     before = state()
-    for flags in ("", " --trainer.accumulate_grad_batches 2 --data.steps_per_execution 5"):
+    for flags in ("", " --trainer.accumulate_grad_batches 2 --execution.steps 5"):
         main(
             f"fit --config shallow.yaml --data.source digits --trainer.max_epochs 1{flags}".split()
         )

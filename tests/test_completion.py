@@ -141,7 +141,7 @@ CASES = [
     ("--v", ["--version"]),
     ("fit --trainer.max_", FIT),
     ("fit --model.hid", ["--model.hidden_units"]),
-    ("fit --threads 2 --sav", ["--save_every_minutes"]),
+    ("fit --execution.threads 2 --sav", ["--save_every_minutes"]),
     ("fit --config sh", ["shallow.yaml"]),
     ("fit -c m", ["mine.yaml"]),
     ("search --config shallow_w", ["shallow_wide.yaml"]),
@@ -151,8 +151,8 @@ CASES = [
     ("fit --data.split =", ["study", "canonical"]),
     ("fit --data.split=st", ["--data.split=study"]),
     ("fit --model Sh", ["ShallowNetwork"]),
-    ("fit --model.fused ", ["true", "false"]),
-    ("fit --threads ", []),  # any number
+    ("fit --execution.fused ", ["true", "false"]),
+    ("fit --execution.threads ", []),  # any number
     ("fit --nothing ", []),
     ("test --ckpt_path ", ["shallow", "shallow/best", "shallow/last", "search/mine"]),
     ("test --ckpt_path shallow/l", ["shallow/last"]),

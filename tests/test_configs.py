@@ -72,7 +72,12 @@ def test_same_seed_and_threads_give_the_same_bits(
         words = [*fit_words(config, resnet18_file), "--trainer.default_root_dir", str(root)]
         command = [sys.executable, "-m", "mnist_lightning", *words]
         subprocess.run(
-            [*command, f"--seed_everything={seed}", "--threads=2", "--early_stopping.enabled=no"],
+            [
+                *command,
+                f"--seed_everything={seed}",
+                "--execution.threads=2",
+                "--early_stopping.enabled=no",
+            ],
             check=True,
             stdout=subprocess.DEVNULL,
             # two processes have other orders of what is hashed

@@ -215,11 +215,11 @@ EMA = "lightning.pytorch.callbacks.EMAWeightAveraging"
 MODELS: dict[str, tuple[list[str], int]] = {
     # words, and executions before the kill: in the second of three epochs
     "perceptron": (["--config", "perceptron.yaml"], 5),
-    "fused": (["--config", "shallow.yaml", "--data.steps_per_execution", "7"], 40),
-    "joined": (["--config", "shallow.yaml", "--model.fused", "no"], 3),
-    "single": (["--config", "shallow.yaml", "--data.steps_per_execution", "1"], 200),
+    "fused": (["--config", "shallow.yaml", "--execution.steps", "7"], 40),
+    "joined": (["--config", "shallow.yaml", "--execution.fused", "no"], 3),
+    "single": (["--config", "shallow.yaml", "--execution.steps", "1"], 200),
     "adam": (["--config", "deep3.yaml", "--model.optimizer", "adam"], 3),
-    "dropout": (["--model", "test_durable.Dropping", "--data.steps_per_execution", "5"], 12),
+    "dropout": (["--model", "test_durable.Dropping", "--execution.steps", "5"], 12),
     "averaged": (["--model", "test_durable.Dropping", f"--trainer.callbacks+={EMA}"], 60),
     "frozen": (["--config", "shallow.yaml", "--freezing.freeze", "[net.hidden1.*]"], 3),
     "validates": (["--config", "shallow.yaml", "--trainer.val_check_interval", "0.3"], 12),
@@ -292,7 +292,7 @@ def test_a_signal_ends_a_training_after_a_step_with_a_sentence_and_its_code(
     signal_after: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = ("--trainer.max_epochs", 2, "--data.steps_per_execution", 50)
+    words = ("--trainer.max_epochs", 2, "--execution.steps", 50)
     assert fit(*words, "--trainer.default_root_dir", "undisturbed") == 0
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     signal_after(2, *signals)
@@ -315,7 +315,7 @@ def test_a_second_ctrl_c_stops_at_once(
 ) -> None:
     signal_after(4, signal.SIGINT, signal.SIGINT)  # 1,294 images: the second of 50 in epoch 2
     with pytest.raises(SystemExit) as stop:
-        fit("--trainer.max_epochs", 3, "--data.steps_per_execution", 100)
+        fit("--trainer.max_epochs", 3, "--execution.steps", 100)
     assert stop.value.code == 130
     assert "saved up to epoch 1. To go on:" in capsys.readouterr().out
 
@@ -379,7 +379,7 @@ def test_other_mini_batches_do_not_go_on_within_an_epoch(
 ) -> None:
     signal_after(1, signal.SIGTERM)
     with pytest.raises(SystemExit):
-        fit("--trainer.max_epochs", 1, "--data.steps_per_execution", 50)
+        fit("--trainer.max_epochs", 1, "--execution.steps", 50)
     again = ("fit", "--ckpt_path", "lightning_logs/shallow/version_0/last")
     assert main([*again, "--data.batch_size", "16"]) == 1
     assert "go on with --data.batch_size 8" in capsys.readouterr().err
@@ -496,7 +496,7 @@ def test_a_training_that_diverges_says_where_why_and_how_to_go_on(
         return images, labels
 
     assert batches == 162
-    words = ("--trainer.max_epochs", 2, "--data.steps_per_execution", steps)
+    words = ("--trainer.max_epochs", 2, "--execution.steps", steps)
     monkeypatch.setattr(MNISTDataModule, "on_after_batch_transfer", spoil)
     assert fit(*words, "--trainer.limit_val_batches", 0) == 1
     err = capsys.readouterr().err
@@ -509,7 +509,7 @@ def test_a_training_that_diverges_says_where_why_and_how_to_go_on(
 def test_a_diverged_training_is_not_saved_over_the_last_good_checkpoint(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--data.steps_per_execution", 1, "--model.lr", 1e30, "--save_every_minutes", 0)
+    words = ("--execution.steps", 1, "--model.lr", 1e30, "--save_every_minutes", 0)
     assert fit("--trainer.max_epochs", 1, *words) == 1
     assert "mini-batch" in capsys.readouterr().err
     last = Path("lightning_logs/shallow/version_0/checkpoints/last.ckpt")

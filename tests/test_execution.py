@@ -50,11 +50,14 @@ class Figures(Callback):
 class Run:
     """A training on the digits: the model, the Trainer, what was logged and what was said."""
 
-    def __init__(self, make, steps: int | None, *more: Callback, ckpt_path=None, **settings):
+    def __init__(
+        self, make, steps: int | None, *more: Callback, fused=True, ckpt_path=None, **settings
+    ):
         pl.seed_everything(0, verbose=False)
         self.model, self.figures, self.said = make(), Figures(), []
-        self.data = MNISTDataModule(source="digits", batch_size=16, steps_per_execution=steps)
-        execution = ex.Execution(say=self.said.append)
+        self.data = MNISTDataModule(source="digits", batch_size=16)
+        execution = ex.Execution(steps, fused)
+        execution.say = self.said.append
         self.trainer = trainer(
             **{"max_epochs": 2, **settings, "callbacks": [self.figures, execution, *more]}
         )
@@ -62,15 +65,15 @@ class Run:
 
 
 CASES = {
-    "sgd": (lambda: ShallowNetwork(20, fused=False), {}),
+    "sgd": (lambda: ShallowNetwork(20), {}),
     "adam": (lambda: ShallowNetwork(20, lr=0.01, optimizer="adam"), {}),
     "adamw": (lambda: DeepNetwork([20, 10], lr=0.01, optimizer="adamw"), {}),
     "perceptron": (lambda: Perceptron(), {}),
-    "schedule by step": (lambda: Scheduled(20, fused=False), {}),
-    "clipping": (lambda: ShallowNetwork(20, fused=False), {"gradient_clip_val": 0.1}),
-    "bf16": (lambda: ShallowNetwork(20, fused=False), {"precision": "bf16-mixed"}),
-    "max_steps": (lambda: ShallowNetwork(20, fused=False), {"max_steps": 100}),
-    "validation in between": (lambda: ShallowNetwork(20, fused=False), {"val_check_interval": 30}),
+    "schedule by step": (lambda: Scheduled(20), {}),
+    "clipping": (lambda: ShallowNetwork(20), {"gradient_clip_val": 0.1}),
+    "bf16": (lambda: ShallowNetwork(20), {"precision": "bf16-mixed"}),
+    "max_steps": (lambda: ShallowNetwork(20), {"max_steps": 100}),
+    "validation in between": (lambda: ShallowNetwork(20), {"val_check_interval": 30}),
 }
 
 
@@ -79,7 +82,8 @@ CASES = {
 def test_many_steps_in_one_execution_equal_one_at_a_time(case: str, steps: int) -> None:
     """The same weights, logged figures and counts, bit for bit."""
     make, settings = CASES[case]
-    one, many = Run(make, 1, **settings), Run(make, steps, **settings)
+    one = Run(make, 1, fused=False, **settings)
+    many = Run(make, steps, fused=False, **settings)
     assert same_weights(one.model, many.model)
     assert many.figures.logged == one.figures.logged
     assert many.trainer.fit_loop.state_dict() == one.trainer.fit_loop.state_dict()
@@ -91,14 +95,14 @@ def test_many_steps_in_one_execution_equal_one_at_a_time(case: str, steps: int) 
 def test_fused_steps_equal_autograd(units: list[int]) -> None:
     """In float64, after 243 steps: the weights to 1e-10."""
 
-    def make(fused: bool) -> Classifier:
+    def make() -> Classifier:
         if len(units) == 1:
-            return ShallowNetwork(units[0], lr=0.1, fused=fused)
-        return DeepNetwork(units, lr=0.1, fused=fused)
+            return ShallowNetwork(units[0], lr=0.1)
+        return DeepNetwork(units, lr=0.1)
 
     settings = {"max_epochs": 3, "precision": "64-true"}
-    fused = Run(lambda: make(True), None, **settings)
-    plain = Run(lambda: make(False), 1, **settings)
+    fused = Run(make, None, **settings)
+    plain = Run(make, 1, fused=False, **settings)
     assert fused.said == ["steps per execution: 256, fused; 1 thread"]
     assert fused.trainer.fit_loop.state_dict() == plain.trainer.fit_loop.state_dict()
     assert fused.trainer.global_step == 3 * STEPS
@@ -111,7 +115,7 @@ def test_fused_steps_equal_autograd(units: list[int]) -> None:
 def test_fused_steps_in_single_precision_stay_close() -> None:
     """After one epoch, 81 steps: rounding has not grown yet."""
     fused = Run(lambda: ShallowNetwork(20, lr=0.1), None, max_epochs=1)
-    plain = Run(lambda: ShallowNetwork(20, lr=0.1, fused=False), None, max_epochs=1)
+    plain = Run(lambda: ShallowNetwork(20, lr=0.1), None, fused=False, max_epochs=1)
     for one, other in zip(fused.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -131,7 +135,7 @@ def test_a_fused_training_learns() -> None:
     ],
 )
 def test_refuses_many_steps_where_they_cannot_work(settings: dict, reason: str) -> None:
-    with pytest.raises(ValueError, match=rf"steps_per_execution 4 is not possible: {reason}"):
+    with pytest.raises(ValueError, match=rf"4 steps per execution are not possible: {reason}"):
         Run(lambda: ShallowNetwork(20), 4, **settings)
 
 
@@ -166,9 +170,10 @@ class Plain(pl.LightningModule):
 
 
 def test_refuses_many_steps_for_a_module_that_knows_nothing_of_them() -> None:
-    data = MNISTDataModule(source="digits", steps_per_execution=4)
-    with pytest.raises(ValueError, match="steps_per_execution 4 is not possible: Plain does not"):
-        trainer().fit(Plain(), data)
+    data = MNISTDataModule(source="digits")
+    refused = "4 steps per execution are not possible: Plain is not of mnist_lightning"
+    with pytest.raises(ValueError, match=refused):
+        trainer(callbacks=[ex.Execution(steps=4)]).fit(Plain(), data)
 
 
 def test_a_used_data_module_is_as_new_for_the_next_module() -> None:
@@ -182,10 +187,11 @@ def test_a_used_data_module_is_as_new_for_the_next_module() -> None:
 
 def test_resume_in_another_way_of_stepping(tmp_path: Path) -> None:
     """Two epochs one at a time, then two with many, against four: weights and counts."""
-    make = lambda: ShallowNetwork(20, fused=False)  # noqa: E731
-    whole, half = Run(make, 1, max_epochs=4), Run(make, 1, max_epochs=2)
+    make = lambda: ShallowNetwork(20)  # noqa: E731
+    whole = Run(make, 1, fused=False, max_epochs=4)
+    half = Run(make, 1, fused=False, max_epochs=2)
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed = Run(make, 50, max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
+    resumed = Run(make, 50, fused=False, max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
     assert same_weights(resumed.model, whole.model)
     assert resumed.trainer.fit_loop.state_dict() == whole.trainer.fit_loop.state_dict()
 
@@ -223,7 +229,7 @@ def test_all_is_undone_after_a_training(error: type[BaseException] | None) -> No
         else:
             fit.fit(model, data)
         assert type(fit.fit_loop.epoch_loop) is _TrainingEpochLoop
-        assert not {"tell", "_way", "_fused"} & vars(fit.fit_loop.epoch_loop).keys()
+        assert not {"execution", "_way", "_fused"} & vars(fit.fit_loop.epoch_loop).keys()
         assert torch.get_num_threads() == 2
         assert torch.get_default_dtype() == dtype
         assert model.automatic_optimization
@@ -243,7 +249,7 @@ class Threads(Callback):
     ("make", "flag", "variable", "number"),
     [
         (lambda: ShallowNetwork(20), None, None, 1),
-        (lambda: ShallowNetwork(20, fused=False, optimizer="adam"), None, None, 1),
+        (lambda: ShallowNetwork(20, optimizer="adam"), None, None, 1),
         (lambda: ShallowNetwork(20), 3, None, 3),
         (lambda: ShallowNetwork(20), None, "2", 2),
         (lambda: ShallowNetwork(20), 3, "2", 3),
@@ -276,7 +282,8 @@ def test_chosen_steps_fill_about_one_execution(batch_size: int) -> None:
     for model in (ShallowNetwork(100), DeepNetwork([2048, 2048])):
         said: list[str] = []
         data = MNISTDataModule(source="digits", batch_size=batch_size)
-        execution = ex.Execution(say=said.append)
+        execution = ex.Execution()
+        execution.say = said.append
         trainer(callbacks=[execution], max_steps=1, limit_val_batches=0).fit(model, data)
         weights = sum(p.numel() for p in model.parameters())
         fitting = min(256, round(1e10 / (6 * weights * batch_size)))

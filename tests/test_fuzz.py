@@ -172,8 +172,8 @@ words = st.one_of(
     st.sampled_from(
         "--config shallow.yaml deep2 --model ShallowNetwork ResNet18 --model.lr -1 nan 1e400"
         " --data --data.batch_size 0 --data.source digits --trainer.max_epochs --trainer null []"
-        " {} -c = -- --ckpt_path nowhere --threads -h_ --data.image_size --model.hidden_units"
-        " [1,a] : '".split()
+        " {} -c = -- --ckpt_path nowhere --execution.threads -h_ --data.image_size"
+        " --model.hidden_units [1,a] : '".split()
     ),
     st.text(string.printable, max_size=6),
 )

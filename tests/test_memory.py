@@ -37,7 +37,7 @@ def _peak(make: str, batch_size: int, image_size: int) -> int:
 @pytest.mark.parametrize(
     ("make", "batch_size", "image_size"),
     [
-        ("ShallowNetwork(100_000, fused=False)", 8, 28),
+        ("ShallowNetwork(100_000, optimizer='adam')", 8, 28),
         ("DeepNetwork([4096, 8192], optimizer='adam')", 8, 28),
         ("ResNet18()", 64, 112),
     ],
@@ -58,7 +58,7 @@ def test_nothing_is_allocated() -> None:
 
 def test_adam_takes_more() -> None:
     sgd, adam = (
-        memory.training_bytes(partial(DeepNetwork, [500, 500], optimizer=name, fused=False), 1, 28)
+        memory.training_bytes(partial(DeepNetwork, [500, 500], optimizer=name), 1, 28, False)
         for name in ("sgd", "adam")
     )
     assert adam == pytest.approx(2 * sgd, rel=0.01)

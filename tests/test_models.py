@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from conftest import same_weights, trainer
 from torch.optim import lr_scheduler as lrs
 
-from mnist_lightning import DeepNetwork, MNISTDataModule, Perceptron, ShallowNetwork
+from mnist_lightning import (
+    DeepNetwork,
+    Execution,
+    MNISTDataModule,
+    Perceptron,
+    ShallowNetwork,
+)
 from mnist_lightning.data.sampling import epoch_order
 from mnist_lightning.models.classifier import Classifier
 
@@ -64,10 +70,10 @@ def test_same_seed_is_bit_equal(name: str) -> None:
 def test_fit_equals_a_hand_written_loop(digits: MNISTDataModule) -> None:
     """The Trainer does what the textbook says: the same weights, bit for bit."""
     pl.seed_everything(5, verbose=False)
-    model = DeepNetwork(hidden_units=[30, 20], lr=0.1, fused=False)
+    model = DeepNetwork(hidden_units=[30, 20], lr=0.1)
     pl.seed_everything(5, verbose=False)
     net = DeepNetwork(hidden_units=[30, 20], lr=0.1).net
-    trainer(max_epochs=2).fit(model, digits)
+    trainer(max_epochs=2, callbacks=[Execution(fused=False)]).fit(model, digits)
 
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
     images, labels = digits.train_set.images, digits.train_set.labels

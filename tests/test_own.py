@@ -399,7 +399,6 @@ def test_arguments_are_hyper_parameters() -> None:
         "more": [1],
         "lr": 0.2,
         "optimizer": "sgd",
-        "fused": True,
     }
 
 

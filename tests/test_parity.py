@@ -106,7 +106,8 @@ def _train(kind: Any, arguments: Any, images: Any, addition: Addition, folder: P
         images = images(**DATA)
         if hasattr(images, "calls"):
             images.calls = {}
-    probe, said = Probe(), []
+    probe, said, execution = Probe(), [], Execution()
+    execution.say = said.append
     callbacks = addition.callbacks(str(folder))
     settings = {"max_epochs": 3, "precision": "64-true", **addition.settings}
     if settings.get("logger"):
@@ -117,7 +118,7 @@ def _train(kind: Any, arguments: Any, images: Any, addition: Addition, folder: P
         settings.update(num_sanity_val_steps=None)
     fit = trainer(
         default_root_dir=folder,
-        **{**settings, "callbacks": [*callbacks, probe, Execution(say=said.append)]},
+        **{**settings, "callbacks": [*callbacks, probe, execution]},
     )
     fit.fit(model, images)
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())

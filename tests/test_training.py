@@ -238,7 +238,7 @@ def _fit_own_model(
         enable_checkpointing=True,
     )
     run.fit(
-        OwnModel(20, fused=False),
+        OwnModel(20),
         MNISTDataModule(source="digits", batch_size=16),
         ckpt_path=None if resume_after is None else saved / f"epoch={resume_after - 1}.ckpt",
     )

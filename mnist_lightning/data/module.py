@@ -6,7 +6,7 @@ normalisation and the resize to 224 pixels happen per batch, on the device that 
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +65,6 @@ class MNISTDataModule(LightningDataModule):
         normalization: ``unit`` divides pixels by 255; ``mnist`` and ``imagenet`` then subtract
             that set's mean and divide by its standard deviation, one scalar for the gray channel.
         predict_dir: a folder of image files for ``predict``; without it, the validation images.
-        steps_per_execution: mini-batches that a training takes at once and makes as many updates
-            with. They are the same mini-batches and updates as one by one, without what the Trainer
-            does between them. Unset, as many as are worth it; see ``execution``.
 
     A batch is ``(images, labels)``: from the loaders uint8 ``(b, 28, 28)`` and int64 ``(b,)``;
     after ``on_after_batch_transfer``, which the Trainer calls, the images are float32
@@ -96,7 +93,6 @@ class MNISTDataModule(LightningDataModule):
         image_size: int = 28,
         normalization: Normalization = "unit",
         predict_dir: str | None = None,
-        steps_per_execution: int | None = None,
     ) -> None:
         super().__init__()
         _check("val_fraction", val_fraction, 0 < val_fraction < 1, "must lie between 0 and 1")
@@ -104,7 +100,6 @@ class MNISTDataModule(LightningDataModule):
             ("batch_size", batch_size),
             ("eval_batch_size", eval_batch_size),
             ("image_size", image_size),
-            ("steps_per_execution", 1 if steps_per_execution is None else steps_per_execution),
         ):
             _check(key, count, count >= 1, "must be at least 1")
         _check("image_size", image_size, image_size <= 1024, "must be at most 1024")
@@ -120,7 +115,7 @@ class MNISTDataModule(LightningDataModule):
         if source == "auto" and (name or folder):
             source = "mnist"  # asked for: nothing else will do
         name = name or "MNIST"
-        self.save_hyperparameters(ignore=["predict_dir", "steps_per_execution"])
+        self.save_hyperparameters(ignore=["predict_dir"])
         self.hparams.update(name=name, source=source)  # a subclass was perhaps given others
         self.name, self.source, self.split = name, source, split
         self.data_dir = Path(folder or "data")
@@ -128,7 +123,6 @@ class MNISTDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.image_size, self.normalization = image_size, normalization
         self.predict_dir = predict_dir
-        self.steps_per_execution = steps_per_execution
         self._loaded = False
         self._no_download = "not tried"
 
@@ -152,14 +146,6 @@ class MNISTDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, verifies and splits the set; every process gets the same split."""
-        if stage == "fit" and self.trainer is not None and (self.steps_per_execution or 1) > 1:
-            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-            if not any(hasattr(callback, "takes_executions") for callback in callbacks):
-                module = type(self.trainer.lightning_module).__name__
-                raise ValueError(
-                    f"steps_per_execution {self.steps_per_execution} is not possible: {module} does"
-                    " not bring the callback Execution. Leave it out, or set it to 1"
-                )
         if self._loaded:
             return
         if self.source == "auto":

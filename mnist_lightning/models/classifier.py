@@ -1,8 +1,6 @@
 """Classifier: a network, a loss, metrics and an optimizer, as a LightningModule."""
 
 import inspect
-import math
-from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Literal, cast
 
@@ -11,12 +9,12 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from mnist_lightning.classes import class_path
 from mnist_lightning.files import is_plain
+from mnist_lightning.models.metrics import EpochMetrics, divergence
+from mnist_lightning.training import resuming
 from mnist_lightning.training.execution import Execution
-from mnist_lightning.training.resuming import count_manual_steps, scale_rates
 
 Batch = tuple[Tensor, Tensor]
 OptimizerName = Literal["sgd", "adam", "adamw"]
@@ -27,10 +25,6 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 
-class Diverged(ValueError):
-    """The loss of a training is no longer finite."""
-
-
 class Classifier(LightningModule):
     """What all classifiers share: one step for train, validation and test, and its metrics.
 
@@ -39,6 +33,9 @@ class Classifier(LightningModule):
 
     The arguments of a subclass are its hyper-parameters, without ``save_hyperparameters()``: those
     that are plain values (numbers, texts, lists and mappings of them), and so load as data.
+
+    It works with any Trainer and loader of images and labels. How a training steps is decided by
+    ``Execution``, a callback that it brings along.
 
     Args:
         net: maps images ``(b, 1, height, width)`` to class scores ``(b, 10)``.
@@ -52,8 +49,9 @@ class Classifier(LightningModule):
     """
 
     steps_known = True  # see execution.altered
-    fused = False
-    """Whether steps may be fused where ``execution.unfusable`` finds nothing against it."""
+    fusable = False
+    """Whether ``Execution`` may fuse steps where ``execution.unfusable`` finds nothing against it:
+    the class says that cross entropy of ``net`` is all that a step computes."""
 
     def __init__(self, net: nn.Module, lr: float, optimizer: OptimizerName) -> None:
         super().__init__()
@@ -69,17 +67,7 @@ class Classifier(LightningModule):
                 arguments |= of_one
             other = [name for name, value in arguments.items() if not is_plain(value)]
             self.save_hyperparameters(frame=frame, ignore=other)
-        # A loss that is not a number must show in the mean. By default it is left out, and with
-        # "disable" torchmetrics 1.9 leaves out the weights.
-        self.means = nn.ModuleDict(
-            {
-                f"{stage}_{name}": MeanMetric(nan_strategy=float("nan"))
-                for stage in ("train", "val", "test")
-                for name in ("loss", "acc")
-            }
-        )
-        # for each mini-batch: its loss summed over the images, correct answers, images
-        self._seen: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
+        self.epoch_metrics = EpochMetrics()
 
     def forward(self, images: Tensor) -> Tensor:
         """``(b, 1, height, width)`` -> class scores ``(b, 10)``."""
@@ -89,82 +77,24 @@ class Classifier(LightningModule):
         """Mean over the mini-batch, a scalar; cross entropy unless a model says otherwise."""
         return F.cross_entropy(scores, labels)
 
-    def _score(self, stage: str, scores: Tensor, labels: Tensor) -> Tensor:
+    def score(self, stage: str, scores: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a mini-batch, which is noted with its accuracy for the epoch's metrics."""
         loss = self.loss(scores, labels)
         correct = (scores.argmax(1) == labels).sum()
-        self.note(stage, loss.detach() * len(labels), correct, len(labels))
+        self.epoch_metrics.note(stage, loss.detach() * len(labels), correct, len(labels))
         return loss
-
-    def note(self, stage: str, loss: Tensor, correct: Tensor, images: int) -> None:
-        """Adds to the figures of an epoch.
-
-        Args:
-            stage: ``train``, ``val`` or ``test``.
-            loss: summed over the images, a scalar.
-            correct: how many answers were right, a scalar.
-            images: how many there were.
-        """
-        # Kept as they are until the epoch's end: a torchmetrics update for each mini-batch takes
-        # longer than the training step of a small network.
-        self._seen.setdefault(stage, []).append((loss, correct, images))
-
-    def _log_epoch(self, stage: str) -> None:
-        if stage not in self._seen:
-            return  # resumed at the very end of an epoch: not a mini-batch was left
-        seen = self._seen.pop(stage)
-        losses, correct, sizes = zip(*seen, strict=True)
-        images = sum(sizes)
-        for name, parts in (("loss", losses), ("acc", correct)):
-            # a metric is the mean over the images of all processes, which may have unequal shares
-            mean = cast(MeanMetric, self.means[f"{stage}_{name}"])
-            mean.reset()
-            mean.update(torch.stack(parts).sum() / images, images)
-            self.log(f"{stage}/{name}", mean, prog_bar=(stage, name) == ("val", "acc"))
-        if stage == "train":
-            loss = cast(MeanMetric, self.means["train_loss"]).compute()
-            if not loss.isfinite():
-                raise self._diverged(seen)
-
-    def _diverged(self, seen: Sequence[tuple[Tensor, Tensor, int]]) -> Diverged:
-        """Says where in the epoch the loss was no longer finite, and what the cause may be."""
-        means = [float(loss) / images for loss, _, images in seen]
-        first = next((i for i, mean in enumerate(means) if not math.isfinite(mean)), None)
-        where, course = "", ""
-        if first is not None:  # of several processes, it may be another's
-            data = getattr(self.trainer, "datamodule", None)
-            size = getattr(data, "batch_size", seen[0][2])
-            before = sum(images for _, _, images in seen[:first])
-            start, end = before // size + 1, -(-(before + seen[first][2]) // size)
-            where = f", mini-batch {start:,}" + (f" to {end:,}" if end > start else "")
-            if first:
-                course = (
-                    f" It was {means[0]:.4g} at the epoch's start and {means[first - 1]:.4g} last."
-                )
-        if str(self.trainer.precision).startswith("16"):
-            cause = "float16 ends at 65,504: --trainer.precision bf16-mixed may help"
-        else:
-            cause = f"A lower lr may help (now {self.lr})"
-        return Diverged(
-            f"the training diverged in epoch {self.current_epoch + 1}{where}: its loss is no longer"
-            f" finite.{course} {cause}"
-        )
-
-    def configure_callbacks(self) -> list[Callback]:
-        """The callbacks that this model brings along, where the Trainer has none of their kind."""
-        present = self.trainer.callbacks  # type: ignore[attr-defined]
-        return [] if any(isinstance(c, Execution) for c in present) else [Execution()]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
-        return self._score("train", self(images), labels)
+        return self.score("train", self(images), labels)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score("val", self(batch[0]), batch[1])
+        self.score("val", self(batch[0]), batch[1])
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class probabilities, ``(b, 10)``, for callbacks that look at single images."""
         scores = self(batch[0])
-        self._score("test", scores, batch[1])
+        self.score("test", scores, batch[1])
         return scores.softmax(1)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -172,16 +102,19 @@ class Classifier(LightningModule):
         return self(batch[0]).softmax(1)
 
     def on_train_epoch_start(self) -> None:
-        self._seen.pop("train", None)  # of an epoch that was cut off
+        self.epoch_metrics.begin("train")
 
     def on_validation_epoch_start(self) -> None:
-        self._seen.pop("val", None)
+        self.epoch_metrics.begin("val")
 
     def on_test_epoch_start(self) -> None:
-        self._seen.pop("test", None)
+        self.epoch_metrics.begin("test")
 
     def on_train_epoch_end(self) -> None:
+        noted = self.epoch_metrics.noted("train")
         self._log_epoch("train")
+        if noted and not self.epoch_metrics.is_finite("train"):
+            raise divergence(self, noted, self.lr)
 
     def on_validation_epoch_end(self) -> None:
         self._log_epoch("val")
@@ -189,35 +122,36 @@ class Classifier(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_epoch("test")
 
+    def _log_epoch(self, stage: str) -> None:
+        for name, mean in self.epoch_metrics.end(stage):
+            self.log(name, mean, prog_bar=name == "val/acc")
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return OPTIMIZERS[self.optimizer](self.parameters(), lr=self.lr)  # type: ignore[call-arg]
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The callbacks that this model brings along, where the Trainer has none of their kind."""
+        present = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(c, Execution) for c in present) else [Execution()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # so that a checkpoint alone is enough to test it, whoever trained it
         checkpoint["model_class"] = class_path(type(self))
-        seen = self._seen.get("train")
-        if seen and self._trainer is not None and self.trainer.world_size == 1:
-            losses, correct, sizes = zip(*seen, strict=True)
-            if not torch.stack(losses).isfinite().all():
-                raise self._diverged(seen)  # rather than save it over the last good one
-            checkpoint["seen"] = [torch.stack(losses), torch.stack(correct), list(sizes)]
+        noted = self.epoch_metrics.noted("train")
+        if noted and self._trainer is not None and self.trainer.world_size == 1:
+            if not torch.stack([one.loss for one in noted]).isfinite().all():
+                # rather than save it over the last good one
+                raise divergence(self, noted, self.lr)
+            checkpoint["seen"] = self.epoch_metrics.saved()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A resumed training takes the learning rate of this model, not the one it was saved with.
 
-        Lightning restores the optimizer's and the schedulers' state after this hook, and their
-        learning rates with it: those that are multiples of the saved one are scaled.
+        Lightning restores the optimizer's and the schedulers' state after this hook.
         """
-        count_manual_steps(checkpoint)
-        if seen := checkpoint.get("seen"):  # of the epoch that it lies in
-            losses, correct = (part.to(self.device).unbind() for part in seen[:2])
-            self._seen["train"] = list(zip(losses, correct, seen[2], strict=True))
+        resuming.count_manual_steps(checkpoint)
+        resuming.take_lr(checkpoint, self.lr)
+        if saved := checkpoint.get("seen"):  # of the epoch that it lies in
+            self.epoch_metrics.restore(saved, self.device)
         if self._trainer is not None and self.trainer.precision == "64-true":
             self.double()  # Lightning would first load the weights into float32, which rounds them
-        saved = checkpoint.get("hyper_parameters", {}).get("lr", self.lr)
-        if saved != self.lr:
-            for state in checkpoint.get("optimizer_states", []):
-                for group in state["param_groups"]:
-                    scale_rates(group, saved, self.lr)
-            for state in checkpoint.get("lr_schedulers", []):
-                scale_rates(state, saved, self.lr)

@@ -11,19 +11,17 @@ class ShallowNetwork(Classifier):
         hidden_units: size of the hidden layer.
         lr: learning rate.
         optimizer: ``sgd`` (plain), ``adam`` or ``adamw``.
-        fused: plain SGD with forward, backward and update written out, where nothing forbids it;
-            rounds otherwise, and is several times as fast. Without it, autograd.
     """
+
+    fusable = True
 
     def __init__(
         self,
         hidden_units: int = 100,
         lr: float = 0.1,
         optimizer: OptimizerName = "sgd",
-        fused: bool = True,
     ) -> None:
         super().__init__(mlp([hidden_units]), lr, optimizer)
-        self.fused = fused
 
 
 class DeepNetwork(Classifier):
@@ -33,15 +31,15 @@ class DeepNetwork(Classifier):
         hidden_units: sizes of the hidden layers, from the input's side to the output's.
         lr: learning rate.
         optimizer: ``sgd`` (plain), ``adam`` or ``adamw``.
-        fused: as for ``ShallowNetwork``.
     """
+
+    fusable = True
 
     def __init__(
         self,
         hidden_units: list[int],
         lr: float = 0.01,
         optimizer: OptimizerName = "sgd",
-        fused: bool = True,
     ) -> None:
         if len(hidden_units) < 2:
             raise ValueError(
@@ -49,4 +47,3 @@ class DeepNetwork(Classifier):
                 " For one hidden layer there is ShallowNetwork."
             )
         super().__init__(mlp(hidden_units), lr, optimizer)
-        self.fused = fused

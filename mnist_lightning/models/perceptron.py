@@ -61,7 +61,7 @@ class Perceptron(Classifier):
         if not self._follows_rule():
             return super().training_step(batch, batch_idx) * len(labels)
         tensors = self.delta_rule(images, labels)
-        loss = self._score("train", tensors["y"], labels) * len(labels)
+        loss = self.score("train", tensors["y"], labels) * len(labels)
         self._moves = loss.requires_grad_(), tensors["dw"], tensors["db"]
         return loss
 

@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.files import check_archive, is_plain, write_torch
+from mnist_lightning.moved import bring_up_to_date
 from mnist_lightning.runs.folder import LOGS, find_checkpoint
 from mnist_lightning.weights import check_tensors
 
@@ -61,10 +62,11 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(version, str) or not re.match(r"\d+\.\d[\w.+]*$", version):
         raise ValueError(f"{path} is of no version of Lightning: {version!r}. {REMEDY}")
     check_tensors(checkpoint["state_dict"], f"{path}", REMEDY)
-    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+    for key in ("hyper_parameters", "datamodule_hyper_parameters", "execution"):
         settings = checkpoint.get(key, {})
         if not isinstance(settings, Mapping) or not is_plain(settings, 4):
             raise ValueError(f"{path} is not of this project: its {key} are no settings. {REMEDY}")
+    bring_up_to_date(checkpoint)
     return cast(dict[str, Any], checkpoint)
 
 

@@ -45,7 +45,7 @@ OBJECTIVES = {
 DATA_OF_ALL = [
     f"data.{name}" for name in ("name", "source", "data_dir", "split", "val_fraction", "split_seed")
 ]
-NO_RESULT = [f"data.{name}" for name in ("eval_batch_size", "predict_dir", "steps_per_execution")]
+NO_RESULT = [f"data.{name}" for name in ("eval_batch_size", "predict_dir")]
 MOST_TRIALS = 100_000  # each is a file, and counted again and again
 
 

@@ -92,7 +92,7 @@ MODULE_NAMES = (
     | _DATA
     | _BETWEEN_EPOCHS
     | set(
-        "fused configure_optimizers configure_callbacks configure_model lr_scheduler_step"
+        "fusable configure_optimizers configure_callbacks configure_model lr_scheduler_step"
         " validation_step test_step predict_step on_validation_model_eval"
         " on_validation_model_train on_validation_model_zero_grad on_test_model_eval"
         " on_test_model_train on_predict_model_eval".split()
@@ -135,11 +135,16 @@ class Way(NamedTuple):
         return f"steps per execution: {self.steps}, {how}"
 
 
-def choose(trainer: Trainer) -> Way:
-    """How the epoch at hand steps: as asked for, or so many that Lightning's share is small."""
+def choose(trainer: Trainer, steps: int | None, fused: bool) -> Way:
+    """How the epoch at hand steps.
+
+    Args:
+        trainer: in training.
+        steps: as asked for; by default so many that Lightning's share is small.
+        fused: whether steps may be fused.
+    """
     if reason := obstacle(trainer):
         return Way(1, False, reason)
-    steps = trainer.datamodule.steps_per_execution  # type: ignore[attr-defined]
     if steps == 1:
         return Way(1, False, "as asked for")
     module, loader = trainer.lightning_module, _own_loader(trainer)
@@ -150,7 +155,7 @@ def choose(trainer: Trainer) -> Way:
         steps = min(MOST_STEPS, round(joined))
         if steps < 2:
             return Way(1, False, "a step of this network is long enough")
-    hindrance = unfusable(trainer)
+    hindrance = unfusable(trainer) if fused else "fused steps are off"
     return Way(steps, hindrance is None, hindrance)
 
 
@@ -253,7 +258,7 @@ def _own_loader(trainer: Trainer) -> DataLoader | None:
 def unfusable(trainer: Trainer) -> str | None:
     """What needs autograd's own steps, where many may go in an execution; or nothing."""
     module: Any = trainer.lightning_module
-    if not module.fused:
+    if not module.fusable:
         return "the model does not ask for fused steps"
     layers = linear_layers(module.net)
     if layers is None:
@@ -343,18 +348,27 @@ class Execution(Callback):
     is given back when it ends, by an exception too.
 
     Args:
+        steps: mini-batches that a training takes at once and makes as many updates with. They are
+            the same mini-batches and updates as one by one, without what the Trainer does between
+            them. By default, as many as are worth it.
+        fused: whether plain SGD of a multilayer perceptron may be written out: forward, backward
+            and update without autograd, several times as fast, with other roundings.
         threads: of the processor. By default as above, unless ``OMP_NUM_THREADS`` says a number.
-        say: is given the line about how the training steps.
+
+    Raises:
+        ValueError: ``steps`` or ``threads`` below 1; in training, more steps than one where
+            something could see or change a single step.
     """
 
-    takes_executions = True
-
     def __init__(
-        self, threads: int | None = None, say: Callable[[str], None] = rank_zero_info
+        self, steps: int | None = None, fused: bool = True, threads: int | None = None
     ) -> None:
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
-        self.threads, self.say = threads, say
+        for name, value in (("steps", steps), ("threads", threads)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.steps, self.fused, self.threads = steps, fused, threads
+        self.say: Callable[[str], None] = rank_zero_info
+        """Takes the line about how the training steps."""
         self._said: str | None = None
         self._undo = ExitStack()
 
@@ -373,19 +387,32 @@ class Execution(Callback):
         if type(loop) is _TrainingEpochLoop:
             # the same object with its counters: all that Lightning knows of it stays true
             loop.__class__ = _EpochLoop
-            cast(_EpochLoop, loop).tell = self._tell
+            cast(_EpochLoop, loop).execution = self
             self._undo.callback(_EpochLoop.undo, cast(_EpochLoop, loop))
 
-    def _tell(self, way: Way, asked: int | None) -> None:
-        if self._said is None and way.steps == 1 and (asked or 1) > 1:
+    def choose(self, trainer: Trainer) -> Way:
+        """How the epoch at hand steps, which is said where it is new.
+
+        Raises:
+            ValueError: more steps than one were asked for, and are not possible.
+        """
+        way = choose(trainer, self.steps, self.fused)
+        if self._said is None and way.steps == 1 and (self.steps or 1) > 1:
             raise ValueError(
-                f"steps_per_execution {asked} is not possible: {way.reason}."
-                " Leave it out, or set it to 1"
+                f"{self.steps} steps per execution are not possible: {way.reason}."
+                " Leave --execution.steps out, or set it to 1"
             )
         if str(way) != self._said:
             self._said = str(way)
             threads = torch.get_num_threads()
             self.say(f"{way}; {threads} thread{'s' if threads > 1 else ''}")
+        return way
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # it changes roundings: a training that goes on from here is to have the same
+        checkpoint["execution"] = {"fused": self.fused}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._undo.close()
@@ -430,13 +457,13 @@ def kept_memory() -> Iterator[None]:
 class _EpochLoop(_TrainingEpochLoop):
     """Lightning's epoch, which may take many mini-batches at once."""
 
-    tell: Callable[[Way, int | None], None]
+    execution: Execution
     _way = Way(1, False, None)
     _fused: "FusedSGD | None" = None
 
     def undo(self) -> None:
         """Makes it Lightning's own again."""
-        for name in ("tell", "_way", "_fused"):
+        for name in ("execution", "_way", "_fused"):
             vars(self).pop(name, None)
         self.__class__ = _TrainingEpochLoop  # type: ignore[assignment]
 
@@ -457,11 +484,9 @@ class _EpochLoop(_TrainingEpochLoop):
                 # generators.
                 iter(data_fetcher)
         super().on_run_start(data_fetcher)
-        self._way = choose(self.trainer)
+        self._way = self.execution.choose(self.trainer)
         module: Any = self.trainer.lightning_module
         self._fused = FusedSGD(module.net) if self._way.fused else None
-        data = getattr(self.trainer, "datamodule", None)
-        self.tell(self._way, getattr(data, "steps_per_execution", None))
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
         steps = self._joinable(data_fetcher)
@@ -562,7 +587,7 @@ class _EpochLoop(_TrainingEpochLoop):
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         loss, correct = fused.steps(images, labels, size, lr)
         module: Any = self.trainer.lightning_module
-        module.note("train", loss, correct, len(labels))
+        module.epoch_metrics.note("train", loss, correct, len(labels))
         steps = -(-len(labels) // size)
         self.batch_progress.increment_by(steps)
         self.automatic_optimization.optim_progress.optimizer.step.increment_by(steps)

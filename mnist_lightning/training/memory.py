@@ -15,7 +15,7 @@ PROCESS_BYTES = 200 * 2**20
 
 
 def training_bytes(
-    make: Callable[[], LightningModule], batch_size: int, image_size: int
+    make: Callable[[], LightningModule], batch_size: int, image_size: int, fused: bool = True
 ) -> float | None:
     """The memory of a training on the CPU in float32, without that of Python and the libraries.
 
@@ -26,6 +26,7 @@ def training_bytes(
         make: makes the module; its ``net`` is what counts.
         batch_size: images in a mini-batch.
         image_size: pixels a side.
+        fused: whether steps may be fused, which takes copies of the weights.
 
     Returns:
         Bytes, or nothing for a module that cannot be made without memory.
@@ -49,7 +50,7 @@ def training_bytes(
         return None
     weights = sum(p.numel() for p in module.parameters())
     copies = 2 + OPTIMIZER_STATE.get(str(getattr(module, "optimizer", "")), 0)
-    copies += 2 if getattr(module, "fused", False) else 0
+    copies += 2 if fused and getattr(module, "fusable", False) else 0
     return 4.0 * (copies * weights + batch_size * (outputs + image_size**2))
 
 
@@ -78,18 +79,21 @@ def available_bytes() -> float:
     return min(limits)
 
 
-def check(make: Callable[[], LightningModule], batch_size: int, image_size: int) -> None:
+def check(
+    make: Callable[[], LightningModule], batch_size: int, image_size: int, fused: bool = True
+) -> None:
     """Refuses a training that does not fit into the memory of this machine.
 
     Args:
         make: makes the module.
         batch_size: images in a mini-batch.
         image_size: pixels a side.
+        fused: as for ``training_bytes``.
 
     Raises:
         ValueError: it would take more than is available.
     """
-    needed, available = training_bytes(make, batch_size, image_size), available_bytes()
+    needed, available = training_bytes(make, batch_size, image_size, fused), available_bytes()
     if needed is not None and needed > available:
         raise ValueError(
             f"this training would take about {needed / 2**30:,.0f} GiB of memory, and"

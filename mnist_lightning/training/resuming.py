@@ -5,7 +5,7 @@ from typing import Any
 
 
 def count_manual_steps(checkpoint: dict[str, Any]) -> None:
-    """Of an older checkpoint, whose optimizer steps may be in Lightning's other counter."""
+    """Moves the optimizer steps of an older checkpoint out of Lightning's other counter."""
     loops = checkpoint.get("loops", {}).get("fit_loop", {})
     manual = loops.get("epoch_loop.manual_optimization.optim_step_progress")
     automatic = loops.get("epoch_loop.automatic_optimization.optim_progress")
@@ -15,7 +15,21 @@ def count_manual_steps(checkpoint: dict[str, Any]) -> None:
             step.update(copy.deepcopy(manual))
 
 
-def scale_rates(state: dict[str, Any], old: float, new: float) -> None:
+def take_lr(checkpoint: dict[str, Any], lr: float) -> None:
+    """Has optimizers and schedulers go on with another learning rate than they were saved with.
+
+    Rates that are multiples of the saved one are scaled.
+    """
+    saved = checkpoint.get("hyper_parameters", {}).get("lr", lr)
+    if saved != lr:
+        for state in checkpoint.get("optimizer_states", []):
+            for group in state["param_groups"]:
+                _scale_rates(group, saved, lr)
+        for state in checkpoint.get("lr_schedulers", []):
+            _scale_rates(state, saved, lr)
+
+
+def _scale_rates(state: dict[str, Any], old: float, new: float) -> None:
     """Scales the learning rates in the state of a parameter group or of a scheduler."""
 
     def scaled(value: Any) -> Any:
@@ -28,4 +42,4 @@ def scale_rates(state: dict[str, Any], old: float, new: float) -> None:
             state[name] = scaled(value)
         elif name == "_schedulers":  # of a scheduler made of others
             for inner in value:
-                scale_rates(inner, old, new)
+                _scale_rates(inner, old, new)
