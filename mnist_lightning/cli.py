@@ -9,29 +9,26 @@ import copy
 import csv
 import io
 import logging
-import os
 import re
 import shutil
 import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
@@ -55,9 +52,9 @@ from mnist_lightning.models.metrics import Diverged
 from mnist_lightning.models.perceptron import Perceptron
 from mnist_lightning.models.resnet import ResNet18
 from mnist_lightning.parser import Parser, shorten
-from mnist_lightning.runs import checkpoints, evaluations
+from mnist_lightning.runs import checkpoints, evaluations, messages
 from mnist_lightning.runs.checkpoints import DATA_CLASS, REMEDY, ModelCheckpoint, Origin, WholeFiles
-from mnist_lightning.runs.folder import LOGS, find_checkpoint, folder_of, newest_first, run_name
+from mnist_lightning.runs.folder import LOGS, RunFolder, find_checkpoint, run_name
 from mnist_lightning.runs.loggers import Dashboard, RunLogger
 from mnist_lightning.training import memory
 from mnist_lightning.training.callbacks import EarlyStopping, Mistakes, SafePoints
@@ -152,9 +149,8 @@ class CLI(LightningCLI):
         self.checkpoint_path: Path | None = None
         self.checkpoint: dict[str, Any] | None = None
         self.run_name = run_name(self.asked)
-        self.run: Path | None = None  # the folder of a training that is logged
-        self.run_is_new = False
-        self.lock: FileLock | None = None
+        self.run: RunFolder | None = None  # of a training that is logged
+        self.locked: RunFolder | None = None
         self.defaults: dict[str, Any] = {}
         self.root = Path(self.asked.root) / LOGS
         try:
@@ -183,8 +179,8 @@ class CLI(LightningCLI):
                     },
                 )
         finally:
-            if self.lock is not None:
-                self.lock.release()
+            if self.locked is not None:
+                self.locked.unlock()
 
     def _understand(self) -> None:
         """Finds the checkpoint, and imports the classes of the user's own that may be imported."""
@@ -256,12 +252,13 @@ class CLI(LightningCLI):
         """
         asked, training = self.asked, self.command == "fit"
         path = find_checkpoint(where, self.root, self.run_name, "last" if training else "best")
-        run = folder_of(path)
-        if training:
-            self._lock(run)  # before it can become another
+        run = RunFolder.of(path)
+        if training and run.exists:
+            run.lock()  # before it can become another
+            self.locked = run
         checkpoint = checkpoints.read(path)
         self.checkpoint_path, self.checkpoint = path, checkpoint
-        recorded = run / "config.yaml"
+        recorded = run.config
         if "--trust" in self.words:
             named |= set(classes_in(read_config(recorded) if recorded.is_file() else None))
             named |= {checkpoint.get(key, "") for key in ("model_class", "data_class")}
@@ -336,23 +333,6 @@ class CLI(LightningCLI):
                 raise ValueError(reason) from error
             raise ValueError(f"{self.checkpoint_path} is {error}") from error
 
-    def _lock(self, run: Path) -> None:
-        """Keeps other trainings out of a run, until this process ends or lets the lock go."""
-        if not (run / "config.yaml").is_file() and not self.run_is_new:
-            return  # a checkpoint outside a run: the training goes on in a folder of its own
-        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-            return
-        self.lock = FileLock(run / ".lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(
-                f"{short(run)} is being trained by another process: wait for it, or stop it"
-            ) from None
-        except (OSError, NotImplementedError) as error:
-            reason = (getattr(error, "strerror", None) or str(error)).lower()
-            raise ValueError(f"{short(run / '.lock')} cannot be locked: {reason}") from error
-
     def _parse_ckpt_path(self) -> None:
         """Lightning's own would now put the checkpoint's values over the user's flags again."""
 
@@ -404,41 +384,11 @@ class CLI(LightningCLI):
         for name in ("max_epochs", "max_steps", "limit_train_batches"):
             if self.subcommand == "fit" and settings.get(name) == 0:
                 raise ValueError(f"nothing would be trained: --trainer.{name} is 0")
-        extra: list[Any] = []
-        terminal = sys.stdout.isatty()
-        extra.append(EpochLines(shutil.get_terminal_size().columns if terminal else None))
-        users = any(isinstance(c, AnyProgressBar) for c in _as_list(settings.get("callbacks")))
-        if settings.get("enable_progress_bar") is not False and not users:
-            kwargs["enable_progress_bar"] = terminal
-            extra += [ProgressBar()] if terminal else []
-        kwargs["logger"] = False
-        extra.append(Dashboard())
+        extra: list[Any] = [*self._screen(settings, kwargs), Dashboard()]
         self._get(self.config_init, "execution").say = say
+        kwargs["logger"] = False
         if self.subcommand == "fit":
-            self._check_goes_on()
-            self.safe_points = SafePoints(self._get(self.config_init, "save_every_minutes"))
-            extra.append(self.safe_points)
-            if isinstance(self.datamodule, MNISTDataModule):
-                self.datamodule.prepare_data()
-                self.datamodule.setup("fit")
-            best = self._watch()
-            if isinstance(self.model, ResNet18) and self.checkpoint is None:
-                self.model.load_pretrained()
-            self._get(self.config_init, "freezing").choose(self.model)
-            if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
-                kwargs["logger"] = self._run_logger()
-            else:
-                kwargs["logger"] = settings.get("logger")
-            if settings.get("enable_checkpointing") is not False:
-                # Two of them: ModelCheckpoint's save_last would only copy the best one, each time
-                # that there is a better one. Both after the epoch's own figures are in.
-                how: dict[str, Any] = {
-                    "enable_version_counter": False,
-                    "save_on_train_epoch_end": True,
-                }
-                extra.append(ModelCheckpoint(filename="best", **best, **how))
-                extra.append(ModelCheckpoint(filename="last", **how))
-                extra.append(self._origin())
+            extra += self._for_training(settings, kwargs)
         plugins = _as_list(settings.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeFiles()]
@@ -450,6 +400,45 @@ class CLI(LightningCLI):
         except Exception:
             self._take_back_run()
             raise
+
+    def _screen(self, settings: Any, kwargs: dict[str, Any]) -> list[Callback]:
+        """The callbacks that show where a training is: a live bar only on a terminal."""
+        terminal = sys.stdout.isatty()
+        shown: list[Callback] = [
+            EpochLines(shutil.get_terminal_size().columns if terminal else None)
+        ]
+        users = any(isinstance(c, AnyProgressBar) for c in _as_list(settings.get("callbacks")))
+        if settings.get("enable_progress_bar") is not False and not users:
+            kwargs["enable_progress_bar"] = terminal
+            shown += [ProgressBar()] if terminal else []
+        return shown
+
+    def _for_training(self, settings: Any, kwargs: dict[str, Any]) -> list[Callback]:
+        """The callbacks that keep a training, whose data, weights and folder are made ready."""
+        self._check_goes_on()
+        self.safe_points = SafePoints(self._get(self.config_init, "save_every_minutes"))
+        if isinstance(self.datamodule, MNISTDataModule):
+            self.datamodule.prepare_data()
+            self.datamodule.setup("fit")
+        best = self._watch()
+        if isinstance(self.model, ResNet18) and self.checkpoint is None:
+            self.model.load_pretrained()
+        self._get(self.config_init, "freezing").choose(self.model)
+        if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
+            kwargs["logger"] = self._run_logger()
+        else:
+            kwargs["logger"] = settings.get("logger")
+        if settings.get("enable_checkpointing") is False:
+            return [self.safe_points]
+        # Two of them: ModelCheckpoint's save_last would only copy the best one, each time that
+        # there is a better one. Both after the epoch's own figures are in.
+        how: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": True}
+        return [
+            self.safe_points,
+            ModelCheckpoint(filename="best", **best, **how),
+            ModelCheckpoint(filename="last", **how),
+            self._origin(),
+        ]
 
     def _watch(self) -> dict[str, Any]:
         """Has early stopping and the best checkpoint watch what the model logs.
@@ -493,20 +482,17 @@ class CLI(LightningCLI):
 
     def _run_logger(self) -> RunLogger:
         """Of a new folder, or of the one that the checkpoint lies in."""
-        if self.checkpoint is not None and self.checkpoint_path is not None:
-            run = folder_of(self.checkpoint_path)
-            if (run / "config.yaml").is_file():
-                self.run = run
-                return RunLogger(run, first_epoch=checkpoints.progress(self.checkpoint)[0] + 1)
-        self.run = _new_run(self.root / str(self.run_name))
-        self.run_is_new = True
-        self._lock(self.run)
-        return RunLogger(self.run)
+        if self.locked is not None and self.checkpoint is not None:
+            self.run = self.locked
+            done, _ = checkpoints.progress(self.checkpoint)
+            return RunLogger(self.run.path, first_epoch=done + 1)
+        self.run = self.locked = RunFolder.make(self.root / str(self.run_name))
+        self.run.lock()
+        return RunLogger(self.run.path)
 
     def _take_back_run(self) -> None:
-        """Removes the folder of a training that failed before its first step."""
-        if self.run is not None and self.run_is_new and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            shutil.rmtree(self.run, ignore_errors=True)
+        if self.run is not None:
+            self.run.take_back()
 
     def fit(self, **kwargs: Any) -> None:
         trainer, model = self.trainer, self.model
@@ -517,10 +503,16 @@ class CLI(LightningCLI):
         say(own.describe(self.datamodule))
         size = getattr(self.datamodule, "batch_size", "its own")
         say(f"batch size {size}, at most {trainer.max_epochs} epochs, early stopping {limit}")
-        self._say_what_goes_on()
-        received: list[int] = []
+        if self.checkpoint is not None and self.checkpoint_path is not None:
+            messages.say_where_it_goes_on(
+                self.checkpoint_path,
+                self.checkpoint,
+                [Path(str(file)) for file in self.config["fit"].config or []],
+                self.run,
+                self._naming(),
+            )
         try:
-            with self._stop_after_a_step(received):
+            with self.safe_points.stop_on_signals(trainer) as received:
                 trainer.fit(**kwargs)
         except SystemExit as stop:
             if isinstance(stop, SIGTERMException):
@@ -529,29 +521,14 @@ class CLI(LightningCLI):
                 received.append(signal.SIGINT)
             if not received:
                 raise
-            self._say_how_to_go_on()
-            raise SystemExit(128 + received[0]) from None
-        except Diverged as error:
-            raise ValueError(f"{error}. {self._last_good()}") from error
-        except Exception as error:
-            restoring = bool(trainer._checkpoint_connector._loaded_checkpoint)
-            if restoring:  # what is in the checkpoint does not fit
-                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-                raise ValueError(
-                    f"{self.checkpoint_path} cannot be resumed: {kind}{error}."
-                    " Another one: --ckpt_path FILE"
-                ) from error
-            if trainer.global_step == 0:
+            if trainer.global_step == 0 and not (self.run and self.run.last.is_file()):
                 self._take_back_run()
-            full = isinstance(error, OSError) and not isinstance(error, BrokenPipeError)
-            if full and self.run is not None:
-                # of any of its files; those that were complete before still are
-                reason = (getattr(error, "strerror", None) or str(error)).lower()
-                raise ValueError(
-                    f"{short(self.run)} cannot be written: {reason}. Make room there, or give"
-                    " another place: --trainer.default_root_dir DIR"
-                ) from error
-            raise
+            messages.say_how_to_go_on(self.run, self._naming())
+            raise SystemExit(128 + received[0]) from None
+        except Exception as error:
+            if (explained := self._explained(error)) is None:
+                raise
+            raise explained from error
         if trainer.global_step == (self.checkpoint or {}).get("global_step", 0):
             if self.checkpoint is None:
                 self._take_back_run()
@@ -560,119 +537,49 @@ class CLI(LightningCLI):
                 f"\nnothing was left to train: {trainer.current_epoch} epochs are done."
                 " For more: --trainer.max_epochs N"
             )
-        self._summarize()
+        if self.run is not None:
+            messages.say_what_came_of_it(trainer, self.run, self._naming())
 
-    def _say_what_goes_on(self) -> None:
-        """Of a training that is resumed: which one, from where, and what was best so far."""
-        if self.checkpoint is None or self.checkpoint_path is None:
-            return
-        path, (epochs, batches) = self.checkpoint_path, checkpoints.progress(self.checkpoint)
-        files = ", ".join(short(Path(str(file))) for file in self.config["fit"].config or [])
-        say(
-            f"resuming {short(path)} after {_progress(epochs, batches)}"
-            + (f", with {files}" if files else "")
-            + ("" if self.run else "; what is trained from here on is a run of its own")
-        )
-        if (best := _best_so_far(path)) is not None:
-            epoch, monitor, score = best
-            say(f"best so far: {monitor} {score:.4f} in epoch {epoch}")
-        last = path.with_name("last.ckpt")
-        if path.name == "best.ckpt" and (done := _epochs(last)) is not None and done > epochs:
-            again = (
-                f"epoch {done} is" if done == epochs + 1 else f"epochs {epochs + 1} to {done} are"
+    def _explained(self, error: Exception) -> ValueError | None:
+        """What a training failed from: a sentence with a remedy, where there is one."""
+        if isinstance(error, Diverged):
+            lr = cast(Classifier, self.model).lr
+            return ValueError(f"{error}. {messages.last_good(self.run, lr, self._naming())}")
+        if self.trainer._checkpoint_connector._loaded_checkpoint:
+            # restoring: what is in the checkpoint does not fit
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            return ValueError(
+                f"{self.checkpoint_path} cannot be resumed: {kind}{error}."
+                " Another one: --ckpt_path FILE"
             )
-            say(
-                f"this is the best epoch: {again} trained again. To go on after the last one:"
-                f"\n  {console.command('fit', '--ckpt_path', short(last), *self._naming())}"
+        if self.trainer.global_step == 0:
+            self._take_back_run()
+        full = isinstance(error, OSError) and not isinstance(error, BrokenPipeError)
+        if full and self.run is not None:
+            # of any of its files; those that were complete before still are
+            reason = (getattr(error, "strerror", None) or str(error)).lower()
+            return ValueError(
+                f"{self.run} cannot be written: {reason}. Make room there, or give"
+                " another place: --trainer.default_root_dir DIR"
             )
-
-    @contextmanager
-    def _stop_after_a_step(self, received: list[int]) -> Iterator[None]:
-        """Within, Ctrl-C ends a training as SIGTERM does, after a step; a second one at once.
-
-        Args:
-            received: is given the numbers of the signals.
-        """
-        if self.trainer.world_size > 1 or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, _: Any) -> None:
-            received.append(number)
-            if not self.safe_points.training or received.count(signal.SIGINT) > 1:
-                raise KeyboardInterrupt
-            if number == signal.SIGINT and len(received) == 1:
-                # the training may be printing just now, so not through its buffer
-                at_hand = b"validation" if self.trainer.validating else b"step"
-                os.write(2, b"\nstopping after this %b; Ctrl-C again stops at once\n" % at_hand)
-            self.safe_points.stop(self.trainer)
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _last_good(self) -> str:
-        """From where a training that diverged can be tried again."""
-        if self.run is None or not (self.run / "checkpoints" / "last.ckpt").is_file():
-            return "No checkpoint had been saved before"
-        again = console.command(
-            *("fit", "--ckpt_path", f"{short(self.run)}/last"),
-            *("--model.lr", f"{cast(Classifier, self.model).lr / 10:g}"),
-            *self._naming(),
-        )
-        return f"The last good checkpoint is last.ckpt. To go on from it:\n  {again}"
-
-    def _say_how_to_go_on(self) -> None:
-        last = (self.run or Path()) / "checkpoints" / "last.ckpt"
-        if self.run is None or not last.is_file():
-            if self.trainer.global_step == 0:
-                self._take_back_run()
-            say("\nstopped; nothing was saved")
-            return
-        epochs, batches = checkpoints.progress(torch.load(last, weights_only=True, mmap=True))
-        again = console.command("fit", "--ckpt_path", f"{short(self.run)}/last", *self._naming())
-        say(f"\nstopped; saved up to {_progress(epochs, batches)}. To go on:\n  {again}")
+        return None
 
     def _naming(self) -> list[str]:
         """What a further command has to say of classes of the user's own."""
         return naming(model=class_path(type(self.model)), data=class_path(type(self.datamodule)))
 
-    def _summarize(self) -> None:
-        trainer = self.trainer
-        ours = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
-        best = next((c for c in ours if c.best_model_score is not None), None)
-        if best is None or self.run is None:
-            return
-        file = Path(best.best_model_path)
-        epoch = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
-        stops = [c.stopped_epoch for c in trainer.early_stopping_callbacks]  # type: ignore[attr-defined]
-        # a stop of an earlier session is still in there
-        stopped = any(stop and stop + 1 == trainer.current_epoch for stop in stops)
-        test = console.command("test", "--ckpt_path", short(self.run), *self._naming())
-        say(
-            f"\nbest epoch   {epoch} of {trainer.current_epoch}"
-            + (" (stopped early)" if stopped else "")
-            + f"\n{best.monitor:<12} {best.best_model_score:.4f}"
-            f"\ncheckpoint   {short(file)}"
-            f"\ntest it      {test}"
-            f"\nsee it       {console.tensorboard(short(self.run.parent.parent))}"
-        )
-
     def validate(self, **kwargs: Any) -> None:
         results = self.trainer.validate(**{**kwargs, "verbose": False})
         if not results:
             raise ValueError("no image was scored: --trainer.limit_val_batches is 0")
-        say(f"{own.describe(self.datamodule)}\n{_figures(results[0])}")
+        say(f"{own.describe(self.datamodule)}\n{messages.metrics_text(results[0])}")
 
     def test(self, **kwargs: Any) -> None:
         assert self.checkpoint is not None
         assert self.checkpoint_path is not None
-        run = folder_of(self.checkpoint_path)
-        evaluations.read(run)  # one that could not be recorded does not take place
-        if not os.access(run, os.W_OK):
+        run = RunFolder.of(self.checkpoint_path)
+        evaluations.read(run.path)  # one that could not be recorded does not take place
+        if not run.is_writable:
             raise ValueError(f"{run} is read-only: the test evaluation could not be recorded there")
         self._check_returns()
         data, mistakes, facts = self.datamodule, Mistakes(), {}
@@ -688,7 +595,7 @@ class CLI(LightningCLI):
             facts = mistakes.facts(data.test_set.images)
         # before its figures are shown: what cannot be recorded is not told either
         number = evaluations.record(
-            run,
+            run.path,
             self.checkpoint_path,
             metrics,
             images,
@@ -696,8 +603,8 @@ class CLI(LightningCLI):
             **facts,
             data=own.describe(data),
         )
-        say(f"{own.describe(data)}\n{_figures(metrics)}")
-        say(f"test evaluation {number} of this run, recorded in {short(run / 'test.json')}")
+        say(f"{own.describe(data)}\n{messages.metrics_text(metrics)}")
+        say(f"test evaluation {number} of this run, recorded in {short(run.path / 'test.json')}")
         if number > 1:
             say("  The more evaluations, the less a test says: choose on the validation images.")
         if images < test_set:
@@ -706,7 +613,7 @@ class CLI(LightningCLI):
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(run)) as writer:
+        with SummaryWriter(str(run.path)) as writer:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, self.checkpoint["epoch"] + 1)
 
@@ -753,7 +660,7 @@ class CLI(LightningCLI):
         ]
         header = ("image", "predicted", "probability")
         say(inspection.format_table(header, rows[:10], right=(1, 2)))
-        target = folder_of(self.checkpoint_path) / "predictions.csv"
+        target = RunFolder.of(self.checkpoint_path).path / "predictions.csv"
         text = io.StringIO(newline="")
         csv.writer(text).writerows([header, *([csv_cell(cell) for cell in row] for row in rows)])
         write_text(target, text.getvalue())
@@ -773,60 +680,9 @@ def _check_image_size(model: LightningModule, size: int) -> None:
         ) from error
 
 
-def _new_run(folder: Path) -> Path:
-    """Makes the next ``version_N``; never the same one for two trainings that start together."""
-    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]  # a further process of the same training: it writes nothing
-        return folder / "version_0"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        number = max((int(run.name[8:]) for run in newest_first(folder)), default=-1) + 1
-        while True:
-            run = folder / f"version_{number}"
-            try:
-                run.mkdir()
-                return run
-            except FileExistsError:
-                number += 1
-    except OSError as error:
-        raise ValueError(
-            f"no run can be kept in {folder}: {(error.strerror or str(error)).lower()}."
-            " Another place: --trainer.default_root_dir DIR"
-        ) from error
-
-
 def _as_list(setting: Any) -> list[Any]:
     """Of a setting of the Trainer that may be one thing, several, or nothing."""
     return setting if isinstance(setting, list) else [] if setting is None else [setting]
-
-
-def _progress(epochs: int, batches: int) -> str:
-    """How far a training is: whole epochs, and mini-batches of the next one."""
-    within = f"{batches:,} mini-batches of epoch {epochs + 1}"
-    if not batches:
-        return f"epoch {epochs}"
-    return f"epoch {epochs} and {within}" if epochs else within
-
-
-def _epochs(file: Path) -> int | None:
-    """How many epochs the training was after that saved a checkpoint, if it can be read."""
-    with suppress(ValueError, KeyError, TypeError):
-        return checkpoints.progress(checkpoints.read(file))[0]
-    return None
-
-
-def _best_so_far(checkpoint: Path) -> tuple[int, str, float] | None:
-    """Epoch, metric and its value of the best checkpoint of a run, if it can be read."""
-    with suppress(ValueError, KeyError, TypeError, StopIteration):
-        best = checkpoints.read(checkpoint.with_name("best.ckpt"))
-        saved = [s for s in best["callbacks"].values() if s.get("best_model_score") is not None]
-        state = next(s for s in saved if s.get("monitor"))
-        epochs, _ = checkpoints.progress(best)
-        return epochs, str(state["monitor"]), float(state["best_model_score"])
-    return None
-
-
-def _figures(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
 
 
 @contextmanager

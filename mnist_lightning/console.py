@@ -108,13 +108,18 @@ def say(text: str) -> None:
     """
     if "lightning.pytorch" not in sys.modules:
         print(printable(text), flush=True)
-        return
-    from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-    from lightning.pytorch.utilities import rank_zero_only
+    elif is_first_process():
+        from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         Tqdm.write(printable(text), file=sys.stdout)
         sys.stdout.flush()
+
+
+def is_first_process() -> bool:
+    """Whether this is the process of a training that writes its files and lines."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
 def suggest(word: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -21,9 +21,10 @@ from conftest import trainer
 
 from mnist_lightning import MNISTDataModule, ShallowNetwork, console, words
 from mnist_lightning.__main__ import main
-from mnist_lightning.cli import CLI, _progress
+from mnist_lightning.cli import CLI
 from mnist_lightning.configs import asked
 from mnist_lightning.models.classifier import Classifier
+from mnist_lightning.runs.messages import progress_text
 from mnist_lightning.training.progress import EpochLines
 
 FIT = "fit --config shallow --data.source digits --model.lr 0.3 --trainer.max_epochs 4".split()
@@ -265,7 +266,7 @@ def test_going_on_from_the_best_epoch_says_so(there: Path, capsys: Printed) -> N
     ],
 )
 def test_how_far_a_training_is(epochs: int, batches: int, text: str) -> None:
-    assert _progress(epochs, batches) == text
+    assert progress_text(epochs, batches) == text
 
 
 def test_an_early_stop_is_of_the_session_that_stopped(

@@ -179,9 +179,9 @@ def test_resume_keeps_every_bit_in_each_precision(
 
 
 def test_two_trainings_never_share_a_folder(tmp_path: Path) -> None:
-    from mnist_lightning.cli import _new_run
+    from mnist_lightning.runs.folder import RunFolder
 
-    assert [_new_run(tmp_path / "a").name for _ in range(3)] == [
+    assert [RunFolder.make(tmp_path / "a").path.name for _ in range(3)] == [
         "version_0",
         "version_1",
         "version_2",

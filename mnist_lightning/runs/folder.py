@@ -1,9 +1,108 @@
 """The folder of a run, ``lightning_logs/<config name>/version_N/``: find it, make it, lock it."""
 
+import os
 import re
+import shutil
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from mnist_lightning.configs import Asked
+from mnist_lightning.console import is_first_process, short
+
+LOGS = "lightning_logs"
+
+
+class RunFolder:
+    """A run's folder and the places in it.
+
+    Args:
+        path: the folder.
+        is_new: whether this training made it.
+    """
+
+    def __init__(self, path: Path, is_new: bool = False) -> None:
+        self.path, self.is_new = path, is_new
+        self._lock: FileLock | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> "RunFolder":
+        """The run that a checkpoint file belongs to."""
+        folder = checkpoint.absolute().parent
+        return cls(folder.parent if folder.name == "checkpoints" else folder)
+
+    @classmethod
+    def make(cls, folder: Path) -> "RunFolder":
+        """Makes the next ``version_N``; never the same one for two trainings that start together.
+
+        Raises:
+            ValueError: it cannot be made.
+        """
+        if not is_first_process():  # a further one of the same training: it writes nothing
+            return cls(folder / "version_0")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            number = max((int(run.name[8:]) for run in newest_first(folder)), default=-1) + 1
+            while True:
+                run = folder / f"version_{number}"
+                try:
+                    run.mkdir()
+                    return cls(run, is_new=True)
+                except FileExistsError:
+                    number += 1
+        except OSError as error:
+            raise ValueError(
+                f"no run can be kept in {folder}: {(error.strerror or str(error)).lower()}."
+                " Another place: --trainer.default_root_dir DIR"
+            ) from error
+
+    def __str__(self) -> str:
+        return short(self.path)
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def last(self) -> Path:
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a training was recorded there: a checkpoint can also lie outside of a run."""
+        return self.config.is_file()
+
+    @property
+    def is_writable(self) -> bool:
+        return os.access(self.path, os.W_OK)
+
+    def lock(self) -> None:
+        """Keeps other trainings out, until this process ends or calls ``unlock``.
+
+        Raises:
+            ValueError: another process trains there, or the folder cannot be locked.
+        """
+        if not is_first_process():
+            return
+        self._lock = FileLock(self.path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"{self} is being trained by another process: wait for it, or stop it"
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            reason = (getattr(error, "strerror", None) or str(error)).lower()
+            raise ValueError(f"{short(self.path / '.lock')} cannot be locked: {reason}") from error
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def take_back(self) -> None:
+        """Removes the folder of a training that failed before its first step."""
+        if self.is_new and is_first_process():
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 def find_checkpoint(
@@ -73,12 +172,3 @@ def run_name(asked: Asked) -> str | None:
     # of a run's own, that of the run: lightning_logs/NAME/version_N/config.yaml
     of_run = file.name == "config.yaml" and re.fullmatch(r"version_\d+", file.parent.name)
     return file.parent.parent.name if of_run else file.stem
-
-
-LOGS = "lightning_logs"
-
-
-def folder_of(checkpoint: Path) -> Path:
-    """The folder of the run that a checkpoint file belongs to."""
-    folder = checkpoint.absolute().parent
-    return folder.parent if folder.name == "checkpoints" else folder

@@ -1,9 +1,14 @@
 """Callbacks for any LightningModule: early stopping, checkpoints within an epoch, mistakes."""
 
 import base64
+import os
 import random
+import signal
+import threading
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -125,6 +130,35 @@ class SafePoints(Callback):
         self._stopping = True
         # of a SIGTERM, Lightning's own handler has noted it already
         trainer._signal_connector.received_sigterm = not trainer.validating
+
+    @contextmanager
+    def stop_on_signals(self, trainer: Trainer) -> Iterator[list[int]]:
+        """Within, Ctrl-C ends a training as SIGTERM does, after a step; a second one at once.
+
+        Yields:
+            The numbers of the signals, as they come.
+        """
+        received: list[int] = []
+        if trainer.world_size > 1 or threading.current_thread() is not threading.main_thread():
+            yield received
+            return
+
+        def note(number: int, _: Any) -> None:
+            received.append(number)
+            if not self.training or received.count(signal.SIGINT) > 1:
+                raise KeyboardInterrupt
+            if number == signal.SIGINT and len(received) == 1:
+                # the training may be printing just now, so not through its buffer
+                at_hand = b"validation" if trainer.validating else b"step"
+                os.write(2, b"\nstopping after this %b; Ctrl-C again stops at once\n" % at_hand)
+            self.stop(trainer)
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield received
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer._signal_connector.received_sigterm &= not self._stopping  # told in the step before
