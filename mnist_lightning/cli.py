@@ -45,7 +45,7 @@ from mnist_lightning.configs import ConfigByName, asked, classes_in, classes_in_
 from mnist_lightning.console import say, short
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.data.sampling import in_image_order
-from mnist_lightning.files import csv_cell, printable, write_text
+from mnist_lightning.files import csv_cell, printable, reason, write_text
 from mnist_lightning.models import inspection, own
 from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.models.metrics import Diverged
@@ -557,9 +557,8 @@ class CLI(LightningCLI):
         full = isinstance(error, OSError) and not isinstance(error, BrokenPipeError)
         if full and self.run is not None:
             # of any of its files; those that were complete before still are
-            reason = (getattr(error, "strerror", None) or str(error)).lower()
             return ValueError(
-                f"{self.run} cannot be written: {reason}. Make room there, or give"
+                f"{self.run} cannot be written: {reason(error)}. Make room there, or give"
                 " another place: --trainer.default_root_dir DIR"
             )
         return None

@@ -63,8 +63,7 @@ def read_torch(path: Path) -> Any:
                 raise ValueError(f"{changed} in it has changed")
         return torch.load(path, weights_only=True)
     except Exception as error:  # whatever a damaged file makes of the two
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged: {reason}") from error
+        raise ValueError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def set_aside(path: Path) -> Path:
@@ -125,7 +124,7 @@ def read_bytes(path: Path, most: int, remedy: str) -> bytes:
         with path.open("rb") as file:
             content = file.read(most + 1)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from error
+        raise ValueError(f"{path} cannot be read ({reason(error)}): {remedy}") from error
     if len(content) > most:
         raise ValueError(f"{path} has more than {most:,} bytes: {remedy}")
     return content
@@ -147,13 +146,23 @@ def check_archive(path: Path, remedy: str) -> None:
             stored &= sum(entry.file_size for entry in entries) <= path.stat().st_size
             damaged = archive.testzip() if stored else None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}. {remedy}") from error
+        raise ValueError(f"{path} cannot be read: {reason(error)}. {remedy}") from error
     except Exception as error:  # BadZipFile, EOFError, NotImplementedError ...
         raise ValueError(f"{path} is truncated, or not a checkpoint at all. {remedy}") from error
     if not stored:
         raise ValueError(f"{path} is compressed, as PyTorch saves no file: refused. {remedy}")
     if damaged:
         raise ValueError(f"{path} is damaged: wrong checksum (CRC) of {damaged}. {remedy}")
+
+
+def reason(error: Exception) -> str:
+    """Why the system refused something, without the name of the file."""
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, as far as it fits into a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_plain(value: Any, depth: int = 3) -> bool:
@@ -204,9 +213,8 @@ def _temporary(path: Path, content: bytes) -> Iterator[Path]:
         _sync_folder(path.parent)
         _sync_way(path.parent.absolute(), path.parent.stat().st_ino)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
         raise ValueError(
-            f"{path} cannot be written: {reason}. Make room there, or make it writable."
+            f"{path} cannot be written: {reason(error)}. Make room there, or make it writable."
         ) from error
     finally:
         with contextlib.suppress(OSError):

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.models import ResNet18_Weights
 
-from mnist_lightning.console import python
 from mnist_lightning.files import check_archive
 
 
@@ -43,31 +41,50 @@ def check_tensors(tensors: Mapping[str, Any], name: str, remedy: str) -> None:
         raise ValueError(f"{name} is refused: its {key} is {fault}. {remedy}")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A file of tensors by name; nothing that it holds is executed."""
-    names = ", ".join(known.name for known in ResNet18_Weights)
-    if not path.is_file():  # also a pipe, which might never end
-        raise ValueError(f"weights must be {names} or a file; there is no file {path}")
-    remedy = f"Give other weights: --model.weights FILE, or {names}."
-    if zipfile.is_zipfile(path):
-        check_archive(path, remedy)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+def load_data(path: Path, remedy: str, mmap: bool = False) -> Any:
+    """``torch.load`` as data, onto the CPU: nothing that the file holds is executed.
 
+    Args:
+        path: of the file.
+        remedy: what the user can do, for the message.
+        mmap: whether tensors are read from the file only when they are used.
+
+    Raises:
+        ValueError: it holds code, or is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # RuntimeError, EOFError, KeyError ...
+        # an unsupported global, or operand
+        if isinstance(error, UnpicklingError) and "nsupported" in str(error):
+            raise ValueError(
+                f"{path} holds code besides tensors: refused, and nothing was run. {remedy}"
+            ) from error
+        raise ValueError(f"{path} is damaged, or no file of PyTorch. {remedy}") from error
+
+
+def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
+    """A file of tensors by name, of PyTorch or ``.safetensors``; nothing in it is executed.
+
+    Args:
+        path: of the file.
+        remedy: what the user can do, for the message.
+
+    Raises:
+        ValueError: it is damaged, holds anything else, or cannot be the weights of a network.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        try:
             content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        needed = python("-m", "pip", "install", "safetensors")
-        raise ValueError(f"{path} needs a package: {needed}") from error
-    except UnpicklingError as error:
-        if "nsupported" not in str(error):  # neither an unsupported global, nor operand
-            raise ValueError(f"{path} is damaged, or no file of weights") from error
-        raise ValueError(f"{path} holds code besides tensors: refused, nothing was run") from error
-    except Exception as error:  # whatever a truncated file leads torch or safetensors to
-        raise ValueError(f"{path} is damaged, or no file of weights") from error
+        except Exception as error:  # whatever a truncated file leads safetensors to
+            raise ValueError(f"{path} is damaged, or no file of safetensors. {remedy}") from error
+    else:
+        if zipfile.is_zipfile(path):
+            check_archive(path, remedy)
+        content = load_data(path, remedy)
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} is not a state dict: it does not hold tensors by name")
+        raise ValueError(f"{path} is not a state dict: it does not hold tensors by name. {remedy}")
     check_tensors(content, f"{path}", remedy)
     return dict(content)

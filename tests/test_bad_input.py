@@ -156,7 +156,7 @@ def test_a_wrong_word_is_named_with_what_was_meant(
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        ("--data.batch_size 0", ["batch_size must be at least 1, got 0"]),
+        ("--data.batch_size 0", ["batch_size must be a whole number, at least 1, got 0"]),
         ("--data.val_fraction 1.5", ["val_fraction must lie between 0 and 1, got 1.5"]),
         ("--data.val_fraction 0.0001", ["val_fraction 0.0001", "none to validate on", "0.2"]),
         ("--data.image_size 32", ["ShallowNetwork", "32 x 32", "--data.image_size 28"]),

@@ -478,9 +478,9 @@ def test_a_partly_present_set_is_an_error_and_no_fallback(
         ({"normalization": "zca"}, "normalization must be one of .*, got 'zca'"),
         ({"val_fraction": 0.0}, "val_fraction must lie between 0 and 1, got 0.0"),
         ({"val_fraction": 1.0}, "val_fraction must lie between 0 and 1, got 1.0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"eval_batch_size": -1}, "eval_batch_size must be at least 1, got -1"),
-        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number, at least 1, got 0"),
+        ({"eval_batch_size": -1}, "eval_batch_size must be a whole number, at least 1, got -1"),
+        ({"image_size": 0}, "image_size must be a whole number, at least 1, got 0"),
     ],
 )
 def test_a_wrong_setting_is_named_with_the_law_and_the_value(

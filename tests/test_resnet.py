@@ -264,7 +264,7 @@ def test_damaged_files(official: nn.Module, tmp_path: Path, suffix: str, keep: i
     file = tmp_path / f"weights{suffix}"
     _write(official.state_dict(), file)
     os.truncate(file, keep)
-    with pytest.raises(ValueError, match="is damaged, or no file of weights"):
+    with pytest.raises(ValueError, match="is damaged, or no file of "):
         model("finetune", str(file)).load_pretrained()
 
 
@@ -275,7 +275,7 @@ def test_code_is_refused_and_not_run(tmp_path: Path, new_format: bool) -> None:
         torch.save({"conv1.weight": Malicious(marker)}, file)
     else:
         file.write_bytes(pickle.dumps(Malicious(marker)))
-    with pytest.raises(ValueError, match="holds code besides tensors: refused, nothing was run"):
+    with pytest.raises(ValueError, match=r"holds code .*refused, and nothing was run"):
         model("finetune", str(file)).load_pretrained()
     assert not marker.exists()
 

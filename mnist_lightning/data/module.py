@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from mnist_lightning.checks import check_choice, check_count
 from mnist_lightning.data.download import download
 from mnist_lightning.data.photos import IMAGES, read_image
 from mnist_lightning.data.readers import (
@@ -95,22 +96,17 @@ class MNISTDataModule(LightningDataModule):
         predict_dir: str | None = None,
     ) -> None:
         super().__init__()
-        _check("val_fraction", val_fraction, 0 < val_fraction < 1, "must lie between 0 and 1")
-        for key, count in (
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size),
-            ("image_size", image_size),
-        ):
-            _check(key, count, count >= 1, "must be at least 1")
-        _check("image_size", image_size, image_size <= 1024, "must be at most 1024")
-        for key, value, allowed in (
-            ("name", name or "MNIST", SetName),
-            ("source", source, Source),
-            ("split", split, Split),
-            ("normalization", normalization, Normalization),
-        ):
-            choices = allowed.__args__  # type: ignore[attr-defined]
-            _check(key, value, value in choices, f"must be one of {', '.join(choices)}")
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+        check_count("batch_size", batch_size)
+        check_count("eval_batch_size", eval_batch_size)
+        check_count("image_size", image_size)
+        if image_size > 1024:
+            raise ValueError(f"image_size must be at most 1024, got {image_size}")
+        check_choice("name", name or "MNIST", SetName)
+        check_choice("source", source, Source)
+        check_choice("split", split, Split)
+        check_choice("normalization", normalization, Normalization)
         folder = data_dir or os.environ.get("MNIST_DATA_DIR")
         if source == "auto" and (name or folder):
             source = "mnist"  # asked for: nothing else will do
@@ -268,8 +264,3 @@ class MNISTDataModule(LightningDataModule):
     ) -> DataLoader:
         # no worker processes: indexing takes less time than handing the batch over would
         return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=as_is)
-
-
-def _check(name: str, value: object, holds: bool, law: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} {law}, got {value!r}")

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 
+from mnist_lightning.checks import check_choice
 from mnist_lightning.classes import class_path
 from mnist_lightning.files import is_plain
 from mnist_lightning.models.metrics import EpochMetrics, divergence
@@ -57,8 +58,7 @@ class Classifier(LightningModule):
         super().__init__()
         if not lr > 0:
             raise ValueError(f"lr must be positive, got {lr}")
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+        check_choice("optimizer", optimizer, OptimizerName)
         self.net, self.lr, self.optimizer = net, lr, optimizer
         if type(self) is not Classifier:
             frame = cast(FrameType, cast(FrameType, inspect.currentframe()).f_back)

@@ -15,7 +15,10 @@ def pretrained_tensors(weights: str, shapes: Mapping[str, torch.Size]) -> dict[s
     """The pretrained tensors without those of fc, checked against the shapes of our own."""
     known = weights in ResNet18_Weights.__members__
     path = _cached(ResNet18_Weights[weights]) if known else Path(weights)
-    tensors = read_tensors(path)
+    names = ", ".join(ResNet18_Weights.__members__)
+    if not path.is_file():  # also a pipe, which might never end
+        raise ValueError(f"weights must be {names} or a file; there is no file {path}")
+    tensors = read_tensors(path, f"Give other weights: --model.weights FILE, or {names}.")
     tensors = {name: value for name, value in tensors.items() if not name.startswith("fc.")}
     needed = {name for name in shapes if not name.startswith("fc.")}
     # counters that files older than PyTorch 0.4.1 do not have

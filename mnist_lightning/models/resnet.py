@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.models import resnet18
 
+from mnist_lightning.checks import check_choice
 from mnist_lightning.models.classifier import OPTIMIZERS, Classifier, OptimizerName
 from mnist_lightning.models.pretrained import pretrained_tensors
 from mnist_lightning.nets import CLASSES
@@ -61,14 +62,9 @@ class ResNet18(Classifier):
         schedule: Schedule = "constant",
         compile: bool = False,
     ) -> None:
-        for name, value, allowed in (
-            ("regime", regime, Regime),
-            ("stem", stem, Stem),
-            ("schedule", schedule, Schedule),
-        ):
-            choices = allowed.__args__  # type: ignore[attr-defined]
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        check_choice("regime", regime, Regime)
+        check_choice("stem", stem, Stem)
+        check_choice("schedule", schedule, Schedule)
         net = resnet18(num_classes=CLASSES)
         net.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -7,7 +7,6 @@ A run's folder is ``lightning_logs/<config name>/version_N/``; its checkpoints l
 import contextlib
 import inspect
 import os
-import pickle
 import re
 import sys
 from collections.abc import Collection, Mapping
@@ -20,10 +19,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 
 from mnist_lightning.data.module import MNISTDataModule
-from mnist_lightning.files import check_archive, is_plain, write_torch
+from mnist_lightning.files import check_archive, first_line, is_plain, write_torch
 from mnist_lightning.moved import bring_up_to_date
 from mnist_lightning.runs.folder import LOGS, find_checkpoint
-from mnist_lightning.weights import check_tensors
+from mnist_lightning.weights import check_tensors, load_data
 
 DATA_CLASS = "mnist_lightning.MNISTDataModule"  # where a checkpoint does not say another
 Kind = TypeVar("Kind")
@@ -43,16 +42,7 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: damaged, no checkpoint of this project, or one that would run code.
     """
     check_archive(path, _remedy(path))
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds code besides tensors: refused, and nothing was run. {REMEDY}"
-        ) from error
-    except Exception as error:  # RuntimeError, EOFError, KeyError ...
-        raise ValueError(
-            f"{path} is not a checkpoint of PyTorch: {_first_line(error)}. {REMEDY}"
-        ) from error
+    checkpoint = load_data(path, REMEDY, mmap=True)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict. {REMEDY}")
     for key in ("model_class", "data_class"):
@@ -128,8 +118,7 @@ def check_facts(
             made = model(**checkpoint["hyper_parameters"]).state_dict()
     except Exception as error:
         raise ValueError(
-            f"{path}: {model.__name__} refuses its hyper_parameters ({_first_line(error)})."
-            f" {REMEDY}"
+            f"{path}: {model.__name__} refuses its hyper_parameters ({first_line(error)}). {REMEDY}"
         ) from error
     if _kinds(made) != _kinds(checkpoint["state_dict"]):
         raise ValueError(
@@ -383,7 +372,3 @@ class WholeFiles(TorchCheckpointIO):
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_torch(Path(path), checkpoint)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 
 from mnist_lightning.configs import Asked
 from mnist_lightning.console import is_first_process, short
+from mnist_lightning.files import reason
 
 LOGS = "lightning_logs"
 
@@ -52,7 +53,7 @@ class RunFolder:
                     number += 1
         except OSError as error:
             raise ValueError(
-                f"no run can be kept in {folder}: {(error.strerror or str(error)).lower()}."
+                f"no run can be kept in {folder}: {reason(error)}."
                 " Another place: --trainer.default_root_dir DIR"
             ) from error
 
@@ -92,8 +93,8 @@ class RunFolder:
                 f"{self} is being trained by another process: wait for it, or stop it"
             ) from None
         except (OSError, NotImplementedError) as error:
-            reason = (getattr(error, "strerror", None) or str(error)).lower()
-            raise ValueError(f"{short(self.path / '.lock')} cannot be locked: {reason}") from error
+            lock = short(self.path / ".lock")
+            raise ValueError(f"{lock} cannot be locked: {reason(error)}") from error
 
     def unlock(self) -> None:
         if self._lock is not None:

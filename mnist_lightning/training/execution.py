@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.data import BatchSampler, DataLoader
 
+from mnist_lightning.checks import check_count
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.data.sampling import EpochSampler, ImageSet, as_is
 from mnist_lightning.training.callbacks import SafePoints
@@ -364,8 +365,8 @@ class Execution(Callback):
         self, steps: int | None = None, fused: bool = True, threads: int | None = None
     ) -> None:
         for name, value in (("steps", steps), ("threads", threads)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None:
+                check_count(name, value)
         self.steps, self.fused, self.threads = steps, fused, threads
         self.say: Callable[[str], None] = rank_zero_info
         """Takes the line about how the training steps."""
