@@ -67,8 +67,8 @@ def trained(monkeypatch) -> list[int]:
 
 
 def files(folder: Path) -> dict[Path, bytes]:
-    found = [*(folder / "trials").iterdir(), *(folder / "checkpoints").glob("[!b]*.ckpt")]
-    return {file.relative_to(folder): file.read_bytes() for file in found}
+    kept = [*(folder / "trials").iterdir(), *(folder / "checkpoints").glob("[!b]*.ckpt")]
+    return {file.relative_to(folder): file.read_bytes() for file in kept}
 
 
 def test_what_is_there_is_kept_to_the_byte_and_the_rest_is_trained(small, larger):
@@ -78,12 +78,12 @@ def test_what_is_there_is_kept_to_the_byte_and_the_rest_is_trained(small, larger
     kept = {record["id"] for record in of(small)}
     assert [record["id"] in kept for record in records] == [True] * 4 + [False] * 20
     assert [record["number"] for record in records] == list(range(24))
-    cells = space.grid({**LARGER["space"], "seed": [0, 1]})
-    found = [
+    expected = space.grid({**LARGER["space"], "seed": [0, 1]})
+    trained = [
         {**{name: r["params"][name] for name in LARGER["space"]}, "seed": r["seed"]}
         for r in records
     ]
-    assert sorted(map(str, found)) == sorted(map(str, cells))
+    assert sorted(map(str, trained)) == sorted(map(str, expected))
 
 
 def test_no_network_is_trained_again(small, tmp_path, trained, capsys):
@@ -292,7 +292,7 @@ def test_a_search_that_is_running_ends_as_it_began_when_its_folder_grows(
 
     def grows_meanwhile(self):
         run_epoch(self)
-        Results(folder).open(wanted.identity(wanted.load_data()))
+        Results(folder).open(wanted.definition(wanted.load_data()))
 
     with monkeypatch.context() as meanwhile:
         meanwhile.setattr(PopulationTraining, "run_epoch", grows_meanwhile)
@@ -303,21 +303,21 @@ def test_a_search_that_is_running_ends_as_it_began_when_its_folder_grows(
 @pytest.mark.parametrize("earlier", ["a word", [1], [{}], [{"space": {}}]])
 def test_a_damaged_history_is_named(larger, tmp_path, earlier):
     folder = shutil.copytree(larger, tmp_path / "copy")
-    about = json.loads((folder / "search.json").read_text())
-    (folder / "search.json").write_text(json.dumps({**about, "grown_from": earlier}))
+    definition = json.loads((folder / "search.json").read_text())
+    (folder / "search.json").write_text(json.dumps({**definition, "grown_from": earlier}))
     with pytest.raises(ValueError, match=r"search\.json is damaged \(grown_from\)"):
         run(search(**LARGER), folder, workers=0)
 
 
 def test_a_report_tells_that_it_grew(larger, tmp_path):
     assert main(["report", str(larger), "--out", str(tmp_path / "report")]) == 0
-    words = (tmp_path / "report" / "README.md").read_text()
-    assert "- `larger`: ShallowNetwork, 24 finished\n" in words
-    assert "- trials: 24 finished\n" in words
-    assert "- grew: 20" in words
+    report = (tmp_path / "report" / "README.md").read_text()
+    assert "- `larger`: ShallowNetwork, 24 finished\n" in report
+    assert "- trials: 24 finished\n" in report
+    assert "- grew: 20" in report
 
 
-def test_both_definitions_claim_the_same_units(small, larger):
+def test_both_definitions_lease_the_same_units(small, larger):
     keys = {
         study.study_name.split("/")[0]
         for folder in (small, larger)

@@ -38,12 +38,12 @@ def _one_thread():
 
 
 def images(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Sparse images like MNIST's, some pixels never lit, and labels that can be learned."""
+    """Sparse images like MNIST's, some pixels zero in all, and labels that can be learned."""
     generator = torch.Generator().manual_seed(seed)
     prototypes = torch.rand(10, 784, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(0, 10, (n,), generator=generator)
-    lit = torch.rand(n, 784, generator=generator) < torch.linspace(-0.1, 0.5, 784)
-    x = (prototypes[labels] + torch.rand(n, 784, generator=generator)) / 2 * lit
+    nonzero = torch.rand(n, 784, generator=generator) < torch.linspace(-0.1, 0.5, 784)
+    x = (prototypes[labels] + torch.rand(n, 784, generator=generator)) / 2 * nonzero
     return x.to(dtype), labels
 
 
@@ -120,14 +120,14 @@ def test_the_last_partial_minibatch_is_trained_on():
             torch.testing.assert_close(ours, theirs.detach(), rtol=1e-10, atol=1e-14)
 
 
-def test_leaving_out_dark_pixels_changes_nothing():
+def test_leaving_out_zero_columns_changes_nothing():
     x, labels = images(64, torch.float64)
     x[:, 600:] = 0
     nets = networks(torch.float64)
     whole, some = (Population([list(n.parameters()) for n in nets], RATES) for _ in range(2))
     rows = whole.arrange(x)
     whole.train_block(rows, labels, 8)
-    some.train_block(rows, labels, 8, lit=601)
+    some.train_block(rows, labels, 8, nonzero_columns=601)
     for member in range(len(nets)):
         for a, b in zip(whole.parameters(member), some.parameters(member), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)

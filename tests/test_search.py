@@ -32,8 +32,8 @@ from mnist_lightning.__main__ import main
 from mnist_lightning.models.multilayer import ShallowNetwork
 from mnist_lightning.models.perceptron import Perceptron
 from mnist_lightning.search import leases, plan, space, worker
-from mnist_lightning.search.command import Progress, _crown, read, run
-from mnist_lightning.search.leases import Claim, ClaimLost, Claims, StorageLost, open_storage
+from mnist_lightning.search.command import Progress, _save_winner, read, run
+from mnist_lightning.search.leases import Lease, LeaseLost, Leases, StorageLost, open_storage
 from mnist_lightning.search.plan import Search, rounds, units
 from mnist_lightning.search.results import (
     CURVES,
@@ -101,8 +101,7 @@ def of(folder: Path) -> list[dict]:
 
 def test_every_combination_is_a_row(finished):
     records = of(finished)
-    found = [{**record["params"]} for record in records]
-    assert found == space.grid(AXES)
+    assert [record["params"] for record in records] == space.grid(AXES)
     assert {record["state"] for record in records} == {"COMPLETE"}
     for record in records:
         epochs = record["params"]["max_epochs"]
@@ -116,9 +115,9 @@ def test_every_combination_is_a_row(finished):
 
 def test_short_trainings_are_read_off_the_long_ones(finished):
     curves = {json.dumps(record["params"]): record["curves"] for record in of(finished)}
-    for cell in space.grid({**AXES, "max_epochs": [1]}):
-        longer = curves[json.dumps({**cell, "max_epochs": 3})]
-        assert curves[json.dumps(cell)] == {name: curve[:1] for name, curve in longer.items()}
+    for params in space.grid({**AXES, "max_epochs": [1]}):
+        longer = curves[json.dumps({**params, "max_epochs": 3})]
+        assert curves[json.dumps(params)] == {name: curve[:1] for name, curve in longer.items()}
 
 
 def test_a_search_of_short_trainings_alone_finds_the_same_bits(finished, folder):
@@ -149,10 +148,10 @@ def test_results_are_loaded_as_a_report_is_and_hold_numbers(finished, folder):
     table = load_results(several)
     assert table["search"].tolist() == ["bad"] + ["small"] * 16
     assert table.equals(load_results(several / "bad", str(several / "small")))
-    words = {"search", "id", "state", "error", "curves"}
+    texts = {"search", "id", "state", "error", "curves"}
     for part in (table, load_results(several / "bad")):
         numeric = set(part.select_dtypes("number").columns)
-        assert set(part.columns) - numeric == words
+        assert set(part.columns) - numeric == texts
     curves = load_curves(several)
     assert set(curves.select_dtypes("number").columns) == {"epoch", *CURVES}
     last = curves[curves["search"] == "small"].groupby("id", sort=False).last()
@@ -226,8 +225,8 @@ def test_seeds_are_trials_of_their_own_and_the_best_mean_wins(folder, capsys):
     means = load_results(folder).groupby(["batch_size", "lr", "hidden_units"])["val_acc"].mean()
     winner = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["search"]["trial"]
     row = next(record for record in records if record["id"] == winner)
-    cell = tuple(row["params"][name] for name in ("batch_size", "lr", "hidden_units"))
-    assert means.idxmax() == cell
+    winning = tuple(row["params"][name] for name in ("batch_size", "lr", "hidden_units"))
+    assert means.idxmax() == winning
 
 
 def test_the_table_has_a_row_for_each_configuration_the_winner_first(folder, capsys):
@@ -249,13 +248,13 @@ def test_the_table_has_a_row_for_each_configuration_the_winner_first(folder, cap
         "configuration",
     ]
     expected = []
-    for cell in space.grid(axes):
-        alike = [r for r in records if cell.items() <= r["params"].items()]
-        found = [r["best_val_acc"] for r in alike]
+    for params in space.grid(axes):
+        alike = [r for r in records if params.items() <= r["params"].items()]
+        accuracies = [r["best_val_acc"] for r in alike]
         best = max(alike, key=lambda r: r["best_val_acc"])
-        words = f"lr {cell['lr']:.2g}, hidden_units {cell['hidden_units']}"
-        spread = f"{statistics.mean(found):.4f} ± {statistics.stdev(found):.4f}"
-        expected.append([spread, "3", best["id"], words])
+        text = f"lr {params['lr']:.2g}, hidden_units {params['hidden_units']}"
+        spread = f"{statistics.mean(accuracies):.4f} ± {statistics.stdev(accuracies):.4f}"
+        expected.append([spread, "3", best["id"], text])
     expected.sort(key=lambda row: row[0], reverse=True)
     assert [re.split(" {2,}", row) for row in rows] == expected
     assert "lr 0.0061" in " ".join(rows)
@@ -286,7 +285,7 @@ def test_what_files_hold_cannot_steer_the_terminal(finished, tmp_path, capsys):
         else:
             record |= {"state": "FAIL", "error": "\x1b[31m\x9b5n"}
         file.write_text(json.dumps(sealed(record)))
-    _crown(small(), Results(copy), Results(copy).in_order())
+    _save_winner(small(), Results(copy), Results(copy).in_order())
     said = capsys.readouterr().out
     assert "\\x1b[2J" in said
     assert "\\x1b[31m\\x9b5n" in said
@@ -387,7 +386,7 @@ def test_a_lost_or_damaged_journal_is_made_anew(finished, tmp_path, monkeypatch)
     run(small(), copy, workers=0)
     study = optuna.load_study(
         study_name=None, storage=open_storage(None, copy)
-    )  # the only one: nothing was claimed
+    )  # the only one: no unit was leased
     assert sorted(t.value for t in study.trials) == sorted(r["val_acc"] for r in of(finished))
 
 
@@ -397,34 +396,34 @@ def storage(tmp_path):
 
 
 def test_a_unit_that_was_cut_off_is_free_at_once(storage):
-    claim = Claims(storage, "s").take("unit", ["a"])
-    with pytest.raises(KeyboardInterrupt), claim.alive():
+    lease = Leases(storage, "s").take("unit", ["a"])
+    with pytest.raises(KeyboardInterrupt), lease.alive():
         raise KeyboardInterrupt
-    assert isinstance(Claims(storage, "s").take("unit", ["a"]), Claim)
+    assert isinstance(Leases(storage, "s").take("unit", ["a"]), Lease)
 
 
 def test_a_unit_is_taken_once(storage):
-    one, other = Claims(storage, "s"), Claims(storage, "s")
-    claim = one.take("unit", ["a"])
-    assert isinstance(claim, Claim)
+    one, other = Leases(storage, "s"), Leases(storage, "s")
+    lease = one.take("unit", ["a"])
+    assert isinstance(lease, Lease)
     assert other.take("unit", ["a"]) is None
     record = {"id": "a", "val_acc": 0.5}
-    claim.finish([record])
+    lease.finish([record])
     assert other.take("unit", ["a"]) == {"a": record}
 
 
 @pytest.mark.parametrize("here", [True, False], ids=["on this machine", "elsewhere"])
 def test_the_unit_of_a_frozen_worker_is_free_after_a_while(storage, clock, here):
     """Its process lives, but shows no sign of it; woken, it must find its unit gone."""
-    late = Claims(storage, "s").take("unit", ["a"])
+    late = Leases(storage, "s").take("unit", ["a"])
     if not here:
         owned(storage, machine="elsewhere")
-    watcher = Claims(storage, "s")
+    watcher = Leases(storage, "s")
     for _ in range(4):
         assert watcher.take("unit", ["a"]) is None
         clock["now"] += leases.STALE_SECONDS / 3
-    assert isinstance(watcher.take("unit", ["a"]), Claim)
-    with pytest.raises(ClaimLost):
+    assert isinstance(watcher.take("unit", ["a"]), Lease)
+    with pytest.raises(LeaseLost):
         late.check()
 
 
@@ -444,7 +443,7 @@ def test_a_lock_that_a_killed_process_left_is_taken_away(folder, monkeypatch):
     monkeypatch.setattr(leases.time, "sleep", waited)
     killed = open_storage(None, Path("found"))
     killed._storage._backend._lock.acquire()
-    assert isinstance(Claims(open_storage(None, Path("found")), "s").take("unit", ["a"]), Claim)
+    assert isinstance(Leases(open_storage(None, Path("found")), "s").take("unit", ["a"]), Lease)
 
 
 def owned(storage, **changes) -> None:
@@ -455,12 +454,12 @@ def owned(storage, **changes) -> None:
 
 
 def test_the_unit_of_a_dead_process_is_free_again(storage):
-    Claims(storage, "s").take("unit", ["a"])
+    Leases(storage, "s").take("unit", ["a"])
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     owned(storage, pid=child.pid, started="1")
-    assert isinstance(Claims(storage, "s").take("unit", ["a"]), Claim)
-    assert Claims(storage, "s").take("unit", ["a"]) is None
+    assert isinstance(Leases(storage, "s").take("unit", ["a"]), Lease)
+    assert Leases(storage, "s").take("unit", ["a"]) is None
 
 
 @pytest.fixture
@@ -472,9 +471,9 @@ def clock(monkeypatch):
 
 
 def test_the_unit_of_a_silent_machine_is_free_after_a_while(storage, clock):
-    Claims(storage, "s").take("unit", ["a"])
+    Leases(storage, "s").take("unit", ["a"])
     owned(storage, machine="elsewhere")
-    watcher = Claims(storage, "s")
+    watcher = Leases(storage, "s")
     third = leases.STALE_SECONDS / 3
     for beat in (1, 1, 1, 2, 2, 2):  # a sign of life in between
         owned(storage, beat=beat)
@@ -482,14 +481,14 @@ def test_the_unit_of_a_silent_machine_is_free_after_a_while(storage, clock):
         clock["now"] += third
     assert watcher.take("unit", ["a"]) is None
     clock["now"] += 1
-    assert isinstance(watcher.take("unit", ["a"]), Claim)
+    assert isinstance(watcher.take("unit", ["a"]), Lease)
 
 
 def test_an_observer_that_was_away_watches_anew(storage, clock):
     """After a break of the storage, nobody has shown signs of life for long: all are alive."""
-    Claims(storage, "s").take("unit", ["a"])
+    Leases(storage, "s").take("unit", ["a"])
     owned(storage, machine="elsewhere")
-    watcher = Claims(storage, "s")
+    watcher = Leases(storage, "s")
     assert watcher.take("unit", ["a"]) is None
     clock["now"] += 2 * leases.STALE_SECONDS
     assert watcher.take("unit", ["a"]) is None
@@ -502,32 +501,32 @@ def test_a_container_with_the_same_hostname_is_another_machine(storage, monkeypa
         elsewhere.setattr(
             leases.os, "readlink", lambda p: "pid:[1]" if "ns/pid" in str(p) else readlink(p)
         )
-        Claims(storage, "s").take("unit", ["a"])
+        Leases(storage, "s").take("unit", ["a"])
     owned(storage, pid=2**22 + 1)  # a number that no process here has
-    assert Claims(storage, "s").take("unit", ["a"]) is None
+    assert Leases(storage, "s").take("unit", ["a"]) is None
 
 
 def test_a_worker_that_returns_from_the_dead_writes_nothing(storage):
     """The other has read what it had shown until then, and shows the rest itself."""
     one, other = {"id": "a", "by": "one"}, {"id": "b", "by": "other"}
-    late = Claims(storage, "s").take("unit", ["a", "b"])
+    late = Leases(storage, "s").take("unit", ["a", "b"])
     late.publish(one)
     owned(storage, pid=2**22 + 1)
-    taken = Claims(storage, "s").take("unit", ["a", "b"])
+    taken = Leases(storage, "s").take("unit", ["a", "b"])
     assert taken.records == {"a": one}
-    with pytest.raises(ClaimLost):
+    with pytest.raises(LeaseLost):
         late.check()
-    with pytest.raises(ClaimLost):
+    with pytest.raises(LeaseLost):
         late.publish({"id": "b", "by": "one"})
-    with pytest.raises(ClaimLost):
+    with pytest.raises(LeaseLost):
         late.finish([one, {"id": "b", "by": "one"}])
     taken.publish(other)
     taken.finish([one, other])
-    assert Claims(storage, "s").take("unit", ["a", "b"]) == {"a": one, "b": other}
+    assert Leases(storage, "s").take("unit", ["a", "b"]) == {"a": one, "b": other}
 
 
 def test_a_late_worker_hears_that_its_unit_is_gone(finished, folder, monkeypatch):
-    """Between two epochs, and adopts what the other found instead of its own."""
+    """Between two epochs, and adopts the other's results instead of its own."""
     first = of(finished)[0]
     unit = next(u for u in units(small(), rounds(small(), {})[0], 1) if first["id"] in u.ids)
     records = {r["id"]: r for r in of(finished) if r["id"] in unit.ids}
@@ -541,15 +540,15 @@ def test_a_late_worker_hears_that_its_unit_is_gone(finished, folder, monkeypatch
                 n.study_name for n in storage.get_all_studies() if unit.name in n.study_name
             )
             with monkeypatch.context() as dead:
-                dead.setattr(Claims, "_dead", lambda *_: True)
-                others.append(Claims(storage, name.split("/")[0]).take(unit.name, unit.ids))
+                dead.setattr(Leases, "_dead", lambda *_: True)
+                others.append(Leases(storage, name.split("/")[0]).take(unit.name, unit.ids))
             others[0].finish(list(records.values()))
 
     monkeypatch.setattr(PopulationTraining, "run_epoch", taken_meanwhile)
-    found = run(small(), folder, workers=0)
+    adopted = run(small(), folder, workers=0)
     assert others
-    assert without_time(found) == without_time(of(finished))
-    assert {r["id"]: r for r in found if r["id"] in records} == records  # the seconds too
+    assert without_time(adopted) == without_time(of(finished))
+    assert {r["id"]: r for r in adopted if r["id"] in records} == records  # the seconds too
 
 
 @pytest.mark.parametrize("drawn", [True, False], ids=["drawn one by one", "trained together"])
@@ -571,7 +570,7 @@ def test_a_late_trial_costs_the_search_no_more_than_an_early_one(drawn, folder, 
     counted(optuna.Study, "get_trials")
     counted(optuna, "create_study")
     strategy = {"name": "optuna", "n": 30, "sampler": "RandomSampler"}
-    found = run(
+    trained = run(
         small(
             space={"lr": [0.1 / (1 + i) for i in range(30)]},
             strategy=strategy if drawn else {"name": "grid"},
@@ -580,25 +579,25 @@ def test_a_late_trial_costs_the_search_no_more_than_an_early_one(drawn, folder, 
         folder,
         workers=0,
     )
-    assert len(found) == 30
+    assert len(trained) == 30
     assert max(asked.values()) < 15, asked
 
 
-def death_of(claim: Claim, part: float = 0.0) -> None:
+def death_of(lease: Lease, part: float = 0.0) -> None:
     if part:
-        claim.goes_on(part)
+        lease.goes_on(part)
     me = leases._process()
-    assert Claims(claim._storage, "s").note_death(me["pid"], me["started"], "killed by SIGKILL")
+    assert Leases(lease._storage, "s").note_death(me["pid"], me["started"], "killed by SIGKILL")
 
 
 def test_deaths_count_from_the_last_that_left_something_to_go_on_from(storage):
     seen = []
     for part in (0.0, 0.0, 0.25, 0.25, 0.25):
-        claim = Claims(storage, "s").take("unit", ["a"])
-        seen.append(len(claim.deaths))
-        death_of(claim, part)
+        lease = Leases(storage, "s").take("unit", ["a"])
+        seen.append(len(lease.deaths))
+        death_of(lease, part)
     assert seen == [0, 1, 2, 1, 2]
-    assert len(Claims(storage, "s").take("unit", ["a"]).deaths) == 3
+    assert len(Leases(storage, "s").take("unit", ["a"]).deaths) == 3
 
 
 class Flaky:
@@ -639,7 +638,7 @@ def test_what_a_worker_finished_while_the_storage_was_away_is_shown_later(
         raise StorageLost("storage x does not answer")
 
     with monkeypatch.context() as lost:
-        lost.setattr(Claim, "publish", away)
+        lost.setattr(Lease, "publish", away)
         with pytest.raises(StorageLost):
             run(small(space={**AXES, "batch_size": [16]}), folder / "one", workers=0)
         assert len(list((folder / "one" / "trials").iterdir())) == 1  # it was written all the same
@@ -775,9 +774,9 @@ def test_other_models_are_what_the_trainer_makes_of_them(folder, model, args):
     assert record["train_loss"] == pytest.approx(
         float(alone.callback_metrics["train/loss"]), rel=1e-4
     )
-    found = torch.load(folder / "checkpoints" / f"{record['id']}.ckpt", weights_only=True)
+    checkpoint = torch.load(folder / "checkpoints" / f"{record['id']}.ckpt", weights_only=True)
     for name, value in lone.state_dict().items():
-        torch.testing.assert_close(found["state_dict"][name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(checkpoint["state_dict"][name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("model", ["ShallowNetwork", "Perceptron"])
@@ -796,9 +795,9 @@ def test_settings_of_the_data_are_axes_like_any_other(folder):
     """Small networks together and others alone: each as one search with that setting has it."""
     axes = {"data.normalization": ["unit", "mnist"], "hidden_units": [5, 8]}
     fixed = {"max_epochs": 1, "batch_size": 64}
-    found = run(small(space=axes, fixed=fixed), folder / "both", workers=0)
-    assert [r["params"]["data.normalization"] for r in found] == ["unit", "unit", "mnist", "mnist"]
-    for normalization, pair in (("unit", found[:2]), ("mnist", found[2:])):
+    both = run(small(space=axes, fixed=fixed), folder / "both", workers=0)
+    assert [r["params"]["data.normalization"] for r in both] == ["unit", "unit", "mnist", "mnist"]
+    for normalization, pair in (("unit", both[:2]), ("mnist", both[2:])):
         data = {"source": "digits", "normalization": normalization}
         search = small(space={"hidden_units": [5, 8]}, fixed=fixed, data=data)
         alone = run(search, folder / normalization, workers=0)
@@ -839,8 +838,8 @@ def test_a_search_where_all_fails_says_so(folder, capsys):
 
 
 def test_a_command_where_all_fails_exits_with_1(folder, capsys):
-    words = "search --model ShallowNetwork --space.lr [1e30] --fixed.max_epochs 2 --workers 1"
-    assert main([*words.split(), "--data.source", "digits"]) == 1
+    argv = "search --model ShallowNetwork --space.lr [1e30] --fixed.max_epochs 2 --workers 1"
+    assert main([*argv.split(), "--data.source", "digits"]) == 1
     assert "no trial of 1 succeeded, the first: diverged" in capsys.readouterr().err
 
 
@@ -1001,9 +1000,9 @@ def test_the_values_of_a_large_grid_are_all_looked_at(folder):
 
 
 def test_flags_win_over_the_file(folder, capsys):
-    words = "search --config shallow_grid --data.source digits --workers 1 --name mine"
-    words += " --space.batch_size [64] --space.max_epochs [1] --space.lr [1e-1] --seeds [3]"
-    assert main(words.split()) == 0
+    argv = "search --config shallow_grid --data.source digits --workers 1 --name mine"
+    argv += " --space.batch_size [64] --space.max_epochs [1] --space.lr [1e-1] --seeds [3]"
+    assert main(argv.split()) == 0
     records = of(folder.parent / "lightning_logs" / "search" / "mine")
     assert [r["params"]["hidden_units"] for r in records] == [10, 25, 50, 100]
     assert {(r["params"]["lr"], r["seed"]) for r in records} == {(0.1, 3)}
@@ -1056,7 +1055,7 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(folder, changes,
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         ("--config shallow_gird", "did you mean shallow_grid"),
         ("--config ./nowhere.yaml", "no such file"),
@@ -1067,8 +1066,8 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(folder, changes,
         ("--space.lr [0.1]", "model"),
     ],
 )
-def test_a_command_that_cannot_be_understood_ends_in_a_line_or_two(folder, words, message, capsys):
-    assert main(["search", *words.split()]) != 0
+def test_a_command_that_cannot_be_understood_ends_in_a_line_or_two(folder, argv, message, capsys):
+    assert main(["search", *argv.split()]) != 0
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) <= 2
@@ -1081,9 +1080,9 @@ def test_another_search_or_other_data_may_not_use_the_folder(finished, tmp_path)
         run(small(space={**AXES, "lr": [0.2]}), copy)
     with pytest.raises(ValueError, match=r"data.split_seed is 0, not 1"):
         run(small(data={"source": "digits", "split_seed": 1}), copy)
-    about = json.loads((copy / "search.json").read_text())
-    about["data"]["checksum"] = "0" * 64
-    (copy / "search.json").write_text(json.dumps(about))
+    definition = json.loads((copy / "search.json").read_text())
+    definition["data"]["checksum"] = "0" * 64
+    (copy / "search.json").write_text(json.dumps(definition))
     with pytest.raises(ValueError, match=r"data\.checksum"):
         run(small(), copy)
     assert of(copy) == before
@@ -1220,7 +1219,7 @@ def test_load_results_of_no_search_is_refused(tmp_path):
 # Nothing lost
 
 
-def start(folder: Path, *words: str, within: Sequence[str] = ()) -> subprocess.Popen:
+def start(folder: Path, *argv: str, within: Sequence[str] = ()) -> subprocess.Popen:
     command = [
         *within,
         sys.executable,
@@ -1231,7 +1230,7 @@ def start(folder: Path, *words: str, within: Sequence[str] = ()) -> subprocess.P
         "wanted.yaml",
     ]
     return subprocess.Popen(
-        [*command, "--folder", str(folder), *words],
+        [*command, "--folder", str(folder), *argv],
         cwd=folder.parent,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
         stdout=subprocess.PIPE,
@@ -1277,9 +1276,9 @@ def test_killed_at_twenty_moments_and_resumed_nothing_is_lost_nor_done_twice(tmp
     for file in folder.glob("trials/[!.]*.json"):
         assert written.setdefault(file.stem, file.stat().st_mtime_ns) == file.stat().st_mtime_ns
     undisturbed = run(Search(name="u", **WANTED), tmp_path / "undisturbed", workers=0)
-    found = of(folder)
-    assert len(found) == len({record["id"] for record in found}) == 64
-    assert without_time(found) == without_time(undisturbed)
+    records = of(folder)
+    assert len(records) == len({record["id"] for record in records}) == 64
+    assert without_time(records) == without_time(undisturbed)
 
 
 @pytest.mark.slow
@@ -1367,10 +1366,10 @@ import os, signal, sys, time
 from pathlib import Path
 from mnist_lightning.search import leases
 from mnist_lightning.__main__ import main
-from mnist_lightning.population import PopulationTraining
+from mnist_lightning.training.population import PopulationTraining
 
 leases.HEARTBEAT_SECONDS, leases.STALE_SECONDS = 0.2, 2.0
-name, frozen, *words = sys.argv[1:]
+name, frozen, *argv = sys.argv[1:]
 process = leases._process
 leases._process = lambda: {**process(), "machine": name}
 run_epoch = PopulationTraining.run_epoch
@@ -1383,8 +1382,8 @@ def freeze_once(self):
 
 if frozen != "never":
     PopulationTraining.run_epoch = freeze_once
-from mnist_lightning.search import Progress, _crown, read, run
-search, place = read(words)
+from mnist_lightning.search.command import read, run
+search, place = read(argv)
 run(search, **{**place, "workers": 0})
 """
 
@@ -1403,9 +1402,9 @@ def test_a_machine_that_was_frozen_beyond_its_lease_agrees_with_the_other(tmp_pa
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted, sort_keys=False))
 
     def machine(name: str, frozen: str) -> subprocess.Popen:
-        words = f"--config wanted.yaml --folder {name} --storage journal.log".split()
+        argv = f"--config wanted.yaml --folder {name} --storage journal.log".split()
         return subprocess.Popen(
-            [sys.executable, "-c", MACHINE, name, frozen, *words],
+            [sys.executable, "-c", MACHINE, name, frozen, *argv],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
             stdout=subprocess.PIPE,
@@ -1417,9 +1416,9 @@ def test_a_machine_that_was_frozen_beyond_its_lease_agrees_with_the_other(tmp_pa
     os.waitpid(one.pid, os.WUNTRACED)  # until it is stopped
     assert (tmp_path / "frozen").is_file()
     two = machine("two", "never")
-    found = tmp_path / "two" / "trials"
+    written = tmp_path / "two" / "trials"
     count = 6 if wanted is DRAWN else 64
-    while len(list(found.glob("[!.]*.json"))) < count - 1:
+    while len(list(written.glob("[!.]*.json"))) < count - 1:
         assert two.poll() is None
         time.sleep(0.1)
     os.kill(one.pid, signal.SIGCONT)
@@ -1511,8 +1510,8 @@ class Server(NamedTuple):
 @pytest.fixture
 def postgres():
     """A PostgreSQL server of our own, from the programs on this machine."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    initdb = str(found[-1]) if found else shutil.which("initdb")
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    initdb = str(installed[-1]) if installed else shutil.which("initdb")
     if not initdb:
         pytest.skip("needs the programs of a PostgreSQL server, as in Debian's package postgresql")
     # not below pytest's folder: it is closed to others, and the server refuses to run as root

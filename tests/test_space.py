@@ -18,19 +18,19 @@ SHALLOW = {
 
 
 def test_grid_is_the_product_of_the_axes():
-    found = space.grid(SHALLOW)
-    assert len(found) == 384
-    assert [tuple(params.values()) for params in found] == list(
+    combinations = space.grid(SHALLOW)
+    assert len(combinations) == 384
+    assert [tuple(params.values()) for params in combinations] == list(
         itertools.product(*SHALLOW.values())
     )
 
 
 def test_random_draws_different_points_of_the_space_and_repeats_itself():
-    found = space.random(SHALLOW, 50, seed=1)
-    assert len({tuple(params.items()) for params in found}) == 50
-    assert all(params[name] in SHALLOW[name] for params in found for name in SHALLOW)
-    assert space.random(SHALLOW, 50, seed=1) == found != space.random(SHALLOW, 50, seed=2)
-    assert space.random(SHALLOW, 20, seed=1) == found[:20]
+    combinations = space.random(SHALLOW, 50, seed=1)
+    assert len({tuple(params.items()) for params in combinations}) == 50
+    assert all(params[name] in SHALLOW[name] for params in combinations for name in SHALLOW)
+    assert space.random(SHALLOW, 50, seed=1) == combinations != space.random(SHALLOW, 50, seed=2)
+    assert space.random(SHALLOW, 20, seed=1) == combinations[:20]
 
 
 def test_random_ends_when_the_space_is_used_up():
@@ -52,12 +52,12 @@ def test_a_range_has_finite_ends():
 def test_ranges_are_drawn_within_their_ends_and_whole_where_these_are():
     axes = {"lr": {"low": 1e-4, "high": 1e-1, "log": True}, "hidden_units": {"low": 5, "high": 9}}
     space.check(axes, ranges=True)
-    found = space.random(axes, 500, seed=0)
-    rates = sorted(params["lr"] for params in found)
+    drawn = space.random(axes, 500, seed=0)
+    rates = sorted(params["lr"] for params in drawn)
     assert 1e-4 <= rates[0] < 2e-4
     assert 5e-2 < rates[-1] <= 1e-1
     assert 1e-3 < rates[250] < 1e-2  # half of the draws below the middle of the logarithm
-    assert {params["hidden_units"] for params in found} == {5, 6, 7, 8, 9}
+    assert {params["hidden_units"] for params in drawn} == {5, 6, 7, 8, 9}
 
 
 def test_refine_goes_halfway_to_the_neighbours():
@@ -120,11 +120,11 @@ def test_refining_rounds_train_no_model_twice_and_close_in():
         return -abs(params["lr"] - 0.02) - abs(params["hidden_units"] - 80) / 1000
 
     for number in range(3):
-        found = list(space.rounds(axes, {"name": "refine", "rounds": 3}, scores=done))
-        assert len(found) == number + 1
-        done |= scores(found[-1], accuracy)
-    found = list(space.rounds(axes, {"name": "refine", "rounds": 3}, scores=done))
-    trials = [trial for trials in found for trial in trials]
+        planned = list(space.rounds(axes, {"name": "refine", "rounds": 3}, scores=done))
+        assert len(planned) == number + 1
+        done |= scores(planned[-1], accuracy)
+    planned = list(space.rounds(axes, {"name": "refine", "rounds": 3}, scores=done))
+    trials = [trial for trials in planned for trial in trials]
     assert len({trial.id for trial in trials}) == len(trials) == 9 + 5 + 5
     winner = max(trials, key=lambda trial: accuracy(trial.params))
     assert winner.params == {"lr": 0.0177828, "hidden_units": 75, "seed": 0}

@@ -28,15 +28,16 @@ from mnist_lightning.classes import allow_classes, class_path, naming, parser_se
 from mnist_lightning.configs import SearchByName, check_named
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.files import printable, write_bytes
-from mnist_lightning.search import leases, space
-from mnist_lightning.search.leases import Claim, ClaimLost, Claims, open_storage, start_of
+from mnist_lightning.search import leases as leasing
+from mnist_lightning.search import space
+from mnist_lightning.search.leases import Lease, LeaseLost, Leases, open_storage, start_of
 from mnist_lightning.search.plan import (
     OBJECTIVES,
     SMALL,
     STRATEGIES,
     UNIT_BYTES,
     Search,
-    Unit,
+    WorkUnit,
     all_units,
     check_count,
     digest,
@@ -48,7 +49,7 @@ from mnist_lightning.search.results import Record, Results, score, sealed
 from mnist_lightning.search.space import Score
 from mnist_lightning.search.worker import (
     ATTEMPTS,
-    Report,
+    ProgressCallback,
     Worker,
     adopt,
     fill_index,
@@ -63,7 +64,7 @@ STOPS = {signal.SIGINT, signal.SIGTERM}
 
 
 def _work_here(
-    report: Report,
+    on_progress: ProgressCallback,
     search: Search,
     key: str,
     path: Path,
@@ -72,7 +73,7 @@ def _work_here(
     threads: int,
 ) -> None:
     meeting_point = open_storage(storage, path)
-    Worker(search, key, Results(path), meeting_point, device, threads, report).work()
+    Worker(search, key, Results(path), meeting_point, device, threads, on_progress).work()
 
 
 def _work_elsewhere(pipe: Connection, parent: int, *arguments: Any) -> None:
@@ -105,12 +106,12 @@ class _Crew:
     """The workers of this machine, each in a process of its own.
 
     Args:
-        claims: of the search; a worker that dies leaves its unit to the others there.
+        leases: of the search; a worker that dies leaves its unit to the others there.
         arguments: of ``_work_here``, all but the first.
     """
 
-    def __init__(self, claims: Claims, arguments: tuple[Any, ...]) -> None:
-        self.claims, self.arguments = claims, arguments
+    def __init__(self, leases: Leases, arguments: tuple[Any, ...]) -> None:
+        self.leases, self.arguments = leases, arguments
         self._pipes: dict[Any, tuple[SpawnProcess, str | None]] = {}
         self._idle_deaths = self._deaths_borne = 0  # since one last worked
 
@@ -127,7 +128,7 @@ class _Crew:
             for _ in range(workers):
                 self._hire()
             # whoever is frozen by then has lost its unit, and is not waited for
-            while self._pipes and time.monotonic() - over < leases.STALE_SECONDS:
+            while self._pipes and time.monotonic() - over < leasing.STALE_SECONDS:
                 for pipe in cast(list[Connection], wait(list(self._pipes), timeout=0.5)):
                     try:
                         message = pipe.recv()
@@ -175,7 +176,7 @@ class _Crew:
         reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if code == -signal.SIGKILL:
             reason += ", as where memory runs out"
-        held_unit = self.claims.note_death(cast(int, process.pid), started, reason)
+        held_unit = self.leases.note_death(cast(int, process.pid), started, reason)
         self._idle_deaths += not held_unit
         # killed while it had no unit: not by one
         if held_unit or (code < 0 and self._idle_deaths <= self._deaths_borne):
@@ -233,8 +234,8 @@ class Progress:
         records = self.results.records()
         done = len(records)
         for record in itertools.islice(records.values(), self._scored, None):  # the new ones
-            if found := score(record, self.search.objective):
-                self._best = max(found.val_acc, self._best or 0.0)
+            if scored := score(record, self.search.objective):
+                self._best = max(scored.val_acc, self._best or 0.0)
         self._scored = done
         if done == self.total and done > self._done:
             self._plan()
@@ -295,20 +296,22 @@ def run(
     _check_device(device)
     results = Results(folder or ROOT / search.name)
     data = search.load_data()
-    identity = search.identity(data)
-    known = _history(open_storage(storage, results.path), search.name, identity) if storage else ()
-    search = dataclasses.replace(search, grown_from=tuple(results.open(identity, known)))
+    definition = search.definition(data)
+    known: Sequence[Mapping[str, Any]] = ()
+    if storage:
+        known = _history(open_storage(storage, results.path), search.name, definition)
+    search = dataclasses.replace(search, grown_from=tuple(results.open(definition, known)))
     # that of the first definition: workers that know no other one meet the others there
-    key = f"{search.name}-{digest(search.at(0).identity(data))}"
+    key = f"{search.name}-{digest(search.at(0).definition(data))}"
     meeting_point = open_storage(storage, results.path)
-    claims = Claims(meeting_point, key)
+    leases = Leases(meeting_point, key)
     images = len(data.train_set)
     if without_weights := results.heal():
-        claims.forget(without_weights)
+        leases.forget(without_weights)
     if storage is not None:
-        _agree(search, results, claims, images)
+        _agree(search, results, leases, images)
         index = optuna_study(search, meeting_point, key)
-        index.set_user_attr("definitions", [*search.grown_from, identity])
+        index.set_user_attr("definitions", [*search.grown_from, definition])
     print(f"{search.name}: {search.model}, {data.describe()}")
     if left := open_units(search, results.records(), images):
         if workers is None:
@@ -331,14 +334,14 @@ def run(
         errors: list[str] = []
         try:
             if workers:
-                errors = _Crew(claims, arguments).work(workers, progress)
+                errors = _Crew(leases, arguments).work(workers, progress)
             else:
 
-                def report(unit: str, part: float) -> None:
+                def on_progress(unit: str, part: float) -> None:
                     progress.note(unit, part)
                     progress.show()
 
-                _work_here(report, *arguments)
+                _work_here(on_progress, *arguments)
         except (KeyboardInterrupt, SystemExit) as stop:
             progress.close()
             done = len(results.write_tables())
@@ -354,11 +357,11 @@ def run(
             raise ValueError(f"{errors[0]} (what is finished stays; the same command goes on)")
     else:
         print(f"holds all its {counted(len(results.records()), 'trial')}: nothing to train")
-    found = results.write_tables()
-    fill_index(search, meeting_point, key, found)
+    records = results.write_tables()
+    fill_index(search, meeting_point, key, records)
     results.write_tensorboard(search.model)
-    _crown(search, results, found)
-    return found
+    _save_winner(search, results, records)
+    return records
 
 
 def _check_device(device: str) -> None:
@@ -371,11 +374,11 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device {device!r} is not on this machine; there is {there or 'cpu'}")
 
 
-def _history(storage: Any, name: str, identity: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+def _history(storage: Any, name: str, definition: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """What this search grew from on other machines: nothing where none has it."""
     for study in storage.get_all_studies():
         definitions = study.user_attrs.get("definitions")
-        known = isinstance(definitions, list) and definitions[-1:] == [identity]
+        known = isinstance(definitions, list) and definitions[-1:] == [definition]
         if known and study.study_name.startswith(f"{name}-"):
             return definitions[:-1]
     return ()
@@ -386,7 +389,7 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def _agree(search: Search, results: Results, claims: Claims, images: int) -> None:
+def _agree(search: Search, results: Results, leases: Leases, images: int) -> None:
     """Shows the units that are finished here to other machines, or adopts theirs.
 
     A unit whose worker lost the storage is finished here, but nobody knows.
@@ -395,16 +398,16 @@ def _agree(search: Search, results: Results, claims: Claims, images: int) -> Non
     for unit in all_units(search, records, images):
         if not all(id in records for id in unit.ids):
             continue
-        claim = claims.take(unit.name, unit.ids)
-        if isinstance(claim, Claim):
-            with contextlib.suppress(ClaimLost):
-                claim.finish([sealed(records[id]) for id in unit.ids])
-        elif claim:
-            adopt(search, results, claims, unit, claim)
+        lease = leases.take(unit.name, unit.ids)
+        if isinstance(lease, Lease):
+            with contextlib.suppress(LeaseLost):
+                lease.finish([sealed(records[id]) for id in unit.ids])
+        elif lease:
+            adopt(search, results, leases, unit, lease)
 
 
 def _say_plan(
-    search: Search, records: Mapping[str, Record], left: Sequence[Unit], workers: int
+    search: Search, records: Mapping[str, Record], left: Sequence[WorkUnit], workers: int
 ) -> None:
     ids = planned(search, records)
     missing = sum(id not in records for id in ids)
@@ -420,21 +423,23 @@ def _say_plan(
     print(f"{line}; {counted(workers, 'worker')}", flush=True)
 
 
-def _crown(search: Search, results: Results, records: Sequence[Record]) -> None:
+def _save_winner(search: Search, results: Results, records: Sequence[Record]) -> None:
     """Names the best, and keeps the winner's checkpoint as ``best.ckpt``."""
     if failed := [record for record in records if record["state"] == "FAIL"]:
         first = " ".join(f"{failed[0]['id']}: {failed[0]['error']}".split())
         print(f"{len(failed)} failed, the first: {printable(first)}")
-    scored = [(found, r) for r in records if (found := score(r, search.objective))]
+    scored = [(one, r) for r in records if (one := score(r, search.objective))]
     if not scored:
         print("no trial succeeded")
         return
     ranked = sorted(scored, key=lambda pair: (-pair[0].val_acc, pair[0].val_loss))
     # of several seeds, the best mean wins, and of its trials the best one
-    cells = space.ranking([({**r["params"], "seed": r["seed"]}, found) for found, r in scored])[:5]
-    best_of = [next(r for _, r in ranked if r["params"] == params) for params, _ in cells]
+    configurations = space.ranking(
+        [({**r["params"], "seed": r["seed"]}, one) for one, r in scored]
+    )[:5]
+    best_of = [next(r for _, r in ranked if r["params"] == params) for params, _ in configurations]
     winner = best_of[0]
-    print(printable(_table(search, cells, best_of)))
+    print(printable(_table(search, configurations, best_of)))
     weights = results.checkpoints / f"{winner['id']}.ckpt"
     if not weights.is_file():
         print(f"\nwinner       {winner['id']}; its weights are on the machine that trained it")
@@ -453,25 +458,26 @@ def _crown(search: Search, results: Results, records: Sequence[Record]) -> None:
 
 def _table(
     search: Search,
-    cells: Sequence[tuple[Mapping[str, Any], Sequence[Score]]],
+    configurations: Sequence[tuple[Mapping[str, Any], Sequence[Score]]],
     best_of: list[Record],
 ) -> str:
     """Configurations by the mean over their seeds, the best first.
 
     Args:
         search: the search.
-        cells: parameters and the scores of their seeds.
+        configurations: parameters and the scores of their seeds.
         best_of: the best trial of each.
     """
     rows = [(OBJECTIVES[search.objective], "n", "best trial", "configuration")]
-    shown = [name for name in cells[0][0] if name not in search.fixed] or list(cells[0][0])
-    for (params, scores), record in zip(cells, best_of, strict=True):
-        found = [score.val_acc for score in scores]
-        mean = f"{statistics.fmean(found):.4f}"
-        if len(found) > 1:
-            mean += f" ± {statistics.stdev(found):.4f}"
-        words = ", ".join(f"{name} {_rounded(params[name])}" for name in shown if name in params)
-        rows.append((mean, str(len(found)), record["id"], words))
+    names = list(configurations[0][0])
+    shown = [name for name in names if name not in search.fixed] or names
+    for (params, scores), record in zip(configurations, best_of, strict=True):
+        accuracies = [score.val_acc for score in scores]
+        mean = f"{statistics.fmean(accuracies):.4f}"
+        if len(accuracies) > 1:
+            mean += f" ± {statistics.stdev(accuracies):.4f}"
+        text = ", ".join(f"{name} {_rounded(params[name])}" for name in shown if name in params)
+        rows.append((mean, str(len(accuracies)), record["id"], text))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = (
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
@@ -516,12 +522,12 @@ def _parser() -> ArgumentParser:
 
 
 def read(argv: Sequence[str]) -> tuple[Search, dict[str, Any]]:
-    """The search that the words of a command line ask for, and the other arguments of ``run``.
+    """The search that a command line asks for, and the other arguments of ``run``.
 
     Raises:
-        ValueError: they, or the configuration that they name, cannot be understood.
+        ValueError: it, or the configuration that it names, cannot be understood.
     """
-    check_named([word.rpartition("=")[2] for word in argv], Path())
+    check_named([argument.rpartition("=")[2] for argument in argv], Path())
     try:
         with parser_settings():
             allow_classes([])  # only the model's is imported, and not by the parser

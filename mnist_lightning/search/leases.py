@@ -30,7 +30,7 @@ LOCK_SECONDS = 10
 PATIENCE_SECONDS = 60.0
 
 
-class ClaimLost(Exception):
+class LeaseLost(Exception):
     """Another worker has the unit now: this one was taken for dead. What it has is not written."""
 
 
@@ -38,7 +38,7 @@ class StorageLost(ValueError):
     """The storage has not answered for ``PATIENCE_SECONDS``."""
 
 
-class Claims:
+class Leases:
     """Units of work, each taken by one worker at a time.
 
     Every Optuna storage lets exactly one caller create a study of a given name. A unit is taken by
@@ -55,8 +55,8 @@ class Claims:
         self._seen: dict[str, tuple[Any, float]] = {}
         self._looked = time.monotonic()
 
-    def take(self, unit: str, ids: Sequence[str]) -> "Claim | dict[str, Record] | None":
-        """The unit's claim, now ours; its records by id, if it is finished; else ``None``.
+    def take(self, unit: str, ids: Sequence[str]) -> "Lease | dict[str, Record] | None":
+        """The unit's lease, now ours; its records by id, if it is finished; else ``None``.
 
         Args:
             unit: its name.
@@ -93,7 +93,7 @@ class Claims:
                     before = f"{self.search}/{unit}/{attempt - 1}"
                     records |= _published(self._attributes(before), ids)
                 follower = f"{self.search}/{unit}/{attempt + 1}"
-                return Claim(study_id, self.storage, follower, attempt > 0, records, deaths)
+                return Lease(study_id, self.storage, follower, attempt > 0, records, deaths)
         raise AssertionError("there is always a next attempt")
 
     def _attributes(self, study_name: str) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Claims:
                     self.storage.set_study_user_attr(study._study_id, f"trial {id}", None)
 
 
-class Claim:
+class Lease:
     """A unit that is ours to train, until another worker takes us for dead.
 
     Attributes:
@@ -169,7 +169,7 @@ class Claim:
         """Makes sure that the unit is still ours.
 
         Raises:
-            ClaimLost: it is not.
+            LeaseLost: it is not.
         """
         with contextlib.suppress(KeyError):
             self._storage.get_study_id_from_name(self._follower)
@@ -179,7 +179,7 @@ class Claim:
     def check_quickly(self) -> None:
         """As ``check``, but asks no storage: as of the last sign of life."""
         if self._lost.is_set():
-            raise ClaimLost
+            raise LeaseLost
 
     def goes_on(self, part: float) -> None:
         """Notes that training goes on from a state in which this part of it was done."""
@@ -189,7 +189,7 @@ class Claim:
         """Shows a finished trial to the others.
 
         Raises:
-            ClaimLost: the unit is no longer ours, and the record does not count: another worker's
+            LeaseLost: the unit is no longer ours, and the record does not count: another worker's
                 may differ from it, and others may have that one.
         """
         self._storage.set_study_user_attr(self._study_id, f"trial {record['id']}", record)
@@ -201,7 +201,7 @@ class Claim:
         """Notes what came out of the unit, so that nobody takes it again.
 
         Raises:
-            ClaimLost: it is no longer ours.
+            LeaseLost: it is no longer ours.
         """
         for record in records:
             if record["id"] not in self._published and self.records.get(record["id"]) != record:
@@ -239,10 +239,13 @@ class Claim:
             thread.join(HEARTBEAT_SECONDS)  # it may be waiting for the storage
 
 
+Claim, Claims = Lease, Leases  # names of before
+
+
 def _published(attributes: Mapping[str, Any], ids: Collection[str]) -> dict[str, Record]:
     """Records among the attributes of a study, of these trials."""
-    found = {id: attributes.get(f"trial {id}") for id in ids}
-    return {id: record for id, record in found.items() if record is not None}
+    records = {id: attributes.get(f"trial {id}") for id in ids}
+    return {id: record for id, record in records.items() if record is not None}
 
 
 def _process() -> dict[str, Any]:

@@ -29,7 +29,7 @@ from mnist_lightning.models.multilayer import DeepNetwork, ShallowNetwork
 from mnist_lightning.nets import CLASSES, PIXELS
 from mnist_lightning.search import space
 from mnist_lightning.search.results import Record, score
-from mnist_lightning.search.space import DEFINITION, STRATEGIES, Trial
+from mnist_lightning.search.space import GROWABLE, STRATEGIES, Trial
 from mnist_lightning.training.population import Member, training_bytes
 
 # Networks trained together take at most this much memory, beside the images. Small enough that the
@@ -87,13 +87,13 @@ class Search:
     def model_class(self) -> type[LightningModule]:
         module, _, name = self.model.rpartition(".")
         try:
-            found = import_class(self.model) if module else ARCHITECTURES.get(name)
+            model = import_class(self.model) if module else ARCHITECTURES.get(name)
         except ValueError:
-            found = None
-        of_kind = isinstance(found, type) and issubclass(found, LightningModule)
-        if not of_kind or found is Classifier:
+            model = None
+        of_kind = isinstance(model, type) and issubclass(model, LightningModule)
+        if not of_kind or model is Classifier:
             raise ValueError(f"no model {self.model!r}; {suggest(name, ARCHITECTURES)}")
-        return cast(type[LightningModule], found)
+        return cast(type[LightningModule], model)
 
     @property
     def sampled(self) -> bool:
@@ -104,7 +104,7 @@ class Search:
         """The search as it was defined then, the newest definition being the last one."""
         if generation == len(self.grown_from):
             return self
-        past = {name: self.grown_from[generation][name] for name in DEFINITION}
+        past = {name: self.grown_from[generation][name] for name in GROWABLE}
         return dataclasses.replace(self, **past, grown_from=self.grown_from[:generation])
 
     def check(self) -> None:
@@ -205,7 +205,7 @@ class Search:
 
     def model_args(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The model's share of a trial's parameters, ``name.1, name.2 ...`` gathered in lists."""
-        found: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         lists: dict[str, dict[int, Any]] = {}
         for name, value in params.items():
             base, _, layer = name.partition(".")
@@ -214,12 +214,12 @@ class Search:
             if layer:
                 lists.setdefault(base, {})[int(layer)] = value
             elif name not in ("max_epochs", "batch_size", "seed"):
-                found[name] = value
+                arguments[name] = value
         for name, entries in lists.items():
             if sorted(entries) != list(range(1, len(entries) + 1)):
                 raise ValueError(f"axes {name}.N must count 1, 2, 3 ..., got {sorted(entries)}")
-            found[name] = [entries[layer] for layer in sorted(entries)]
-        return found
+            arguments[name] = [entries[layer] for layer in sorted(entries)]
+        return arguments
 
     def build(self, params: Mapping[str, Any]) -> LightningModule:
         """A new model of a trial, with the weights of its seed."""
@@ -253,7 +253,7 @@ class Search:
         data.setup("fit")
         return data
 
-    def identity(self, data: MNISTDataModule) -> dict[str, Any]:
+    def definition(self, data: MNISTDataModule) -> dict[str, Any]:
         """All that the results depend on, as JSON types."""
         fields = {
             field.name: getattr(self, field.name)
@@ -261,8 +261,10 @@ class Search:
             if field.name not in ("name", "data", "grown_from")
         }
         facts = ("name", "source", "split", "val_fraction", "split_seed", "image_size")
-        about = {fact: getattr(data, fact) for fact in (*facts, "normalization", "checksum")}
-        return json.loads(json.dumps({**fields, "data": about}))
+        facts_of_data = {
+            fact: getattr(data, fact) for fact in (*facts, "normalization", "checksum")
+        }
+        return json.loads(json.dumps({**fields, "data": facts_of_data}))
 
     def hidden_units(self, params: Mapping[str, Any]) -> tuple[int, ...] | None:
         """Sizes of the hidden layers where ``population`` can train the model, else ``None``."""
@@ -284,15 +286,15 @@ class Search:
 
 def _arguments(kind: type) -> list[str]:
     """Names of what a class takes, also of what it passes on to its bases as ``**kwargs``."""
-    found: list[str] = []
+    names: list[str] = []
     for base in kind.__mro__:
         if "__init__" not in vars(base):
             continue
         parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        found += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(names))
 
 
 def _check_data_axis(name: str, known: Sequence[str]) -> None:
@@ -316,7 +318,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     """Trials that one worker trains together.
 
     Args:
@@ -341,7 +343,10 @@ class Unit:
         return [trial.id for trial in self.trials] or [f"draw{self.number:04d}"]
 
 
-def units(search: Search, trials: Sequence[Trial], images: int) -> list[Unit]:
+Unit = WorkUnit  # its name of before
+
+
+def units(search: Search, trials: Sequence[Trial], images: int) -> list[WorkUnit]:
     """What workers take, the longest first: independent of progress and of the number of workers.
 
     Args:
@@ -350,11 +355,11 @@ def units(search: Search, trials: Sequence[Trial], images: int) -> list[Unit]:
         images: in the training set.
     """
     groups: dict[tuple[Any, ...], list[Trial]] = {}
-    found = []
+    made = []
     for trial in trials:
         if search.hidden_units(trial.params) is None:
             # seconds that nobody knows; among each other they compare
-            found.append(Unit(trial.id, (trial,), False, float(trial.params["max_epochs"])))
+            made.append(WorkUnit(trial.id, (trial,), False, float(trial.params["max_epochs"])))
         else:
             batch_size, seed = search.batch_size(trial.params), trial.params["seed"]
             data = json.dumps(search.data_settings(trial.params))
@@ -369,18 +374,19 @@ def units(search: Search, trials: Sequence[Trial], images: int) -> list[Unit]:
             )
             if generation or data != plain:  # other trials have a unit of that name already
                 name += f"-{digest([trial.id for trial in part])}"
-            found.append(Unit(name, tuple(part), True, _cost(search, part, batch_size, images)))
-    return sorted(found, key=lambda unit: -unit.work)
+            work = _cost(search, part, batch_size, images)
+            made.append(WorkUnit(name, tuple(part), True, work))
+    return sorted(made, key=lambda unit: -unit.work)
 
 
 def networks(search: Search, trials: Sequence[Trial]) -> dict[tuple[Any, ...], list[Trial]]:
     """Trials of the same network, of which the longest training passes through the others."""
-    found: dict[tuple[Any, ...], list[Trial]] = {}
+    by_network: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in trials:
         units = search.hidden_units(trial.params)
         assert units is not None
-        found.setdefault((len(units), units, search.lr(trial.params)), []).append(trial)
-    return dict(sorted(found.items()))
+        by_network.setdefault((len(units), units, search.lr(trial.params)), []).append(trial)
+    return dict(sorted(by_network.items()))
 
 
 def member(network: tuple[Any, ...], trials: Sequence[Trial]) -> Member:
@@ -390,12 +396,12 @@ def member(network: tuple[Any, ...], trials: Sequence[Trial]) -> Member:
 
 def _split(search: Search, trials: Sequence[Trial]) -> list[list[Trial]]:
     """Networks of one batch size and seed in parts of about equal memory, each within the limit."""
-    found = networks(search, trials)
-    sizes = {key: training_bytes(member(key, group)) for key, group in found.items()}
+    by_network = networks(search, trials)
+    sizes = {key: training_bytes(member(key, group)) for key, group in by_network.items()}
     count = math.ceil(sum(sizes.values()) / UNIT_BYTES)
     parts: list[list[Trial]] = []
     filled, total = 0.0, sum(sizes.values()) / count
-    for key, group in found.items():
+    for key, group in by_network.items():
         # neighbours in this order have like shapes, which stack
         if not parts or filled + sizes[key] / 2 > total:
             parts.append([])
@@ -450,17 +456,17 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
 
 
-def all_units(search: Search, records: Mapping[str, Record], images: int) -> list[Unit]:
+def all_units(search: Search, records: Mapping[str, Record], images: int) -> list[WorkUnit]:
     """Units of all rounds, up to the first that is not finished."""
     if search.sampled:
         return [
-            Unit(f"draw{i:04d}", (), False, 1.0, i, generation(search, i))
+            WorkUnit(f"draw{i:04d}", (), False, 1.0, i, generation(search, i))
             for i in range(search.strategy["n"])
         ]
     return [unit for trials in rounds(search, records) for unit in units(search, trials, images)]
 
 
-def open_units(search: Search, records: Mapping[str, Record], images: int) -> list[Unit]:
+def open_units(search: Search, records: Mapping[str, Record], images: int) -> list[WorkUnit]:
     """Units of the first round that is not finished, without those that are."""
-    found = all_units(search, records, images)
-    return [unit for unit in found if any(id not in records for id in unit.ids)]
+    whole = all_units(search, records, images)
+    return [unit for unit in whole if any(id not in records for id in unit.ids)]

@@ -10,7 +10,7 @@ results.json, results.csv   all trials, without their curves
 curves.json.gz              the curves, by trial: with search.json and results.json all that is kept
                             of a search whose other files are gone
 tensorboard/                a few numbers a trial, and its hyper-parameters
-journal.log                 which worker trains what, where no --storage was named; see ``claims``
+journal.log                 which worker trains what, where no --storage was named; see ``leases``
 test.json                   each evaluation of the winner on the test images
 """
 
@@ -43,7 +43,7 @@ from mnist_lightning.files import (
     write_text,
 )
 from mnist_lightning.provenance import provenance
-from mnist_lightning.search.space import DEFINITION, Score, Trial, check_growth
+from mnist_lightning.search.space import GROWABLE, Score, Trial, check_growth
 
 Record = dict[str, Any]
 
@@ -73,12 +73,12 @@ class Results:
         self._records: dict[str, Record] = {}  # a finished trial never changes
 
     def open(
-        self, identity: Mapping[str, Any], grown_from: Sequence[Mapping[str, Any]] = ()
+        self, definition: Mapping[str, Any], grown_from: Sequence[Mapping[str, Any]] = ()
     ) -> list[dict[str, Any]]:
         """Makes the folder, or checks that it is of the same search, or of one that it grew from.
 
         Args:
-            identity: all that the results depend on, as JSON types.
+            definition: all that the results depend on, as JSON types.
             grown_from: earlier definitions that others know; written where the folder is new.
 
         Returns:
@@ -89,36 +89,36 @@ class Results:
         """
         for folder in (self.trials, self.checkpoints, self.state):
             folder.mkdir(parents=True, exist_ok=True)
-        about = self.path / "search.json"
-        if not about.is_file():
+        file = self.path / "search.json"
+        if not file.is_file():
             history = {"grown_from": list(grown_from)} if grown_from else {}
-            create_json(about, {**identity, **history, "provenance": provenance()})
+            create_json(file, {**definition, **history, "provenance": provenance()})
         remedy = (
             "delete this file if the folder's trials are of this search, and it is written anew;"
             " else choose another folder with --folder"
         )
-        held = read_json(about, remedy)
+        held = read_json(file, remedy)
         earlier = held.get("grown_from", [])
         if not isinstance(earlier, list) or not all(
-            isinstance(past, dict) and past.keys() >= set(DEFINITION) for past in earlier
+            isinstance(past, dict) and past.keys() >= set(GROWABLE) for past in earlier
         ):
-            raise ValueError(f"{about} is damaged (grown_from): {remedy}")
+            raise ValueError(f"{file} is damaged (grown_from): {remedy}")
         # with the order of axes: random points follow from it, and trials keep theirs
-        if json.dumps({key: held.get(key) for key in identity}) == json.dumps(identity):
+        if json.dumps({key: held.get(key) for key in definition}) == json.dumps(definition):
             return earlier
         try:
-            grows = check_growth(held, identity)
+            grows = check_growth(held, definition)
         except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{about} is damaged: {remedy}") from error
+            raise ValueError(f"{file} is damaged: {remedy}") from error
         except ValueError as error:
             raise ValueError(
                 f"{self.path} holds another search: {error}. A search can grow (more values, seeds,"
                 " trials, epochs), not change or shrink: choose another folder with --folder"
             ) from error
-        past = {name: held[name] for name in DEFINITION}
+        past = {name: held[name] for name in GROWABLE}
         past |= {"numbers": self._numbers(), "provenance": held.get("provenance")}
-        held = {**held, **identity, "grown_from": [*earlier, past]}
-        write_json(about, {**held, "provenance": provenance()})
+        held = {**held, **definition, "grown_from": [*earlier, past]}
+        write_json(file, {**held, "provenance": provenance()})
         if grows:
             print(f"{self.path} grows: {', '.join(grows)}", flush=True)
         return held["grown_from"]
@@ -201,23 +201,22 @@ class Results:
 
     def write_tables(self) -> list[Record]:
         """Writes ``results.json``, ``results.csv`` and ``curves.json.gz``; returns the trials."""
-        found = self.in_order()
-        curves = {record["id"]: record["curves"] for record in found}
+        records = self.in_order()
+        curves = {record["id"]: record["curves"] for record in records}
         # without the time, so that equal results are equal files
         packed = gzip.compress(json.dumps(curves).encode(), mtime=0)
         write_bytes(self.path / "curves.json.gz", packed)
         write_json(
             self.path / "results.json",
-            [{k: v for k, v in record.items() if k != "curves"} for record in found],
+            [{k: v for k, v in record.items() if k != "curves"} for record in records],
         )
-        rows = [_flat(record) for record in found]
-
+        rows = [_flat(record) for record in records]
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
         table.writeheader()
         table.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
         write_text(self.path / "results.csv", text.getvalue())
-        return found
+        return records
 
     def write_tensorboard(self, model: str) -> None:
         """Adds the trials to TensorBoard: whole curves of hundreds of runs make its page crawl."""
@@ -230,10 +229,10 @@ class Results:
             folder = root / f"{record['number']:04d}-{record['id']}"
             if folder.is_dir() or record["state"] == "FAIL":
                 continue
-            cells = {"model": model, **record["params"], "seed": record["seed"]}
-            for name, value in cells.items():
-                cells[name] = value if isinstance(value, int | float) else str(value)
-            columns, start, end = hparams(cells, dict.fromkeys(metrics, 0.0))
+            settings = {"model": model, **record["params"], "seed": record["seed"]}
+            for name, value in settings.items():
+                settings[name] = value if isinstance(value, int | float) else str(value)
+            columns, start, end = hparams(settings, dict.fromkeys(metrics, 0.0))
             if not root.is_dir():
                 with SummaryWriter(str(root)) as writer:
                     writer.file_writer.add_summary(columns)

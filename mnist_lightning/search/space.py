@@ -31,8 +31,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         "pruner_args": {},
     },
 }
-# The part of a search that may grow: its definition. The rest of it never changes.
-DEFINITION = ("space", "strategy", "fixed", "seeds", "second_round")
+# The part of a search's definition that may grow. The rest of it never changes.
+GROWABLE = ("space", "strategy", "fixed", "seeds", "second_round")
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,15 @@ def random(space: Space, n: int, seed: int) -> list[dict[str, Any]]:
     """
     generator = random_numbers.Random(seed)
     size = math.prod(_values(axis) for axis in space.values())
-    found: dict[str, dict[str, Any]] = {}
+    combinations: dict[str, dict[str, Any]] = {}
     repeated = 0
     # a range of floating point numbers may be so narrow that its draws soon repeat themselves
-    while len(found) < min(n, size) and (size < math.inf or repeated < 10_000):
+    while len(combinations) < min(n, size) and (size < math.inf or repeated < 10_000):
         params = {name: draw(axis, generator) for name, axis in space.items()}
         key = json.dumps(params)
-        repeated = repeated + 1 if key in found else 0
-        found[key] = params
-    return list(found.values())
+        repeated = repeated + 1 if key in combinations else 0
+        combinations[key] = params
+    return list(combinations.values())
 
 
 def _values(axis: Axis) -> float:
@@ -200,24 +200,24 @@ def best(scored: Sequence[tuple[Mapping[str, Any], Score]], k: int = 1) -> list[
     Returns:
         Parameters without ``seed``, the best first.
     """
-    return [cell for cell, _ in ranking(scored)[:k]]
+    return [params for params, _ in ranking(scored)[:k]]
 
 
 def ranking(
     scored: Sequence[tuple[Mapping[str, Any], Score]],
 ) -> list[tuple[dict[str, Any], list[Score]]]:
     """All parameter sets with the scores of their seeds, in the order of ``best``."""
-    cells: dict[str, tuple[dict[str, Any], list[Score]]] = {}
+    configurations: dict[str, tuple[dict[str, Any], list[Score]]] = {}
     for params, score in scored:
-        cell = {name: value for name, value in params.items() if name != "seed"}
-        key = json.dumps(cell, sort_keys=True)
-        cells.setdefault(key, (cell, []))[1].append(score)
+        without_seed = {name: value for name, value in params.items() if name != "seed"}
+        key = json.dumps(without_seed, sort_keys=True)
+        configurations.setdefault(key, (without_seed, []))[1].append(score)
 
-    def rank(cell: tuple[dict[str, Any], list[Score]]) -> tuple[float, float]:
-        accuracies, losses = zip(*cell[1], strict=True)
+    def rank(configuration: tuple[dict[str, Any], list[Score]]) -> tuple[float, float]:
+        accuracies, losses = zip(*configuration[1], strict=True)
         return -math.fsum(accuracies) / len(accuracies), math.fsum(losses) / len(losses)
 
-    return sorted(cells.values(), key=rank)
+    return sorted(configurations.values(), key=rank)
 
 
 def rounds(
@@ -290,8 +290,8 @@ def rounds(
             space = refine(space, winner[0])
     if second_round:
         again = [
-            {**cell, "max_epochs": second_round["max_epochs"]}
-            for cell in ranked(second_round["best"])
+            {**params, "max_epochs": second_round["max_epochs"]}
+            for params in ranked(second_round["best"])
         ]
         yield new(again, seeds, number + 1, generation)
 
@@ -322,7 +322,7 @@ def check_growth(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
     axis, for nobody knows its value in the trials that are there.
 
     Args:
-        held: what the folder holds, see ``Search.identity``.
+        held: what the folder holds, see ``Search.definition``.
         asked: what is asked for.
 
     Returns:
@@ -332,7 +332,7 @@ def check_growth(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
         ValueError: the first difference that is no growth.
     """
     for key, value in asked.items():
-        if key not in DEFINITION and _differ(held.get(key), value):
+        if key not in GROWABLE and _differ(held.get(key), value):
             raise ValueError(difference(key, held.get(key), value))
     grows = [
         *_check_parameters_grow(held, asked),
@@ -379,8 +379,8 @@ def _check_parameters_grow(held: Mapping[str, Any], asked: Mapping[str, Any]) ->
 def _holds(axis: Axis, other: Axis) -> bool:
     """Whether an axis has all the values of another."""
     if not isinstance(axis, Mapping):
-        words = [_text(value) for value in axis]
-        return not isinstance(other, Mapping) and all(_text(value) in words for value in other)
+        texts = [_text(value) for value in axis]
+        return not isinstance(other, Mapping) and all(_text(value) in texts for value in other)
     if isinstance(other, Mapping):
         same = bool(axis.get("log")) == bool(other.get("log"))
         return same and axis["low"] <= other["low"] and other["high"] <= axis["high"]

@@ -26,12 +26,12 @@ from mnist_lightning.files import printable, read_torch, set_aside, write_torch
 from mnist_lightning.models import own
 from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.search import space
-from mnist_lightning.search.leases import Claim, ClaimLost, Claims, StorageLost
+from mnist_lightning.search.leases import Lease, LeaseLost, Leases, StorageLost
 from mnist_lightning.search.plan import (
     SMALL,
     STRATEGIES,
     Search,
-    Unit,
+    WorkUnit,
     digest,
     generation,
     member,
@@ -74,7 +74,7 @@ class Lack(ValueError):
     """A training cannot be done here and now: what is missing says nothing about the trial."""
 
 
-Report = Callable[[str, float], None]
+ProgressCallback = Callable[[str, float], None]
 
 
 class Worker:
@@ -87,7 +87,7 @@ class Worker:
         storage: where workers meet; see ``leases.open_storage``.
         device: on which populations are trained.
         threads: for a training of its own.
-        report: is told a unit's name and the part of it that is done.
+        on_progress: is told a unit's name and the part of it that is done.
     """
 
     def __init__(
@@ -98,10 +98,10 @@ class Worker:
         storage: "optuna.storages.BaseStorage",
         device: str,
         threads: int,
-        report: Report,
+        on_progress: ProgressCallback,
     ) -> None:
         self.search, self.key, self.results, self.storage = search, key, results, storage
-        self.device, self.threads, self.report = device, threads, report
+        self.device, self.threads, self.on_progress = device, threads, on_progress
         self.data = search.load_data()
         self._studies: dict[int, optuna.Study] = {}  # by generation
         self._prepared: list[tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]] = []
@@ -117,7 +117,7 @@ class Worker:
             torch.set_num_threads(threads)
 
     def _work(self) -> None:
-        claims = Claims(self.storage, self.key)
+        leases = Leases(self.storage, self.key)
         images = len(self.data.train_set)
         lacks: dict[str, Lack] = {}
         while left := [
@@ -129,16 +129,16 @@ class Worker:
             for unit in left:
                 if all(self.results.record(id) for id in unit.ids):
                     continue  # by another worker, since
-                claim = claims.take(unit.name, unit.ids)
-                if claim is None:
+                lease = leases.take(unit.name, unit.ids)
+                if lease is None:
                     continue
                 moved = True
                 try:
-                    if isinstance(claim, Claim):
-                        self._train_claimed(unit, claim, claims)
+                    if isinstance(lease, Lease):
+                        self._train_leased(unit, lease, leases)
                     else:  # on another machine
-                        adopt(self.search, self.results, claims, unit, claim)
-                except ClaimLost:
+                        adopt(self.search, self.results, leases, unit, lease)
+                except LeaseLost:
                     continue  # what its new owner finds is adopted when it is there
                 except Lack as lack:
                     lacks[unit.name] = lack  # another worker may be able to
@@ -147,19 +147,19 @@ class Worker:
         if lacks:
             raise next(iter(lacks.values()))
 
-    def _train_claimed(self, unit: Unit, claim: Claim, claims: Claims) -> None:
-        with claim.alive():
-            adopt(self.search, self.results, claims, unit, claim.records)
+    def _train_leased(self, unit: WorkUnit, lease: Lease, leases: Leases) -> None:
+        with lease.alive():
+            adopt(self.search, self.results, leases, unit, lease.records)
             if not all(self.results.record(id) for id in unit.ids):
-                self.train(unit, claim)
+                self.train(unit, lease)
             records = (self.results.record(id) for id in unit.ids)
-            claim.finish([sealed(record) for record in records if record])
+            lease.finish([sealed(record) for record in records if record])
 
-    def train(self, unit: Unit, claim: Claim) -> None:
+    def train(self, unit: WorkUnit, lease: Lease) -> None:
         """Trains a unit's trials and writes what came out.
 
         Raises:
-            ClaimLost: the unit was given to another worker.
+            LeaseLost: the unit was given to another worker.
             Lack: there is no memory or no device for it.
             ValueError: a file cannot be written, or the storage does not answer.
         """
@@ -167,46 +167,46 @@ class Worker:
         # The bits of a sum depend on how many threads share it. Small networks gain nothing from
         # more than one anyway.
         torch.set_num_threads(1 if small else self.threads)
-        if len(claim.deaths) >= ATTEMPTS:
-            self._give_up(unit, claim)
+        if len(lease.deaths) >= ATTEMPTS:
+            self._give_up(unit, lease)
         elif unit.together:
             try:
                 with kept_memory():
-                    self._train_together(unit, claim)
+                    self._train_together(unit, lease)
             except Exception as error:
                 _raise_lack(unit.name, error)
                 raise
         elif unit.trials:
-            self._train_alone(unit.trials[0], unit.ids[0], claim, lambda epoch, val_acc: False)
+            self._train_alone(unit.trials[0], unit.ids[0], lease, lambda epoch, val_acc: False)
         else:
-            self._train_drawn(unit, claim)
+            self._train_drawn(unit, lease)
 
-    def _give_up(self, unit: Unit, claim: Claim) -> None:
+    def _give_up(self, unit: WorkUnit, lease: Lease) -> None:
         """Notes that the trials of a unit failed: they ended every worker that trained them."""
-        reason = f"its worker died {len(claim.deaths)} times; the last one: {claim.deaths[-1]}"
-        trials = unit.trials or [self._draw(unit, claim)[0]]
+        reason = f"its worker died {len(lease.deaths)} times; the last one: {lease.deaths[-1]}"
+        trials = unit.trials or [self._draw(unit, lease)[0]]
         curves: dict[str, list[float]] = {name: [] for name in CURVES}
         for trial, id in zip(trials, unit.ids, strict=True):
             if not self.results.record(id):
-                self._write(claim, new_record(trial, id, curves, 0.0, "FAIL", reason))
+                self._write(lease, new_record(trial, id, curves, 0.0, "FAIL", reason))
 
-    def _write(self, claim: Claim, record: Record, save: Callable[[], None] | None = None) -> None:
+    def _write(self, lease: Lease, record: Record, save: Callable[[], None] | None = None) -> None:
         """Writes a finished trial, its weights first, and shows it to the others.
 
         Raises:
-            ClaimLost: they have another one's; nothing was written.
+            LeaseLost: they have another one's; nothing was written.
             StorageLost: they cannot be told now; all was written.
         """
         lost = None
         try:
-            claim.check()
+            lease.check()
         except StorageLost as error:
             lost = error
         if save:
             save()
         try:
             if not lost:
-                claim.publish(sealed(record))
+                lease.publish(sealed(record))
         except StorageLost as error:
             lost = error
         self.results.add(record)
@@ -227,32 +227,32 @@ class Worker:
             self._prepared = [(settings, sets)]  # the last one alone: they are large
         return self._prepared[0][1]
 
-    def _train_together(self, unit: Unit, claim: Claim) -> None:
+    def _train_together(self, unit: WorkUnit, lease: Lease) -> None:
         together = networks(self.search, unit.trials)
-        training, spent = self._training(unit, claim)
+        training, spent = self._training(unit, lease)
         file = self.results.state / f"{unit.name}.pt"
         # once it has killed a worker, each epoch counts
-        snapshot_seconds = 0.0 if claim.deaths else SNAPSHOT_SECONDS
+        snapshot_seconds = 0.0 if lease.deaths else SNAPSHOT_SECONDS
         epochs = max(m.max_epochs for m in training.members)
         started = saved = time.monotonic()
         while True:
             seconds = spent + time.monotonic() - started
             for number, trials in enumerate(together.values()):
                 for trial in trials:
-                    self._keep(training, number, trial, seconds / len(together), claim)
+                    self._record_if_done(training, number, trial, seconds / len(together), lease)
             if training.done:
                 break
             if time.monotonic() - saved > snapshot_seconds:
-                claim.check_quickly()  # the state may be another's by now
+                lease.check_quickly()  # the state may be another's by now
                 state = {"training": training.state_dict(), "seconds": seconds}
                 write_torch(file, state)
                 saved = time.monotonic()
-            self.report(unit.name, training.epoch / epochs)
-            claim.check_quickly()
+            self.on_progress(unit.name, training.epoch / epochs)
+            lease.check_quickly()
             training.run_epoch()
         file.unlink(missing_ok=True)
 
-    def _training(self, unit: Unit, claim: Claim) -> tuple[PopulationTraining, float]:
+    def _training(self, unit: WorkUnit, lease: Lease) -> tuple[PopulationTraining, float]:
         """A unit's training, as its last worker left it, and the seconds spent on it."""
         file = self.results.state / f"{unit.name}.pt"
         training = self._new_training(unit)
@@ -264,7 +264,7 @@ class Worker:
             if any(t.params["max_epochs"] <= state["training"]["epoch"] for t in missing):
                 return training, 0.0  # a trial that was written before has been deleted since
             training.load_state_dict(state["training"])
-            claim.goes_on(training.epoch / max(m.max_epochs for m in training.members))
+            lease.goes_on(training.epoch / max(m.max_epochs for m in training.members))
             return training, float(state["seconds"])
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             aside = set_aside(file)
@@ -272,7 +272,7 @@ class Worker:
             print(printable(what), flush=True)
             return self._new_training(unit), 0.0
 
-    def _new_training(self, unit: Unit) -> PopulationTraining:
+    def _new_training(self, unit: WorkUnit) -> PopulationTraining:
         params = unit.trials[0].params
         return PopulationTraining(
             [member(key, trials) for key, trials in networks(self.search, unit.trials).items()],
@@ -281,13 +281,13 @@ class Worker:
             seed=params["seed"],
         )
 
-    def _keep(
+    def _record_if_done(
         self,
         training: PopulationTraining,
         number: int,
         trial: Trial,
         seconds: float,
-        claim: Claim,
+        lease: Lease,
     ) -> None:
         """Writes a trial at the end of its last epoch, or of the one in which it failed."""
         epochs, failed = trial.params["max_epochs"], training.failed[number]
@@ -297,7 +297,7 @@ class Worker:
             return  # finished before the state that this training went on from
         curves = {name: curve[number] for name, curve in training.curves.items()}
         if failed:
-            self._write(claim, new_record(trial, trial.id, curves, seconds, "FAIL", failed))
+            self._write(lease, new_record(trial, trial.id, curves, seconds, "FAIL", failed))
             return
         record = new_record(trial, trial.id, curves, seconds)
         best = self.search.objective == "best_val_acc"
@@ -305,7 +305,7 @@ class Worker:
         weights = training.best_parameters(number) if best else training.parameters(number)
         _copy(weights, model.net.parameters())
         epoch = record["best_epoch"] if best else epochs
-        self._write(claim, record, lambda: self._save(trial, trial.id, model, epoch))
+        self._write(lease, record, lambda: self._save(trial, trial.id, model, epoch))
 
     def _study(self, generation: int) -> "optuna.Study":
         if generation not in self._studies:
@@ -313,7 +313,7 @@ class Worker:
             self._studies[generation] = optuna_study(search, self.storage, self.key)
         return self._studies[generation]
 
-    def _draw(self, unit: Unit, claim: Claim) -> "tuple[Trial, optuna.Study, optuna.Trial]":
+    def _draw(self, unit: WorkUnit, lease: Lease) -> "tuple[Trial, optuna.Study, optuna.Trial]":
         """What a sampler draws for a unit; for a unit that was drawn before, the same again."""
         import optuna
 
@@ -324,7 +324,7 @@ class Worker:
         axes = search.space
         sampler, study.pruner = sampler_and_pruner(search, unit.number)
         study.sampler = sampler
-        for old in study.get_trials(deepcopy=False) if claim.had_before else []:
+        for old in study.get_trials(deepcopy=False) if lease.had_before else []:
             if old.user_attrs.get("number") != unit.number:
                 continue
             if old.state == optuna.trial.TrialState.RUNNING:  # its worker died, or we thought so
@@ -336,36 +336,36 @@ class Worker:
         params = {**search.fixed, **drawn.params, "seed": search.seeds[0]}
         for name, axis in axes.items():
             if not isinstance(axis, Mapping):
-                params[name] = next(v for v in axis if _word(v) == drawn.params[name])
+                params[name] = next(v for v in axis if _as_category(v) == drawn.params[name])
 
         return Trial(params, unit.number), study, drawn
 
-    def _of_earlier(self, unit: Unit) -> "list[tuple[str, Record]]":
+    def _of_earlier(self, unit: WorkUnit) -> "list[tuple[str, Record]]":
         """Finished trials of earlier definitions, and the study that each was told to."""
-        found = []
+        told = []
         for record in self.results.in_order() if unit.generation else ():
             at = generation(self.search, record["number"])
             if at < unit.generation:
-                found.append((study_name(self.search.at(at), self.key), record))
-        return found
+                told.append((study_name(self.search.at(at), self.key), record))
+        return told
 
-    def _train_drawn(self, unit: Unit, claim: Claim) -> None:
+    def _train_drawn(self, unit: WorkUnit, lease: Lease) -> None:
         import optuna
 
-        trial, study, drawn = self._draw(unit, claim)
+        trial, study, drawn = self._draw(unit, lease)
 
         def prune(epoch: int, val_acc: float) -> bool:
             try:
                 drawn.report(val_acc, epoch)
             except optuna.exceptions.UpdateFinishedTrialError as error:
-                raise ClaimLost from error  # another worker has ended the trial
+                raise LeaseLost from error  # another worker has ended the trial
             return drawn.should_prune()
 
-        record = self._train_alone(trial, unit.ids[0], claim, prune)
+        record = self._train_alone(trial, unit.ids[0], lease, prune)
         study.tell(drawn, **_outcome(record, self.search.objective), skip_if_finished=True)
 
     def _train_alone(
-        self, trial: Trial, id: str, claim: Claim, prune: Callable[[int, float], bool]
+        self, trial: Trial, id: str, lease: Lease, prune: Callable[[int, float], bool]
     ) -> Record:
         started = time.monotonic()
         curves: dict[str, list[float]] = {name: [] for name in CURVES}
@@ -382,8 +382,8 @@ class Worker:
                 curves[name].append(value)
             if not all(math.isfinite(loss) for loss in values[:2]):
                 raise FloatingPointError(f"the loss is not finite in epoch {len(accuracies)}")
-            claim.check_quickly()
-            self.report(id, len(accuracies) / trial.params["max_epochs"])
+            lease.check_quickly()
+            self.on_progress(id, len(accuracies) / trial.params["max_epochs"])
             if prune(len(accuracies), values[2]):
                 state = "PRUNED"
             return state == "PRUNED"
@@ -391,19 +391,19 @@ class Worker:
         try:
             small = self.search.hidden_units(trial.params) is not None
             model, weights = (self._fit_small if small else self._fit)(trial, epoch_done)
-        except (ClaimLost, StorageLost, Lack):
+        except (LeaseLost, StorageLost, Lack):
             raise
         except Exception as reason:  # a trial that fails is a result too
             _raise_lack(id, reason)
             state, error = "FAIL", f"{type(reason).__name__}: {reason}"
         record = new_record(trial, id, curves, time.monotonic() - started, state, error)
         if state == "FAIL":
-            self._write(claim, record)
+            self._write(lease, record)
             return record
         if best:
             _copy(best, weights)
         epoch = record["best_epoch" if best else "epochs"]
-        self._write(claim, record, lambda: self._save(trial, id, model, epoch))
+        self._write(lease, record, lambda: self._save(trial, id, model, epoch))
         return record
 
     def _fit_small(
@@ -476,7 +476,7 @@ class Worker:
 
 
 def adopt(
-    search: Search, results: Results, claims: Claims, unit: Unit, records: Mapping[str, Any]
+    search: Search, results: Results, leases: Leases, unit: WorkUnit, records: Mapping[str, Any]
 ) -> None:
     """Writes the trials of a unit that other machines finished, but for those that cannot be true.
 
@@ -486,12 +486,12 @@ def adopt(
     for id, record in records.items():
         if wrong := fault(record, id) or _foreign(search, unit, trials[id], record):
             print(printable(f"the storage has a false trial {id} ({wrong}): set aside"), flush=True)
-            claims.forget([id])
+            leases.forget([id])
         else:
             results.adopt(unsealed(record))
 
 
-def _foreign(search: Search, unit: Unit, trial: Trial | None, record: Record) -> str | None:
+def _foreign(search: Search, unit: WorkUnit, trial: Trial | None, record: Record) -> str | None:
     """Why a record cannot be of this search; ``None`` if it can."""
     params = {**record["params"], "seed": record["seed"]}
     if trial:
@@ -651,7 +651,7 @@ def fill_index(
     for record in records:
         if record["number"] not in there:
             trial = optuna.create_trial(
-                params={name: _word(record["params"][name]) for name in axes},
+                params={name: _as_category(record["params"][name]) for name in axes},
                 distributions={name: _distribution(axis) for name, axis in axes.items()},
                 user_attrs={"number": record["number"]},
                 intermediate_values=_reported(record) if search.sampled else None,
@@ -670,14 +670,14 @@ def _distribution(axis: space.Axis) -> "optuna.distributions.BaseDistribution":
     from optuna import distributions
 
     if not isinstance(axis, Mapping):
-        return distributions.CategoricalDistribution([_word(value) for value in axis])
+        return distributions.CategoricalDistribution([_as_category(value) for value in axis])
     low, high, log = axis["low"], axis["high"], axis.get("log", False)
     if isinstance(low, int) and isinstance(high, int):
         return distributions.IntDistribution(low, high, log)
     return distributions.FloatDistribution(low, high, log)
 
 
-def _word(value: Any) -> Any:
+def _as_category(value: Any) -> Any:
     """Optuna's categories are words and numbers; a list is written out as one."""
     return json.dumps(value) if isinstance(value, list) else value
 

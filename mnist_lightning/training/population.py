@@ -74,8 +74,8 @@ class PopulationTraining:
         self._populate(networks)
         self._train, self._val = ((self.population.arrange(x), y) for x, y in (train, val))
         columns = torch.arange(1, 1 + self._train[0].shape[1], device=train[0].device)
-        # for each image, how many leading columns hold all of it
-        self._lit = torch.cat(
+        # for each image, how many leading columns hold all that is not zero
+        self._nonzero_columns = torch.cat(
             [((rows != 0) * columns).amax(1) for rows in self._train[0].split(1024)]
         )
 
@@ -111,9 +111,9 @@ class PopulationTraining:
         block = self.batch_size * max(1, BLOCK_ROWS // self.batch_size)
         total = torch.zeros(len(left), dtype=torch.float64, device=rows.device)
         for images in order.split(block):
-            lit = int(self._lit[images].max())
+            nonzero_columns = int(self._nonzero_columns[images].max())
             loss, _ = self.population.train_block(
-                rows[images], labels[images], self.batch_size, lit
+                rows[images], labels[images], self.batch_size, nonzero_columns
             )
             total += loss.sum(1)
         val_loss, correct = self.population.evaluate(*self._val)

@@ -18,8 +18,8 @@ first layer's output, times lr / B. Then ``W_t = W_0 - sum_(s<t) X_s' D_s``, so 
 and W is read once and written once per block, by two large products that run at the speed of the
 processor instead of that of the memory. The k x k blocks ``X_t X_s'`` serve all networks.
 
-Dark pixels. Columns are sorted by how often they are lit. What follows a block's last lit pixel is
-zero times something, and is left out.
+Zero columns. Columns are sorted by how often they are non-zero. Those after the last one that is
+non-zero anywhere in a block contribute nothing to the products, and are left out.
 
 Unit 0 of every layer but the last is the constant 1: biases are the first column of a weight matrix
 (the first row of the first one) and need no code.
@@ -123,7 +123,7 @@ class Population:
 
     @torch.inference_mode()
     def train_block(
-        self, rows: Tensor, labels: Tensor, batch_size: int, lit: int | None = None
+        self, rows: Tensor, labels: Tensor, batch_size: int, nonzero_columns: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """One SGD update of every network for each of some consecutive mini-batches.
 
@@ -132,7 +132,8 @@ class Population:
                 are a mini-batch, and so are those that remain.
             labels: int64, shape ``(n,)``.
             batch_size: images in a mini-batch.
-            lit: leading columns of ``rows`` beyond which all is zero; by default, all of them.
+            nonzero_columns: how many leading columns of ``rows`` hold all that is not zero; by
+                default, all of them.
 
         Returns:
             The cross entropy summed over each mini-batch and the number of correct answers in it,
@@ -143,10 +144,10 @@ class Population:
             last = len(rows) - whole * batch_size
             parts = [(rows[:-last], labels[:-last], batch_size)] if whole else []
             parts.append((rows[-last:], labels[-last:], last))
-            results = [self.train_block(*part, lit) for part in parts]
+            results = [self.train_block(*part, nonzero_columns) for part in parts]
             losses, hits = zip(*results, strict=True)
             return torch.cat(losses, 1), torch.cat(hits, 1)
-        x = rows[:, :lit]
+        x = rows[:, :nonzero_columns]
         gram = None
         if whole > 1:
             gram = self._grams.get((whole, batch_size)) or self._grams.setdefault(
@@ -233,7 +234,7 @@ class _Stack:
         ]
         for m, network in enumerate(parameters):
             self.load(m, network, order)
-        self._plans: dict[tuple[int, int], _Plan] = {}
+        self._workspaces: dict[tuple[int, int], _Workspace] = {}
 
     def load(self, m: int, network: Sequence[Tensor], order: Tensor | slice) -> None:
         """Copies the parameters of network ``m`` into the stack."""
@@ -260,10 +261,10 @@ class _Stack:
         block = self.first[:, self.columns[m]][:, -self.sizes[m][0] :]
         weight = torch.empty_like(block[1:].T, memory_format=torch.contiguous_format)
         weight[:, order] = block[1:].T
-        found = [weight, block[0].clone()]
+        tensors = [weight, block[0].clone()]
         for i in range(self.depth):
-            found += [view.clone() for view in self._views(i, m)]
-        return found
+            tensors += [view.clone() for view in self._views(i, m)]
+        return tensors
 
     def pad(self, compact: Tensor, padded: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Views of the same values in ``(n, columns)`` and ``(n, M, width)``, run by run."""
@@ -287,39 +288,41 @@ class _Stack:
     def train_block(self, x: Tensor, labels: Tensor, batch_size: int, gram: _Gram | None) -> Tensor:
         """Trains on a block; returns the logits before each update, ``(k, M, B, classes)``."""
         batches = len(x) // batch_size
-        plan = self._plans.get((batches, batch_size))
-        if plan is None:
-            plan = self._plans[batches, batch_size] = _Plan(self, batches, batch_size)
+        workspace = self._workspaces.get((batches, batch_size))
+        if workspace is None:
+            workspace = _Workspace(self, batches, batch_size)
+            self._workspaces[batches, batch_size] = workspace
         first = self.first[: x.shape[1]]
-        torch.mm(x, first, out=plan.compact_z)
-        for compact, padded in plan.runs_of_z:
+        torch.mm(x, first, out=workspace.compact_z)
+        for compact, padded in workspace.runs_of_z:
             padded.copy_(compact)
         # the gradient (softmax - one-hot) is scaled by lr / B here, so all that follow from it are
         step = self.lr / batch_size
-        one_hot = step.new_zeros(batches, 1, batch_size, plan.logits.shape[3])
+        one_hot = step.new_zeros(batches, 1, batch_size, workspace.logits.shape[3])
         one_hot.scatter_(3, labels.view(batches, 1, -1, 1), 1)
-        torch.mul(one_hot, -step, out=plan.targets)
+        torch.mul(one_hot, -step, out=workspace.targets)
         for t in range(batches):
             if t and gram:
-                plan.z[t].addmm_(gram.before[t], plan.d_before[t], alpha=-1)
-            for a, weight, out in plan.forward[t]:
+                workspace.z[t].addmm_(gram.before[t], workspace.d_before[t], alpha=-1)
+            for a, weight, out in workspace.forward[t]:
                 torch.bmm(a.relu_(), weight, out=out)
-            torch.softmax(plan.class_major[t], 0, out=plan.softmax)
-            torch.addcmul(plan.targets[t], plan.probability, step, out=plan.delta[t])
-            for delta, delta_t, layer, a, update, da, da_units, a_units, below in plan.backward[t]:
+            torch.softmax(workspace.class_major[t], 0, out=workspace.softmax)
+            torch.addcmul(workspace.targets[t], workspace.probability, step, out=workspace.delta[t])
+            for views in workspace.backward[t]:
+                delta, delta_t, layer, a, update, da, da_units, a_units, below = views
                 torch.bmm(delta, layer, out=da)
                 # not baddbmm_: for small layers it adds image by image onto the weights, rounding
                 # each time, where autograd rounds once an update
                 torch.bmm(delta_t, a, out=update)
                 layer.sub_(update)
                 torch.ops.aten.threshold_backward.grad_input(da_units, a_units, 0, grad_input=below)
-        for compact, padded in plan.runs_of_d:
+        for compact, padded in workspace.runs_of_d:
             compact.copy_(padded)
-        first.addmm_(x.T, plan.compact_d, alpha=-1)
-        return plan.logits
+        first.addmm_(x.T, workspace.compact_d, alpha=-1)
+        return workspace.logits
 
 
-class _Plan:
+class _Workspace:
     """Buffers of a stack for blocks of k mini-batches of B rows, and the views a step needs.
 
     A step on narrow networks takes 30 microseconds: making views anew would take as long again.
@@ -389,7 +392,7 @@ def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     An answer whose score ties with the highest counts as correct.
     """
-    scores = logits.permute(3, 0, 1, 2).contiguous()  # class by class: see _Plan.class_major
+    scores = logits.permute(3, 0, 1, 2).contiguous()  # class by class: see _Workspace.class_major
     scores -= scores.amax(0)
     answer = scores.gather(0, labels[None, :, None].expand(1, *scores.shape[1:]))[0]
     loss = scores.exp_().sum(0).log_() - answer
