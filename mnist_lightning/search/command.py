@@ -34,19 +34,17 @@ from mnist_lightning.search.leases import Lease, LeaseLost, Leases, open_storage
 from mnist_lightning.search.plan import (
     OBJECTIVES,
     SMALL,
-    STRATEGIES,
     UNIT_BYTES,
     Search,
     WorkUnit,
     all_units,
     check_count,
     digest,
-    networks,
     open_units,
     planned,
 )
-from mnist_lightning.search.results import Record, Results, score, sealed
-from mnist_lightning.search.space import Score
+from mnist_lightning.search.results import Record, Results, params_of, score, sealed
+from mnist_lightning.search.space import STRATEGIES, Score
 from mnist_lightning.search.worker import (
     ATTEMPTS,
     ProgressCallback,
@@ -416,7 +414,7 @@ def _say_plan(
         whole = len({*records, *ids})
         line = f"holds {counted(len(records), 'trial')} of {whole:,}; trains {missing:,}"
     if together := [unit for unit in left if unit.together]:
-        count = sum(len(networks(search, unit.trials)) for unit in together)
+        count = sum(len(unit.networks) for unit in together)
         line += f": {counted(count, 'network')} in {counted(len(together), 'population')}"
         if any("-part" in unit.name for unit in together):
             line += f", split to stay below {UNIT_BYTES >> 20} MiB each"
@@ -434,9 +432,7 @@ def _save_winner(search: Search, results: Results, records: Sequence[Record]) ->
         return
     ranked = sorted(scored, key=lambda pair: (-pair[0].val_acc, pair[0].val_loss))
     # of several seeds, the best mean wins, and of its trials the best one
-    configurations = space.ranking(
-        [({**r["params"], "seed": r["seed"]}, one) for one, r in scored]
-    )[:5]
+    configurations = space.ranking([(params_of(r), one) for one, r in scored])[:5]
     best_of = [next(r for _, r in ranked if r["params"] == params) for params, _ in configurations]
     winner = best_of[0]
     print(printable(_table(search, configurations, best_of)))

@@ -227,10 +227,19 @@ class Search:
             torch.manual_seed(params["seed"])
             return self._build(self.model_args(params))
 
-    def data_module(self, params: Mapping[str, Any]) -> MNISTDataModule:
-        """The data as a trial sees it."""
-        settings = self.data_settings(params)
-        return MNISTDataModule(**{**settings, "batch_size": self.batch_size(params)})
+    def data_module(self, params: Mapping[str, Any], loaded: MNISTDataModule) -> MNISTDataModule:
+        """The data as a trial sees it.
+
+        Args:
+            params: of the trial.
+            loaded: see ``load_data``; its images are those of every trial.
+        """
+        # what source "auto" has become
+        settings = {**self.data_settings(params), "source": loaded.source}
+        data = MNISTDataModule(**{**settings, "batch_size": self.batch_size(params)})
+        for name in ("train_set", "val_set", "test_set", "checksum", "_loaded"):
+            setattr(data, name, getattr(loaded, name))
+        return data
 
     def data_settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of the data module, those that are axes among them, without ``batch_size``."""
@@ -319,12 +328,12 @@ def check_count(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """Trials that one worker trains together.
+    """Trials that one worker trains.
 
     Args:
         name: unique in the search.
         trials: empty where a sampler will draw the one trial.
-        together: whether they are networks of one population.
+        networks: those of one population, each with its trials; empty for a single training.
         work: estimated seconds on one core, for the order of units and the time left.
         number: of the trial that a sampler will draw.
         generation: of the definition that it is drawn from.
@@ -332,10 +341,15 @@ class WorkUnit:
 
     name: str
     trials: tuple[Trial, ...]
-    together: bool
+    networks: Mapping[Member, Sequence[Trial]]
     work: float
     number: int = -1
     generation: int = 0
+
+    @property
+    def together(self) -> bool:
+        """Whether its trials are networks of one population."""
+        return bool(self.networks)
 
     @property
     def ids(self) -> list[str]:
@@ -359,7 +373,7 @@ def units(search: Search, trials: Sequence[Trial], images: int) -> list[WorkUnit
     for trial in trials:
         if search.hidden_units(trial.params) is None:
             # seconds that nobody knows; among each other they compare
-            made.append(WorkUnit(trial.id, (trial,), False, float(trial.params["max_epochs"])))
+            made.append(WorkUnit(trial.id, (trial,), {}, float(trial.params["max_epochs"])))
         else:
             batch_size, seed = search.batch_size(trial.params), trial.params["seed"]
             data = json.dumps(search.data_settings(trial.params))
@@ -367,52 +381,49 @@ def units(search: Search, trials: Sequence[Trial], images: int) -> list[WorkUnit
             groups.setdefault(key, []).append(trial)
     plain = json.dumps(dict(search.data))
     for (round, generation, batch_size, seed, data), group in groups.items():
-        parts = _split(search, group)
+        parts = _split(networks(search, group))
         for number, part in enumerate(parts):
+            in_part = tuple(trial for alike in part.values() for trial in alike)
             name = f"round{round}-batch{batch_size}-seed{seed}" + f"-part{number}" * (
                 len(parts) > 1
             )
             if generation or data != plain:  # other trials have a unit of that name already
-                name += f"-{digest([trial.id for trial in part])}"
-            work = _cost(search, part, batch_size, images)
-            made.append(WorkUnit(name, tuple(part), True, work))
+                name += f"-{digest([trial.id for trial in in_part])}"
+            work = _cost(list(part), batch_size, images)
+            made.append(WorkUnit(name, in_part, part, work))
     return sorted(made, key=lambda unit: -unit.work)
 
 
-def networks(search: Search, trials: Sequence[Trial]) -> dict[tuple[Any, ...], list[Trial]]:
-    """Trials of the same network, of which the longest training passes through the others."""
+def networks(search: Search, trials: Sequence[Trial]) -> dict[Member, list[Trial]]:
+    """Trials by their network; the longest training of a network passes through the others."""
     by_network: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in trials:
         units = search.hidden_units(trial.params)
         assert units is not None
         by_network.setdefault((len(units), units, search.lr(trial.params)), []).append(trial)
-    return dict(sorted(by_network.items()))
+    return {
+        Member(units, lr, max(trial.params["max_epochs"] for trial in group)): group
+        for (_, units, lr), group in sorted(by_network.items())
+    }
 
 
-def member(network: tuple[Any, ...], trials: Sequence[Trial]) -> Member:
-    _, units, lr = network
-    return Member(units, lr, max(trial.params["max_epochs"] for trial in trials))
-
-
-def _split(search: Search, trials: Sequence[Trial]) -> list[list[Trial]]:
+def _split(together: Mapping[Member, list[Trial]]) -> list[dict[Member, list[Trial]]]:
     """Networks of one batch size and seed in parts of about equal memory, each within the limit."""
-    by_network = networks(search, trials)
-    sizes = {key: training_bytes(member(key, group)) for key, group in by_network.items()}
+    sizes = {member: training_bytes(member) for member in together}
     count = math.ceil(sum(sizes.values()) / UNIT_BYTES)
-    parts: list[list[Trial]] = []
+    parts: list[dict[Member, list[Trial]]] = []
     filled, total = 0.0, sum(sizes.values()) / count
-    for key, group in by_network.items():
-        # neighbours in this order have like shapes, which stack
-        if not parts or filled + sizes[key] / 2 > total:
-            parts.append([])
+    for member, trials in together.items():
+        # neighbours in this order have similar shapes, which are stacked
+        if not parts or filled + sizes[member] / 2 > total:
+            parts.append({})
             filled = 0.0
-        parts[-1] += group
-        filled += sizes[key]
+        parts[-1][member] = trials
+        filled += sizes[member]
     return parts
 
 
-def _cost(search: Search, trials: Sequence[Trial], batch_size: int, images: int) -> float:
-    members = [member(key, group) for key, group in networks(search, trials).items()]
+def _cost(members: Sequence[Member], batch_size: int, images: int) -> float:
     epochs = max(m.max_epochs for m in members)
     products = sum(
         m.max_epochs * a * b
@@ -460,7 +471,7 @@ def all_units(search: Search, records: Mapping[str, Record], images: int) -> lis
     """Units of all rounds, up to the first that is not finished."""
     if search.sampled:
         return [
-            WorkUnit(f"draw{i:04d}", (), False, 1.0, i, generation(search, i))
+            WorkUnit(f"draw{i:04d}", (), {}, 1.0, i, generation(search, i))
             for i in range(search.strategy["n"])
         ]
     return [unit for trials in rounds(search, records) for unit in units(search, trials, images)]

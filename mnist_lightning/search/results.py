@@ -42,13 +42,12 @@ from mnist_lightning.files import (
     write_json,
     write_text,
 )
+from mnist_lightning.metrics import CURVES
 from mnist_lightning.provenance import provenance
 from mnist_lightning.search.space import GROWABLE, Score, Trial, check_growth
 
 Record = dict[str, Any]
 
-# what happened in each epoch; the train loss is the mean over its mini-batches as they came
-CURVES = ("train_loss", "val_loss", "val_acc")
 # the columns of a table of trials that hold numbers whatever became of them
 NUMBERS = (*CURVES, "best_val_acc", "best_epoch", "seconds")
 
@@ -229,7 +228,7 @@ class Results:
             folder = root / f"{record['number']:04d}-{record['id']}"
             if folder.is_dir() or record["state"] == "FAIL":
                 continue
-            settings = {"model": model, **record["params"], "seed": record["seed"]}
+            settings = {"model": model, **params_of(record)}
             for name, value in settings.items():
                 settings[name] = value if isinstance(value, int | float) else str(value)
             columns, start, end = hparams(settings, dict.fromkeys(metrics, 0.0))
@@ -294,6 +293,11 @@ def new_record(
             for name in CURVES
         },
     }
+
+
+def params_of(record: Record) -> dict[str, Any]:
+    """What a trial was trained with, its seed among them, like ``Trial.params``."""
+    return {**record["params"], "seed": record["seed"]}
 
 
 def sealed(record: Record) -> Record:

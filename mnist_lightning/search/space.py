@@ -12,7 +12,10 @@ import math
 import random as random_numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import optuna
 
 Axis = Sequence[Any] | Mapping[str, Any]
 Space = Mapping[str, Axis]
@@ -33,6 +36,11 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 # The part of a search's definition that may grow. The rest of it never changes.
 GROWABLE = ("space", "strategy", "fixed", "seeds", "second_round")
+
+
+def options(strategy: Mapping[str, Any]) -> dict[str, Any]:
+    """A strategy's name and options, with the defaults of those that it leaves out."""
+    return {**STRATEGIES[strategy["name"]], **strategy}
 
 
 @dataclass(frozen=True)
@@ -93,14 +101,15 @@ def _check_range(name: str, axis: Mapping[str, Any], allowed: bool) -> None:
         raise ValueError(f"axis {name} is a range: this strategy needs a list of values")
     low: Any = axis.get("low")
     high: Any = axis.get("high")
-    numbers = all(
-        isinstance(end, int | float) and not isinstance(end, bool) and math.isfinite(end)
-        for end in (low, high)
-    )
+    numbers = all(_is_number(end) and math.isfinite(end) for end in (low, high))
     if not numbers or unknown(axis, ("low", "high", "log")) or not low < high:
         raise ValueError(f"axis {name} is {dict(axis)}: a range is {{low: a, high: b}} with a < b")
     if axis.get("log") and low <= 0:
         raise ValueError(f"axis {name} is a range with log: its low must be positive, got {low}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def unknown(given: Mapping[str, Any], known: Sequence[str]) -> list[str]:
@@ -151,6 +160,23 @@ def draw(axis: Axis, generator: random_numbers.Random) -> Any:
     return _like([low, high], min(max(value, low), high))
 
 
+def distribution(axis: Axis) -> "optuna.distributions.BaseDistribution":
+    """The axis as Optuna has it."""
+    from optuna import distributions
+
+    if not isinstance(axis, Mapping):
+        return distributions.CategoricalDistribution([as_category(value) for value in axis])
+    low, high, log = axis["low"], axis["high"], axis.get("log", False)
+    if isinstance(low, int) and isinstance(high, int):
+        return distributions.IntDistribution(low, high, log)
+    return distributions.FloatDistribution(low, high, log)
+
+
+def as_category(value: Any) -> Any:
+    """A value as Optuna's categories have it, which are strings and numbers: a list as JSON."""
+    return json.dumps(value) if isinstance(value, list) else value
+
+
 def refine(space: Space, best: Mapping[str, Any]) -> dict[str, list[Any]]:
     """A finer space around the best point of a grid.
 
@@ -162,7 +188,7 @@ def refine(space: Space, best: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _around(axis: list[Any], best: Any) -> list[Any]:
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in axis):
+    if not all(map(_is_number, axis)):
         return [best]
     values = sorted(axis)
     at = values.index(best)
@@ -250,7 +276,7 @@ def rounds(
         As far as the scores reach: the first round that is not finished is the last one.
     """
     scores = scores or {}
-    strategy = {**STRATEGIES[strategy["name"]], **strategy}
+    strategy = options(strategy)
     newest = {"space": space, "strategy": strategy, "fixed": fixed or {}, "seeds": seeds}
     known: dict[str, Trial] = {}
     next_number = 0
@@ -304,11 +330,11 @@ def _first(definition: Mapping[str, Any], before: Sequence[dict[str, Any]]) -> l
         before: those of the definition that it grew from. A random search keeps them, and draws
             from its space as many as are missing.
     """
-    strategy, fixed = definition["strategy"], definition["fixed"]
+    strategy, fixed = options(definition["strategy"]), definition["fixed"]
     if strategy["name"] != "random":
         return [{**fixed, **params} for params in grid(definition["space"])]
     n = strategy["n"]
-    drawn = random(definition["space"], n, strategy.get("seed", 0))
+    drawn = random(definition["space"], n, strategy["seed"])
     all_of_them = [*before, *({**fixed, **params} for params in drawn)]
     return list({json.dumps(p, sort_keys=True): p for p in all_of_them}.values())[:n]
 
@@ -360,7 +386,7 @@ def _check_parameters_grow(held: Mapping[str, Any], asked: Mapping[str, Any]) ->
         for search in (held, asked)
     )
     for name, axis in old.items():
-        if name not in new or not _holds(new[name], axis):
+        if name not in new or not holds(new[name], axis):
             homes = ["space" if name in search["space"] else "fixed" for search in (held, asked)]
             values = [
                 search[home].get(name) for search, home in zip((held, asked), homes, strict=True)
@@ -376,7 +402,7 @@ def _check_parameters_grow(held: Mapping[str, Any], asked: Mapping[str, Any]) ->
     return [f"space.{name}" for name, axis in new.items() if _differ(axis, old[name])]
 
 
-def _holds(axis: Axis, other: Axis) -> bool:
+def holds(axis: Axis, other: Axis) -> bool:
     """Whether an axis has all the values of another."""
     if not isinstance(axis, Mapping):
         texts = [_text(value) for value in axis]
@@ -384,15 +410,13 @@ def _holds(axis: Axis, other: Axis) -> bool:
     if isinstance(other, Mapping):
         same = bool(axis.get("log")) == bool(other.get("log"))
         return same and axis["low"] <= other["low"] and other["high"] <= axis["high"]
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in other)
-    return numbers and all(axis["low"] <= value <= axis["high"] for value in other)
+    return all(_is_number(value) and axis["low"] <= value <= axis["high"] for value in other)
 
 
 def _check_strategy_grows(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     if held["name"] != asked["name"]:
         raise ValueError(difference("strategy.name", held["name"], asked["name"]))
-    old = {**STRATEGIES[held["name"]], **held}
-    new = {**STRATEGIES[asked["name"]], **asked}
+    old, new = options(held), options(asked)
     counts = [name for name in ("n", "rounds") if name in old and name in new]
     for name in new:
         if old.get(name) != new[name] and not (name in counts and new[name] > old[name]):

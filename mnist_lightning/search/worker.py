@@ -29,12 +29,10 @@ from mnist_lightning.search import space
 from mnist_lightning.search.leases import Lease, LeaseLost, Leases, StorageLost
 from mnist_lightning.search.plan import (
     SMALL,
-    STRATEGIES,
     Search,
     WorkUnit,
     digest,
     generation,
-    member,
     networks,
     open_units,
 )
@@ -44,6 +42,7 @@ from mnist_lightning.search.results import (
     Results,
     fault,
     new_record,
+    params_of,
     sealed,
     unsealed,
 )
@@ -217,7 +216,7 @@ class Worker:
         """Images and labels as ``population`` wants them, as this trial sees them."""
         settings = self.search.data_settings(trial.params)
         if settings not in [prepared for prepared, _ in self._prepared]:
-            data = self.search.data_module(trial.params)
+            data = self.search.data_module(trial.params, self.data)
 
             def rows(part: ImageSet) -> tuple[Tensor, Tensor]:
                 pixels = data.preprocess(part.images).flatten(1)
@@ -228,7 +227,6 @@ class Worker:
         return self._prepared[0][1]
 
     def _train_together(self, unit: WorkUnit, lease: Lease) -> None:
-        together = networks(self.search, unit.trials)
         training, spent = self._training(unit, lease)
         file = self.results.state / f"{unit.name}.pt"
         # once it has killed a worker, each epoch counts
@@ -237,9 +235,11 @@ class Worker:
         started = saved = time.monotonic()
         while True:
             seconds = spent + time.monotonic() - started
-            for number, trials in enumerate(together.values()):
+            for number, trials in enumerate(unit.networks.values()):
                 for trial in trials:
-                    self._record_if_done(training, number, trial, seconds / len(together), lease)
+                    self._record_if_done(
+                        training, number, trial, seconds / len(unit.networks), lease
+                    )
             if training.done:
                 break
             if time.monotonic() - saved > snapshot_seconds:
@@ -275,7 +275,7 @@ class Worker:
     def _new_training(self, unit: WorkUnit) -> PopulationTraining:
         params = unit.trials[0].params
         return PopulationTraining(
-            [member(key, trials) for key, trials in networks(self.search, unit.trials).items()],
+            list(unit.networks),
             **self._as_rows(unit.trials[0]),
             batch_size=self.search.batch_size(params),
             seed=params["seed"],
@@ -331,12 +331,12 @@ class Worker:
                 study.tell(old.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
             if old.params.keys() == axes.keys():
                 study.sampler = optuna.samplers.PartialFixedSampler(old.params, sampler)
-        drawn = study.ask({name: _distribution(axis) for name, axis in axes.items()})
+        drawn = study.ask({name: space.distribution(axis) for name, axis in axes.items()})
         drawn.set_user_attr("number", unit.number)
         params = {**search.fixed, **drawn.params, "seed": search.seeds[0]}
         for name, axis in axes.items():
             if not isinstance(axis, Mapping):
-                params[name] = next(v for v in axis if _as_category(v) == drawn.params[name])
+                params[name] = next(v for v in axis if space.as_category(v) == drawn.params[name])
 
         return Trial(params, unit.number), study, drawn
 
@@ -411,7 +411,7 @@ class Worker:
     ) -> tuple[LightningModule, list[Tensor]]:
         """A population of one: the model, and those of its tensors that training changes."""
         training = PopulationTraining(
-            [member(*next(iter(networks(self.search, [trial]).items())))],
+            list(networks(self.search, [trial])),
             **self._as_rows(trial),
             batch_size=self.search.batch_size(trial.params),
             seed=trial.params["seed"],
@@ -433,7 +433,8 @@ class Worker:
         from lightning.pytorch.callbacks import Checkpoint
 
         seed_everything(trial.params["seed"], verbose=False)
-        model, data = self.search.build(trial.params), self.search.data_module(trial.params)
+        model = self.search.build(trial.params)
+        data = self.search.data_module(trial.params, self.data)
         names, train_loss = ["val/loss", "val/acc"], None
         if not own.logs_as_ours(model):
             names, train_loss = own.compared(model, data), own.TrainLoss()
@@ -455,7 +456,7 @@ class Worker:
         """What the Trainer would save, as far as it concerns the weights."""
         from lightning import __version__
 
-        data = self.search.data_module(trial.params)
+        data = self.search.data_module(trial.params, self.data)
         steps = epochs * math.ceil(len(self.data.train_set) / data.batch_size)
         checkpoint = {
             "epoch": epochs - 1,  # Lightning counts from 0
@@ -466,8 +467,7 @@ class Worker:
             "model_class": class_path(type(model)),
             "hyper_parameters": {**model.hparams, **self.search.model_args(trial.params)},
             "datamodule_hparams_name": "kwargs",
-            # what source "auto" came to
-            "datamodule_hyper_parameters": {**data.hparams, "source": self.data.source},
+            "datamodule_hyper_parameters": dict(data.hparams),
             "search": {"name": self.search.name, "trial": id},
         }
         model.on_save_checkpoint(checkpoint)
@@ -493,7 +493,7 @@ def adopt(
 
 def _foreign(search: Search, unit: WorkUnit, trial: Trial | None, record: Record) -> str | None:
     """Why a record cannot be of this search; ``None`` if it can."""
-    params = {**record["params"], "seed": record["seed"]}
+    params = params_of(record)
     if trial:
         number, round, expected = trial.number, trial.round, dict(trial.params)
     else:  # a sampler drew it
@@ -501,7 +501,7 @@ def _foreign(search: Search, unit: WorkUnit, trial: Trial | None, record: Record
         fixed = {**search.fixed, "seed": search.seeds[0]}
         number, round, expected = unit.number, 0, {**params, **fixed}
         for name, axis in search.space.items():
-            if not _lies_on(axis, params.get(name)):
+            if not space.holds(axis, [params.get(name)]):
                 return f"{name} is {params.get(name)!r}"
     if params != json.loads(json.dumps(expected)):
         return f"its parameters are {params}"
@@ -556,12 +556,6 @@ def _raise_lack(name: str, error: Exception) -> None:
         ) from error
 
 
-def _lies_on(axis: space.Axis, value: Any) -> bool:
-    if not isinstance(axis, Mapping):
-        return value in axis
-    return isinstance(value, int | float) and axis["low"] <= value <= axis["high"]
-
-
 @torch.no_grad()
 def _copy(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
     for old, new in zip(target, source, strict=True):
@@ -583,7 +577,7 @@ def sampler_and_pruner(
     """
     import optuna
 
-    options = {**STRATEGIES["optuna"], **(search.strategy if search.sampled else {})}
+    options = space.options(search.strategy if search.sampled else {"name": "optuna"})
     made = []
     for kind, home in (("sampler", optuna.samplers), ("pruner", optuna.pruners)):
         if options[kind] not in home.__all__:
@@ -651,8 +645,8 @@ def fill_index(
     for record in records:
         if record["number"] not in there:
             trial = optuna.create_trial(
-                params={name: _as_category(record["params"][name]) for name in axes},
-                distributions={name: _distribution(axis) for name, axis in axes.items()},
+                params={name: space.as_category(record["params"][name]) for name in axes},
+                distributions={name: space.distribution(axis) for name, axis in axes.items()},
                 user_attrs={"number": record["number"]},
                 intermediate_values=_reported(record) if search.sampled else None,
                 **_outcome(record, search.objective),
@@ -664,22 +658,6 @@ def _reported(record: Record) -> dict[int, float]:
     """What a pruner has been told of a trial, epoch by epoch."""
     accuracies = enumerate(record["curves"]["val_acc"], 1)
     return {epoch: value for epoch, value in accuracies if value is not None}
-
-
-def _distribution(axis: space.Axis) -> "optuna.distributions.BaseDistribution":
-    from optuna import distributions
-
-    if not isinstance(axis, Mapping):
-        return distributions.CategoricalDistribution([_as_category(value) for value in axis])
-    low, high, log = axis["low"], axis["high"], axis.get("log", False)
-    if isinstance(low, int) and isinstance(high, int):
-        return distributions.IntDistribution(low, high, log)
-    return distributions.FloatDistribution(low, high, log)
-
-
-def _as_category(value: Any) -> Any:
-    """Optuna's categories are words and numbers; a list is written out as one."""
-    return json.dumps(value) if isinstance(value, list) else value
 
 
 def _outcome(record: Record, objective: str) -> dict[str, Any]:

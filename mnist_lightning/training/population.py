@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mnist_lightning.data.sampling import epoch_order
+from mnist_lightning.metrics import CURVES
 from mnist_lightning.nets import CLASSES, PIXELS, mlp
 from mnist_lightning.training.stacked import BLOCK_ROWS, Population
 
@@ -46,8 +47,6 @@ class PopulationTraining:
         best_epoch: for each member the first epoch, counted from 1, of its highest ``val_acc``.
     """
 
-    CURVES = ("train_loss", "val_loss", "val_acc")
-
     def __init__(
         self,
         members: Sequence[Member],
@@ -61,7 +60,7 @@ class PopulationTraining:
         self.members, self.batch_size, self.seed = list(members), batch_size, seed
         self.epoch = 0
         self.curves: dict[str, list[list[float]]] = {
-            name: [[] for _ in self.members] for name in self.CURVES
+            name: [[] for _ in self.members] for name in CURVES
         }
         self.failed: list[str | None] = [None for _ in self.members]
         self.best_epoch = [0 for _ in self.members]
@@ -126,7 +125,7 @@ class PopulationTraining:
     def _note(self, m: int, train_loss: float, val_loss: float, val_acc: float) -> None:
         if not (math.isfinite(train_loss) and math.isfinite(val_loss)) and not self.failed[m]:
             self.failed[m] = f"diverged: the loss is not finite in epoch {self.epoch}"
-        for name, value in zip(self.CURVES, (train_loss, val_loss, val_acc), strict=True):
+        for name, value in zip(CURVES, (train_loss, val_loss, val_acc), strict=True):
             self.curves[name][m].append(value)
         best = self.curves["val_acc"][m][self.best_epoch[m] - 1] if self.best_epoch[m] else -1.0
         if not self.failed[m] and val_acc > best:
