@@ -495,16 +495,12 @@ def _parser() -> ArgumentParser:
     add = parser.add_argument
     add("-c", "--config", action=SearchByName, help="A YAML file, or the name of a shipped one.")
     add("--name", type=str | None, help="Of the search and its folder (default: the file's name).")
-    add("--model", type=str, required=True, help="Name of a class, like ShallowNetwork.")
+    # a name alone will do
     add("--strategy", type=str | dict[str, Any], default="grid", help=f"{', '.join(STRATEGIES)}.")
-    add("--space", type=dict[str, Any], default={}, help="Axes by parameter; lists of values.")
-    add("--fixed", type=dict[str, Any], default={}, help="Parameters that all trials share.")
-    add("--seeds", type=list[int], default=[0], help="Each combination is trained with each.")
-    add("--second_round", type=dict[str, int] | None, help="{best: k, max_epochs: n}")
-    add("--objective", type=str, default="val_acc", help=f"{' or '.join(OBJECTIVES)}.")
-    skipped = {"batch_size", "eval_batch_size", "predict_dir"}
-    parser.add_class_arguments(MNISTDataModule, "data", skip=skipped, instantiate=False)
-    add("--trainer", type=dict[str, Any], default={}, help="For models that the Trainer trains.")
+    others = {"name", "strategy", "data", "grown_from"}
+    parser.add_class_arguments(Search, skip=others, instantiate=False)
+    others = {"batch_size", "eval_batch_size", "predict_dir"}
+    parser.add_class_arguments(MNISTDataModule, "data", skip=others, instantiate=False)
     add("--folder", type=str | None, help="Default: lightning_logs/search/NAME.")
     add("--workers", type=int | None, help="Processes (default: one for each core).")
     add(
@@ -535,7 +531,8 @@ def read(argv: Sequence[str]) -> tuple[Search, dict[str, Any]]:
                 " --data.split, and no other data module"
             ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError("; ".join(lines[:2])) from error
+        reason = re.sub(r"<class '(?:[a-z]+\.)*(\w+)'>", r"\1", "; ".join(lines[:2]))
+        raise ValueError(reason.replace(":; ", ": ")) from error
     given = settings.as_dict()
     configs = given.pop("config") or []
     place = {key: given.pop(key) for key in ("folder", "workers", "storage", "device")}

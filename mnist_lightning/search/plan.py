@@ -51,29 +51,32 @@ MOST_TRIALS = 100_000  # each is a file, and counted again and again
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched. Two searches with equal fields, on the same data, have equal results.
+    """What is searched.
+
+    Two searches with equal fields, on the same data, have equal results.
 
     Args:
-        name: of the search, and of its folder.
-        model: name of a class in ``mnist_lightning.models``, or dotted path of a LightningModule
-            of your own, which logs a loss and an accuracy in its validation.
-        space: axes, by parameter: see ``mnist_lightning.space``. A parameter is ``max_epochs``,
-            ``batch_size``, an argument of the model, or ``data.normalization`` and what else
-            ``MNISTDataModule`` takes that leaves the validation images as they are.
-        strategy: ``{name: grid | random | refine | optuna}`` and its options.
+        name: the name of the search and of its folder.
+        model: a class of this package, like ShallowNetwork, or my_module.MyModel of your own, which
+            logs a loss and an accuracy in its validation.
+        space: axes by parameter, each a list of values, or {low: a, high: b, log: true} for the
+            strategies random and optuna. A parameter is max_epochs, batch_size, an argument of the
+            model, or a setting of the data like data.normalization that leaves the validation
+            images as they are.
+        strategy: {name: grid}, random, refine or optuna, and its options.
         fixed: parameters that all trials share.
-        seeds: each combination is trained with each of them.
-        second_round: ``{best: k, max_epochs: n}``: the best k are trained again for n epochs.
-        objective: ``val_acc`` is the validation accuracy after the last epoch, ``best_val_acc``
-            that of the best epoch. A trial's checkpoint holds the weights that reached it.
-        data: arguments of ``MNISTDataModule``, all but ``batch_size``.
+        seeds: each combination is trained with each seed.
+        second_round: {best: k, max_epochs: n} trains the best k again, for n epochs.
+        objective: val_acc is the validation accuracy after the last epoch, best_val_acc that of the
+            best epoch. A trial's checkpoint holds the weights that reached it.
+        data: arguments of MNISTDataModule, all but batch_size.
         trainer: arguments of the Trainer, for models that it trains.
-        grown_from: what its folder knows of earlier definitions; see ``space.check_growth``.
+        grown_from: earlier definitions that the folder holds; see ``space.check_growth``.
     """
 
     name: str
     model: str
-    space: Mapping[str, Any]
+    space: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     strategy: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "grid"})
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seeds: Sequence[int] = (0,)
