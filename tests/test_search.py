@@ -869,14 +869,14 @@ def test_a_lack_of_memory_or_of_a_device_is_no_result(folder, model, error, monk
                 raise error
             return self.function(*args, **kwargs)
 
-    def fit(self, trial, epoch_done):
+    def fit(search, data, trial, epoch_done):
         if trial.params["batch_size"] == 16:
             raise error
-        return Worker_fit(self, trial, epoch_done)
+        return whole_fit(search, data, trial, epoch_done)
 
-    Worker_fit = worker.Worker._fit
+    whole_fit = worker.fit
     with monkeypatch.context() as lacking:
-        lacking.setattr(worker.Worker, "_fit", fit)
+        lacking.setattr(worker, "fit", fit)
         lacking.setattr(worker, "PopulationTraining", Lacking(PopulationTraining))
         with pytest.raises(ValueError, match="was not trained") as caught:
             run(wanted, folder, workers=0)

@@ -44,17 +44,10 @@ from mnist_lightning.search.plan import (
     planned,
 )
 from mnist_lightning.search.results import Record, Results, params_of, score, sealed
+from mnist_lightning.search.sampling import fill_index, optuna_study, sampler_and_pruner
 from mnist_lightning.search.space import STRATEGIES, Score
-from mnist_lightning.search.worker import (
-    ATTEMPTS,
-    ProgressCallback,
-    Worker,
-    adopt,
-    fill_index,
-    make_trainer,
-    optuna_study,
-    sampler_and_pruner,
-)
+from mnist_lightning.search.trainer import make_trainer
+from mnist_lightning.search.worker import ATTEMPTS, ProgressCallback, Worker, adopt
 
 ROOT = Path("lightning_logs") / "search"
 SHOW_SECONDS = 1.0

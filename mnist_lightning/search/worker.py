@@ -4,40 +4,26 @@ A unit's trials are written when they are done, and in between, every few second
 training: there it is taken up again.
 """
 
-import inspect
 import itertools
 import json
-import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import optuna
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from mnist_lightning.classes import class_path
-from mnist_lightning.console import suggest
 from mnist_lightning.data.sampling import ImageSet
 from mnist_lightning.files import printable, read_torch, set_aside, write_torch
-from mnist_lightning.models import own
+from mnist_lightning.metrics import CURVES
 from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.search import space
 from mnist_lightning.search.leases import Lease, LeaseLost, Leases, StorageLost
-from mnist_lightning.search.plan import (
-    SMALL,
-    Search,
-    WorkUnit,
-    digest,
-    generation,
-    networks,
-    open_units,
-)
+from mnist_lightning.search.plan import SMALL, Search, WorkUnit, networks, open_units
 from mnist_lightning.search.results import (
-    CURVES,
     Record,
     Results,
     fault,
@@ -46,14 +32,11 @@ from mnist_lightning.search.results import (
     sealed,
     unsealed,
 )
+from mnist_lightning.search.sampling import Sampling
 from mnist_lightning.search.space import Trial
-from mnist_lightning.training import memory
+from mnist_lightning.search.trainer import EpochDone, Lack, checkpoint, fit
 from mnist_lightning.training.execution import kept_memory
-from mnist_lightning.training.population import PopulationTraining
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback, Trainer
-
+from mnist_lightning.training.population import Member, PopulationTraining
 
 SNAPSHOT_SECONDS = 5.0
 # A unit that has killed so many workers, one after the other, without getting any further, fails.
@@ -67,10 +50,6 @@ LACKS = (
     "NVIDIA",
     "No space left",
 )
-
-
-class Lack(ValueError):
-    """A training cannot be done here and now: what is missing says nothing about the trial."""
 
 
 ProgressCallback = Callable[[str, float], None]
@@ -94,7 +73,7 @@ class Worker:
         search: Search,
         key: str,
         results: Results,
-        storage: "optuna.storages.BaseStorage",
+        storage: optuna.storages.BaseStorage,
         device: str,
         threads: int,
         on_progress: ProgressCallback,
@@ -102,7 +81,7 @@ class Worker:
         self.search, self.key, self.results, self.storage = search, key, results, storage
         self.device, self.threads, self.on_progress = device, threads, on_progress
         self.data = search.load_data()
-        self._studies: dict[int, optuna.Study] = {}  # by generation
+        self.sampling = Sampling(search, key, results, storage)
         self._prepared: list[tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]] = []
 
     def work(self) -> None:
@@ -183,7 +162,7 @@ class Worker:
     def _give_up(self, unit: WorkUnit, lease: Lease) -> None:
         """Notes that the trials of a unit failed: they ended every worker that trained them."""
         reason = f"its worker died {len(lease.deaths)} times; the last one: {lease.deaths[-1]}"
-        trials = unit.trials or [self._draw(unit, lease)[0]]
+        trials = unit.trials or [self.sampling.draw(unit, lease.had_before).trial]
         curves: dict[str, list[float]] = {name: [] for name in CURVES}
         for trial, id in zip(trials, unit.ids, strict=True):
             if not self.results.record(id):
@@ -235,11 +214,10 @@ class Worker:
         started = saved = time.monotonic()
         while True:
             seconds = spent + time.monotonic() - started
+            share = seconds / len(unit.networks)
             for number, trials in enumerate(unit.networks.values()):
                 for trial in trials:
-                    self._record_if_done(
-                        training, number, trial, seconds / len(unit.networks), lease
-                    )
+                    self._record_if_done(training, number, trial, share, lease)
             if training.done:
                 break
             if time.monotonic() - saved > snapshot_seconds:
@@ -255,7 +233,7 @@ class Worker:
     def _training(self, unit: WorkUnit, lease: Lease) -> tuple[PopulationTraining, float]:
         """A unit's training, as its last worker left it, and the seconds spent on it."""
         file = self.results.state / f"{unit.name}.pt"
-        training = self._new_training(unit)
+        training = self._new_training(unit.networks, unit.trials[0])
         if not file.is_file():
             return training, 0.0
         try:
@@ -270,15 +248,15 @@ class Worker:
             aside = set_aside(file)
             what = f"{error}: set aside as {aside.name}, trained from the start"
             print(printable(what), flush=True)
-            return self._new_training(unit), 0.0
+            return self._new_training(unit.networks, unit.trials[0]), 0.0
 
-    def _new_training(self, unit: WorkUnit) -> PopulationTraining:
-        params = unit.trials[0].params
+    def _new_training(self, members: Iterable[Member], trial: Trial) -> PopulationTraining:
+        """Networks before their first epoch, on the mini-batches of a trial."""
         return PopulationTraining(
-            list(unit.networks),
-            **self._as_rows(unit.trials[0]),
-            batch_size=self.search.batch_size(params),
-            seed=params["seed"],
+            list(members),
+            **self._as_rows(trial),
+            batch_size=self.search.batch_size(trial.params),
+            seed=trial.params["seed"],
         )
 
     def _record_if_done(
@@ -301,68 +279,14 @@ class Worker:
             return
         record = new_record(trial, trial.id, curves, seconds)
         best = self.search.objective == "best_val_acc"
-        model = cast(Classifier, self.search.build(trial.params))
         weights = training.best_parameters(number) if best else training.parameters(number)
-        _copy(weights, model.net.parameters())
+        model = self._model(trial, weights)
         epoch = record["best_epoch"] if best else epochs
         self._write(lease, record, lambda: self._save(trial, trial.id, model, epoch))
 
-    def _study(self, generation: int) -> "optuna.Study":
-        if generation not in self._studies:
-            search = self.search.at(generation)
-            self._studies[generation] = optuna_study(search, self.storage, self.key)
-        return self._studies[generation]
-
-    def _draw(self, unit: WorkUnit, lease: Lease) -> "tuple[Trial, optuna.Study, optuna.Trial]":
-        """What a sampler draws for a unit; for a unit that was drawn before, the same again."""
-        import optuna
-
-        search, study = self.search.at(unit.generation), self._study(unit.generation)
-        if told_elsewhere := [r for r in self._of_earlier(unit) if r[0] != study.study_name]:
-            records = [record for _, record in told_elsewhere]
-            fill_index(search, self.storage, self.key, records)
-        axes = search.space
-        sampler, study.pruner = sampler_and_pruner(search, unit.number)
-        study.sampler = sampler
-        for old in study.get_trials(deepcopy=False) if lease.had_before else []:
-            if old.user_attrs.get("number") != unit.number:
-                continue
-            if old.state == optuna.trial.TrialState.RUNNING:  # its worker died, or we thought so
-                study.tell(old.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
-            if old.params.keys() == axes.keys():
-                study.sampler = optuna.samplers.PartialFixedSampler(old.params, sampler)
-        drawn = study.ask({name: space.distribution(axis) for name, axis in axes.items()})
-        drawn.set_user_attr("number", unit.number)
-        params = {**search.fixed, **drawn.params, "seed": search.seeds[0]}
-        for name, axis in axes.items():
-            if not isinstance(axis, Mapping):
-                params[name] = next(v for v in axis if space.as_category(v) == drawn.params[name])
-
-        return Trial(params, unit.number), study, drawn
-
-    def _of_earlier(self, unit: WorkUnit) -> "list[tuple[str, Record]]":
-        """Finished trials of earlier definitions, and the study that each was told to."""
-        told = []
-        for record in self.results.in_order() if unit.generation else ():
-            at = generation(self.search, record["number"])
-            if at < unit.generation:
-                told.append((study_name(self.search.at(at), self.key), record))
-        return told
-
     def _train_drawn(self, unit: WorkUnit, lease: Lease) -> None:
-        import optuna
-
-        trial, study, drawn = self._draw(unit, lease)
-
-        def prune(epoch: int, val_acc: float) -> bool:
-            try:
-                drawn.report(val_acc, epoch)
-            except optuna.exceptions.UpdateFinishedTrialError as error:
-                raise LeaseLost from error  # another worker has ended the trial
-            return drawn.should_prune()
-
-        record = self._train_alone(trial, unit.ids[0], lease, prune)
-        study.tell(drawn, **_outcome(record, self.search.objective), skip_if_finished=True)
+        drawn = self.sampling.draw(unit, lease.had_before)
+        drawn.tell(self._train_alone(drawn.trial, unit.ids[0], lease, drawn.prune))
 
     def _train_alone(
         self, trial: Trial, id: str, lease: Lease, prune: Callable[[int, float], bool]
@@ -390,7 +314,10 @@ class Worker:
 
         try:
             small = self.search.hidden_units(trial.params) is not None
-            model, weights = (self._fit_small if small else self._fit)(trial, epoch_done)
+            if small:
+                model, weights = self._fit_small(trial, epoch_done)
+            else:
+                model, weights = fit(self.search, self.data, trial, epoch_done)
         except (LeaseLost, StorageLost, Lack):
             raise
         except Exception as reason:  # a trial that fails is a result too
@@ -407,72 +334,27 @@ class Worker:
         return record
 
     def _fit_small(
-        self, trial: Trial, epoch_done: Callable[..., bool]
+        self, trial: Trial, epoch_done: EpochDone
     ) -> tuple[LightningModule, list[Tensor]]:
         """A population of one: the model, and those of its tensors that training changes."""
-        training = PopulationTraining(
-            list(networks(self.search, [trial])),
-            **self._as_rows(trial),
-            batch_size=self.search.batch_size(trial.params),
-            seed=trial.params["seed"],
-        )
+        training = self._new_training(networks(self.search, [trial]), trial)
         over = False
         while not over and training.epoch < trial.params["max_epochs"]:
             training.run_epoch()
             values = [training.curves[name][0][-1] for name in CURVES]
             over = epoch_done(values, lambda: training.parameters(0))
-        model = cast(Classifier, self.search.build(trial.params))
-        _copy(training.parameters(0), model.net.parameters())
+        model = self._model(trial, training.parameters(0))
         return model, list(model.net.parameters())
 
-    def _fit(
-        self, trial: Trial, epoch_done: Callable[..., bool]
-    ) -> tuple[LightningModule, list[Tensor]]:
-        """Through the Trainer: the model, and those of its tensors that training changes."""
-        from lightning.pytorch import Trainer, seed_everything
-        from lightning.pytorch.callbacks import Checkpoint
-
-        seed_everything(trial.params["seed"], verbose=False)
-        model = self.search.build(trial.params)
-        data = self.search.data_module(trial.params, self.data)
-        names, train_loss = ["val/loss", "val/acc"], None
-        if not own.logs_as_ours(model):
-            names, train_loss = own.compared(model, data), own.TrainLoss()
-
-        class Epochs(Checkpoint):  # callbacks of this kind are called when all figures are in
-            def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
-                logged = trainer.callback_metrics
-                loss = train_loss.mean() if train_loss else float(logged["train/loss"])
-                values = [loss, *(float(logged[name]) for name in names)]
-                if epoch_done(values, lambda: list(module.state_dict().values())):
-                    trainer.should_stop = True
-
-        watching = [Epochs(), *([train_loss] if train_loss else [])]
-        trainer = make_trainer(self.search, trial.params["max_epochs"], *watching)
-        trainer.fit(model, data)
-        return model.cpu(), list(model.state_dict().values())
+    def _model(self, trial: Trial, weights: Iterable[Tensor]) -> Classifier:
+        """A small network as a module, with these weights."""
+        model = cast(Classifier, self.search.build(trial.params))
+        _copy(weights, model.net.parameters())
+        return model
 
     def _save(self, trial: Trial, id: str, model: LightningModule, epochs: int) -> None:
-        """What the Trainer would save, as far as it concerns the weights."""
-        from lightning import __version__
-
-        data = self.search.data_module(trial.params, self.data)
-        steps = epochs * math.ceil(len(self.data.train_set) / data.batch_size)
-        checkpoint = {
-            "epoch": epochs - 1,  # Lightning counts from 0
-            "global_step": steps,
-            "pytorch-lightning_version": __version__,
-            "state_dict": model.state_dict(),
-            "hparams_name": "kwargs",
-            "model_class": class_path(type(model)),
-            "hyper_parameters": {**model.hparams, **self.search.model_args(trial.params)},
-            "datamodule_hparams_name": "kwargs",
-            "datamodule_hyper_parameters": dict(data.hparams),
-            "search": {"name": self.search.name, "trial": id},
-        }
-        model.on_save_checkpoint(checkpoint)
-        file = self.results.checkpoints / f"{id}.ckpt"
-        write_torch(file, checkpoint)
+        content = checkpoint(self.search, self.data, trial, id, model, epochs)
+        write_torch(self.results.checkpoints / f"{id}.ckpt", content)
 
 
 def adopt(
@@ -512,39 +394,6 @@ def _foreign(search: Search, unit: WorkUnit, trial: Trial | None, record: Record
     return None
 
 
-def make_trainer(search: Search, max_epochs: int, *callbacks: "Callback") -> "Trainer":
-    """The Trainer of one trial.
-
-    Raises:
-        Lack: it does not take the search's options, or not on this machine.
-    """
-    from lightning.pytorch import Trainer
-
-    # a search says what is worth saying itself
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for advice in (".*does not have many workers.*", ".*LeafSpec.*"):
-        warnings.filterwarnings("ignore", advice)
-    known = list(inspect.signature(Trainer.__init__).parameters)[1:]
-    if wrong := space.unknown(search.trainer, known):
-        raise Lack(f"the Trainer has no option {wrong[0]}; {suggest(wrong[0], known)}")
-    settings = {
-        "max_epochs": max_epochs,
-        "callbacks": list(callbacks),
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
-    try:
-        trainer = Trainer(**{**settings, **search.trainer})
-        memory.check_processes(trainer.num_devices)
-        return trainer
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise Lack(f"the Trainer refuses {dict(search.trainer)}: {reason}") from error
-
-
 def _raise_lack(name: str, error: Exception) -> None:
     """Raises ``Lack`` if an error tells of the machine, and not of the trial."""
     missing = isinstance(error, MemoryError | OSError | torch.OutOfMemoryError | ImportError)
@@ -560,112 +409,3 @@ def _raise_lack(name: str, error: Exception) -> None:
 def _copy(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
     for old, new in zip(target, source, strict=True):
         old.copy_(new)
-
-
-def sampler_and_pruner(
-    search: Search, number: int = 0
-) -> "tuple[optuna.samplers.BaseSampler, optuna.pruners.BasePruner]":
-    """What draws a trial's parameters, and what gives it up.
-
-    Args:
-        search: the search.
-        number: of the trial. A sampler has no state but its randomness: each trial gets another,
-            lest two workers draw the same.
-
-    Raises:
-        ValueError: there is no such sampler or pruner.
-    """
-    import optuna
-
-    options = space.options(search.strategy if search.sampled else {"name": "optuna"})
-    made = []
-    for kind, home in (("sampler", optuna.samplers), ("pruner", optuna.pruners)):
-        if options[kind] not in home.__all__:
-            known = [name for name in home.__all__ if name.lower().endswith(kind)]
-            raise ValueError(
-                f"Optuna has no {kind} {options[kind]}; {suggest(options[kind], known)}"
-            )
-        arguments = dict(options[f"{kind}_args"])
-        component = getattr(home, options[kind])
-        if "seed" in inspect.signature(component).parameters:
-            arguments.setdefault("seed", options["seed"] * 100_003 + number)
-        try:
-            made.append(component(**arguments))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{options[kind]} refuses {arguments}: {error}") from error
-    return made[0], made[1]
-
-
-def optuna_study(
-    search: Search, storage: "optuna.storages.BaseStorage", key: str
-) -> "optuna.Study":
-    """The search as an Optuna study: what samplers learn from, and dashboards show.
-
-    Args:
-        search: the search.
-        storage: of the study.
-        key: its name.
-    """
-    import optuna
-
-    sampler, pruner = sampler_and_pruner(search)
-    return optuna.create_study(
-        storage=storage,
-        study_name=study_name(search, key),
-        sampler=sampler,
-        pruner=pruner,
-        direction="maximize",
-        load_if_exists=True,
-    )
-
-
-def study_name(search: Search, key: str) -> str:
-    """Of the search's study: another one where its axes have grown, for Optuna's cannot."""
-    axes: Any = search.space
-    grown = axes != search.at(0).space
-    if not search.sampled:  # the values of the axes follow from the trials
-        grown, axes = bool(search.grown_from), search.grown_from
-    return f"{key}-{digest(axes)}" if grown else key
-
-
-def fill_index(
-    search: Search, storage: "optuna.storages.BaseStorage", key: str, records: Sequence[Record]
-) -> None:
-    """Adds finished trials to the Optuna study, as far as they are missing there."""
-    import optuna
-
-    study = optuna_study(search, storage, key)
-    known = study.get_trials(deepcopy=False)
-    there = {trial.user_attrs.get("number") for trial in known if trial.state.is_finished()}
-    axes: dict[str, Any] = dict(search.space)
-    if not search.sampled:  # refined axes have grown
-        for name in axes:
-            values = {json.dumps(r["params"][name]): r["params"][name] for r in records}
-            axes[name] = list(values.values())
-    for record in records:
-        if record["number"] not in there:
-            trial = optuna.create_trial(
-                params={name: space.as_category(record["params"][name]) for name in axes},
-                distributions={name: space.distribution(axis) for name, axis in axes.items()},
-                user_attrs={"number": record["number"]},
-                intermediate_values=_reported(record) if search.sampled else None,
-                **_outcome(record, search.objective),
-            )
-            study.add_trial(trial)
-
-
-def _reported(record: Record) -> dict[int, float]:
-    """What a pruner has been told of a trial, epoch by epoch."""
-    accuracies = enumerate(record["curves"]["val_acc"], 1)
-    return {epoch: value for epoch, value in accuracies if value is not None}
-
-
-def _outcome(record: Record, objective: str) -> dict[str, Any]:
-    """State and values of a trial, as Optuna takes them."""
-    import optuna
-
-    complete = record["state"] == "COMPLETE"
-    return {
-        "state": optuna.trial.TrialState[record["state"]],
-        "values": [record[objective]] if complete else None,
-    }
