@@ -318,7 +318,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(finished, folder, monkey
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(small(), folder, workers=0)
-        assert "the same command goes on" in capsys.readouterr().out
+        assert "the same command continues" in capsys.readouterr().out
     run(small(), folder, workers=0)
     assert without_time(of(folder)) == without_time(of(finished))
     assert epochs == [0, 1, 2, 2, 0, 0, 1, 2]  # two units of three epochs, and two that were cut
@@ -1313,7 +1313,7 @@ def test_a_signal_leaves_a_clean_state(tmp_path, number, code, to_all):
     (os.killpg if to_all else os.kill)(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "the same command goes on" in output
+    assert "the same command continues" in output
     assert "Traceback" not in output
     assert (tmp_path / "found" / "results.json").is_file()
 
@@ -1332,7 +1332,7 @@ def test_ctrl_c_while_workers_import_prints_no_traceback(tmp_path, wait):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in output
-    assert "the same command goes on" in output
+    assert "the same command continues" in output
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Run a search: trials in, results out; resumed, spread over workers and machines."""
+"""Run a search, or what is left of it, with workers on one machine or several."""
 
 import contextlib
 import dataclasses
@@ -78,13 +78,13 @@ def _work_elsewhere(pipe: Connection, parent: int, *arguments: Any) -> None:
     threading.Thread(target=leave_with_parent, daemon=True).start()
     try:
         signal.signal(signal.SIGTERM, _stop)
-        # held back while the modules were imported, where it would print a long traceback
+        # blocked while the modules were imported: a signal there prints a long traceback
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         _work_here(lambda unit, part: pipe.send((unit, part)), *arguments)
-    except (KeyboardInterrupt, SystemExit):  # the Trainer turns the one into the other
-        os._exit(128 + signal.SIGTERM)  # not even a traceback of a thread
+    except (KeyboardInterrupt, SystemExit):  # the Trainer makes a SystemExit of Ctrl-C
+        os._exit(128 + signal.SIGTERM)  # without the traceback of a thread
     except Exception as error:
-        # as words: not every exception can be sent
+        # as text: not every exception can be sent
         wrong = isinstance(error, ValueError)
         pipe.send(str(error) if wrong else f"a worker failed: {type(error).__name__}: {error}")
 
@@ -97,28 +97,29 @@ class _Crew:
     """The workers of this machine, each in a process of its own.
 
     Args:
-        leases: of the search; a worker that dies leaves its unit to the others there.
+        leases: of the search, where the death of a worker is noted: others then take its unit.
         arguments: of ``_work_here``, all but the first.
     """
 
     def __init__(self, leases: Leases, arguments: tuple[Any, ...]) -> None:
         self.leases, self.arguments = leases, arguments
         self._pipes: dict[Any, tuple[SpawnProcess, str | None]] = {}
-        self._idle_deaths = self._deaths_borne = 0  # since one last worked
+        # deaths of workers without a unit, since a worker last made progress
+        self._idle_deaths = self._most_idle_deaths = 0
 
     def work(self, workers: int, progress: "Progress") -> list[str]:
-        """Runs workers until there is no more to do; a worker that its unit killed is replaced.
+        """Runs workers until nothing is left to do; replaces those that their unit has killed.
 
         Returns:
-            Why some of them could not go on.
+            Why workers could not continue.
         """
         errors = []
-        self._deaths_borne = ATTEMPTS * workers
-        over = math.inf  # since when a worker has found nothing left to do
+        self._most_idle_deaths = ATTEMPTS * workers
+        over = math.inf  # when a worker first had nothing left to do
         try:
             for _ in range(workers):
-                self._hire()
-            # whoever is frozen by then has lost its unit, and is not waited for
+                self._start_worker()
+            # a worker that is frozen longer has lost its unit: no need to wait for it
             while self._pipes and time.monotonic() - over < leasing.STALE_SECONDS:
                 for pipe in cast(list[Connection], wait(list(self._pipes), timeout=0.5)):
                     try:
@@ -127,7 +128,7 @@ class _Crew:
                         process, started = self._pipes.pop(pipe)
                         process.join()
                         if process.exitcode:
-                            errors += self._bury(process, started)
+                            errors += self._after_death(process, started)
                         elif not errors:
                             over = min(over, time.monotonic())
                         continue
@@ -146,15 +147,15 @@ class _Crew:
                 process.kill()
         return errors
 
-    def _hire(self) -> None:
+    def _start_worker(self) -> None:
         context = multiprocessing.get_context("spawn")
-        # a pipe for each: a worker that is killed takes no lock with it
+        # a pipe for each: of one queue, a worker that is killed would keep the lock
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
             target=_work_elsewhere, args=(sender, os.getpid(), *self.arguments), daemon=True
         )
-        resource_tracker.ensure_running()  # its start, inside the next one, would unblock them
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # which a new process inherits
+        resource_tracker.ensure_running()  # if process.start() started it, it would unblock signals
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # a new process inherits this
         try:
             process.start()
             self._pipes[receiver] = process, start_of(cast(int, process.pid))
@@ -162,16 +163,17 @@ class _Crew:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         sender.close()
 
-    def _bury(self, process: SpawnProcess, started: str | None) -> list[str]:
+    def _after_death(self, process: SpawnProcess, started: str | None) -> list[str]:
+        """Replaces a worker that its unit has killed; else returns why it ended."""
         code = cast(int, process.exitcode)
         reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if code == -signal.SIGKILL:
-            reason += ", as where memory runs out"
+            reason += ", as happens when memory runs out"
         held_unit = self.leases.note_death(cast(int, process.pid), started, reason)
         self._idle_deaths += not held_unit
-        # killed while it had no unit: not by one
-        if held_unit or (code < 0 and self._idle_deaths <= self._deaths_borne):
-            self._hire()
+        # a worker without a unit was killed by something else
+        if held_unit or (code < 0 and self._idle_deaths <= self._most_idle_deaths):
+            self._start_worker()
             return []
         return [f"a worker ended: {reason}"]
 
@@ -183,7 +185,7 @@ class Progress:
         from tqdm import tqdm
 
         self.search, self.results, self.images = search, results, images
-        self._plan()
+        self._count_work()
         self._best: float | None = None
         self._scored = 0
         self._said = self._shown = time.monotonic()
@@ -194,16 +196,16 @@ class Progress:
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} trials, {elapsed}{postfix}",
         )
 
-    def _plan(self) -> None:
-        """Looks what there is to do; again whenever a round ends."""
+    def _count_work(self) -> None:
+        """Counts what is left to do; again when a round ends."""
         records = self.results.records()
         self._done = len(records)
         self.total = len({*records, *planned(self.search, records)})
         left = open_units(self.search, records, self.images)
         self._work = {unit.name: unit.work for unit in left}
         self._part: dict[str, float] = {}
-        self._to_do = sum(self._work.values())  # since we came, and how much of it is done
-        self._worked = 0.0
+        # from now on: the work to do, and how much of it is done
+        self._to_do, self._worked = sum(self._work.values()), 0.0
         self._started = time.monotonic()
 
     def note(self, unit: str, part: float) -> None:
@@ -216,7 +218,7 @@ class Progress:
         self._part[unit] = part
 
     def show(self) -> None:
-        """Shows how things stand, if it is time: with many trials, looking takes a while."""
+        """Shows the progress, but not too often: with many trials, counting them takes a while."""
         if time.monotonic() - self._shown > SHOW_SECONDS:
             self._show()
 
@@ -229,7 +231,7 @@ class Progress:
                 self._best = max(scored.val_acc, self._best or 0.0)
         self._scored = done
         if done == self.total and done > self._done:
-            self._plan()
+            self._count_work()
         facts = self._facts()
         self._bar.total, self._bar.n = self.total, done
         self._bar.set_postfix_str(", ".join(facts))
@@ -247,7 +249,7 @@ class Progress:
         return facts
 
     def close(self) -> None:
-        """Leaves the bar as things stand."""
+        """Shows the last state and ends the line."""
         if not self._bar.disable:
             self._show()
         self._bar.close()
@@ -260,92 +262,53 @@ def run(
     storage: str | None = None,
     device: str = "cpu",
 ) -> list[Record]:
-    """Runs a search, or what is left of it, or what it has grown by: see ``space.check_growth``.
+    """Runs a search: all of it, what is left, or what it has grown by (``space.check_growth``).
 
     Args:
         search: what to search.
         folder: for its results; by default ``lightning_logs/search/<name>``.
         workers: processes; by default one for each core, or one where all want the same GPU. 0
-            trains in this process, which then must not be killed by a trial.
+            trains in this process; a trial that crashes then ends the search.
         storage: where workers on several machines meet; see ``leases.open_storage``.
-        device: on which populations are trained.
+        device: for populations.
 
     Returns:
         All trials, as in ``results.json``.
 
     Raises:
-        ValueError: the search cannot work, or the folder is of another one.
-        KeyboardInterrupt: Ctrl-C; the same call goes on.
-        SystemExit: a signal handler's; the same.
+        ValueError: the search cannot work, or the folder holds another one.
+        KeyboardInterrupt: Ctrl-C; the same call continues.
+        SystemExit: of a signal handler; the same call continues.
     """
     search.check()
-    # what is unknown, or not on this machine, is found out now
-    if search.sampled:
-        sampler_and_pruner(search)
-    if search.trainer or search.model_class not in SMALL:
-        make_trainer(search, max_epochs=1)
-    _check_device(device)
+    _check_machine(search, device)
     results = Results(folder or ROOT / search.name)
     data = search.load_data()
+    images = len(data.train_set)
     definition = search.definition(data)
     known: Sequence[Mapping[str, Any]] = ()
     if storage:
         known = _history(open_storage(storage, results.path), search.name, definition)
     search = dataclasses.replace(search, grown_from=tuple(results.open(definition, known)))
-    # that of the first definition: workers that know no other one meet the others there
+    # of the first definition, the only one that workers of an earlier one know too
     key = f"{search.name}-{digest(search.at(0).definition(data))}"
     meeting_point = open_storage(storage, results.path)
     leases = Leases(meeting_point, key)
-    images = len(data.train_set)
     if without_weights := results.heal():
         leases.forget(without_weights)
     if storage is not None:
-        _agree(search, results, leases, images)
-        index = optuna_study(search, meeting_point, key)
-        index.set_user_attr("definitions", [*search.grown_from, definition])
+        _share_finished(search, results, leases, images)
+        study = optuna_study(search, meeting_point, key)
+        study.set_user_attr("definitions", [*search.grown_from, definition])
     print(f"{search.name}: {search.model}, {data.describe()}")
     if left := open_units(search, results.records(), images):
-        if workers is None:
-            alone = not (left[0].together or search.model_class in SMALL)
-            # trainings that each want the whole GPU take turns
-            workers = 1 if alone and torch.cuda.is_available() else os.cpu_count() or 1
-        if search.second_round is None and search.strategy["name"] != "refine":
-            workers = min(workers, len(left))  # no further round will need more
+        workers = _useful_workers(search, left, workers)
         _say_plan(search, results.records(), left, max(workers, 1))
         if search.sampled:
-            # what the sampler learns from
-            for generation in range(len(search.grown_from) + 1):
-                past = search.at(generation)
-                drawn = [r for r in results.in_order() if r["number"] < past.strategy["n"]]
-                fill_index(past, meeting_point, key, drawn)
+            _fill_indices(search, results, meeting_point, key)
         threads = max(1, (os.cpu_count() or 1) // max(workers, 1))
         arguments = (search, key, results.path, storage, device, threads)
-        progress = Progress(search, results, images)
-        threads_before = torch.get_num_threads()
-        errors: list[str] = []
-        try:
-            if workers:
-                errors = _Crew(leases, arguments).work(workers, progress)
-            else:
-
-                def on_progress(unit: str, part: float) -> None:
-                    progress.note(unit, part)
-                    progress.show()
-
-                _work_here(on_progress, *arguments)
-        except (KeyboardInterrupt, SystemExit) as stop:
-            progress.close()
-            done = len(results.write_tables())
-            print(f"\n{done} of {progress.total} trials are done; the same command goes on")
-            if isinstance(stop, SystemExit) and stop.code != 1:
-                raise
-            raise KeyboardInterrupt from None  # the Trainer makes of it an exit with 1
-        finally:
-            progress.close()
-            torch.set_num_threads(threads_before)
-        if errors and open_units(search, results.records(), images):
-            results.write_tables()
-            raise ValueError(f"{errors[0]} (what is finished stays; the same command goes on)")
+        _train(Progress(search, results, images), leases, workers, arguments)
     else:
         print(f"holds all its {counted(len(results.records()), 'trial')}: nothing to train")
     records = results.write_tables()
@@ -355,7 +318,12 @@ def run(
     return records
 
 
-def _check_device(device: str) -> None:
+def _check_machine(search: Search, device: str) -> None:
+    """Refuses a sampler, a Trainer or a device that is unknown, or not on this machine."""
+    if search.sampled:
+        sampler_and_pruner(search)
+    if search.trainer or search.model_class not in SMALL:
+        make_trainer(search, max_epochs=1)
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
@@ -365,8 +333,69 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device {device!r} is not on this machine; there is {there or 'cpu'}")
 
 
+def _useful_workers(search: Search, left: Sequence[WorkUnit], workers: int | None) -> int:
+    """How many workers to start, where so many were asked for."""
+    if workers is None:
+        alone = not (left[0].together or search.model_class in SMALL)
+        # trainings that each want the whole GPU take turns
+        workers = 1 if alone and torch.cuda.is_available() else os.cpu_count() or 1
+    if search.second_round is None and search.strategy["name"] != "refine":
+        workers = min(workers, len(left))  # no later round will need more
+    return workers
+
+
+def _fill_indices(search: Search, results: Results, storage: Any, key: str) -> None:
+    """Gives Optuna the finished trials of every definition: samplers learn from them."""
+    for generation in range(len(search.grown_from) + 1):
+        past = search.at(generation)
+        drawn = [r for r in results.in_order() if r["number"] < past.strategy["n"]]
+        fill_index(past, storage, key, drawn)
+
+
+def _train(progress: Progress, leases: Leases, workers: int, arguments: tuple[Any, ...]) -> None:
+    """Trains what is left of a search.
+
+    Args:
+        progress: of the search.
+        leases: of the search.
+        workers: processes; 0 trains in this one.
+        arguments: of ``_work_here``, all but the first.
+
+    Raises:
+        ValueError: workers could not continue.
+        KeyboardInterrupt: Ctrl-C.
+        SystemExit: a signal.
+    """
+    search, results = progress.search, progress.results
+    threads_before = torch.get_num_threads()
+    errors: list[str] = []
+    try:
+        if workers:
+            errors = _Crew(leases, arguments).work(workers, progress)
+        else:
+
+            def on_progress(unit: str, part: float) -> None:
+                progress.note(unit, part)
+                progress.show()
+
+            _work_here(on_progress, *arguments)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        progress.close()
+        done = len(results.write_tables())
+        print(f"\n{done} of {progress.total} trials are done; the same command continues")
+        if isinstance(stop, SystemExit) and stop.code != 1:
+            raise
+        raise KeyboardInterrupt from None  # the Trainer has made an exit with 1 of it
+    finally:
+        progress.close()
+        torch.set_num_threads(threads_before)
+    if errors and open_units(search, results.records(), progress.images):
+        results.write_tables()
+        raise ValueError(f"{errors[0]} (finished trials are kept; the same command continues)")
+
+
 def _history(storage: Any, name: str, definition: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """What this search grew from on other machines: nothing where none has it."""
+    """The earlier definitions of this search on other machines; none if no machine has it."""
     for study in storage.get_all_studies():
         definitions = study.user_attrs.get("definitions")
         known = isinstance(definitions, list) and definitions[-1:] == [definition]
@@ -380,10 +409,10 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def _agree(search: Search, results: Results, leases: Leases, images: int) -> None:
+def _share_finished(search: Search, results: Results, leases: Leases, images: int) -> None:
     """Shows the units that are finished here to other machines, or adopts theirs.
 
-    A unit whose worker lost the storage is finished here, but nobody knows.
+    Other machines do not know of a unit whose worker lost the storage before it could tell them.
     """
     records = results.records()
     for unit in all_units(search, records, images):
@@ -415,7 +444,7 @@ def _say_plan(
 
 
 def _save_winner(search: Search, results: Results, records: Sequence[Record]) -> None:
-    """Names the best, and keeps the winner's checkpoint as ``best.ckpt``."""
+    """Prints the best configurations, and saves the winner's checkpoint as ``best.ckpt``."""
     if failed := [record for record in records if record["state"] == "FAIL"]:
         first = " ".join(f"{failed[0]['id']}: {failed[0]['error']}".split())
         print(f"{len(failed)} failed, the first: {printable(first)}")
@@ -424,7 +453,7 @@ def _save_winner(search: Search, results: Results, records: Sequence[Record]) ->
         print("no trial succeeded")
         return
     ranked = sorted(scored, key=lambda pair: (-pair[0].val_acc, pair[0].val_loss))
-    # of several seeds, the best mean wins, and of its trials the best one
+    # the best mean over the seeds wins, and within it the best trial
     configurations = space.ranking([(params_of(r), one) for one, r in scored])[:5]
     best_of = [next(r for _, r in ranked if r["params"] == params) for params, _ in configurations]
     winner = best_of[0]
@@ -450,12 +479,12 @@ def _table(
     configurations: Sequence[tuple[Mapping[str, Any], Sequence[Score]]],
     best_of: list[Record],
 ) -> str:
-    """Configurations by the mean over their seeds, the best first.
+    """Configurations by their mean over the seeds, the best first.
 
     Args:
         search: the search.
         configurations: parameters and the scores of their seeds.
-        best_of: the best trial of each.
+        best_of: the best trial of each configuration.
     """
     rows = [(OBJECTIVES[search.objective], "n", "best trial", "configuration")]
     names = list(configurations[0][0])
@@ -487,14 +516,23 @@ def _parser() -> ArgumentParser:
     )
     add = parser.add_argument
     add("-c", "--config", action=SearchByName, help="A YAML file, or the name of a shipped one.")
-    add("--name", type=str | None, help="Of the search and its folder (default: the file's name).")
-    # a name alone will do
-    add("--strategy", type=str | dict[str, Any], default="grid", help=f"{', '.join(STRATEGIES)}.")
+    add(
+        "--name",
+        type=str | None,
+        help="The name of the search and its folder (default: the file's name).",
+    )
+    # the name alone is enough
+    add(
+        "--strategy",
+        type=str | dict[str, Any],
+        default="grid",
+        help=f"{', '.join(STRATEGIES)}; with options: {{name: random, n: 50}}.",
+    )
     others = {"name", "strategy", "data", "grown_from"}
     parser.add_class_arguments(Search, skip=others, instantiate=False)
     others = {"batch_size", "eval_batch_size", "predict_dir"}
     parser.add_class_arguments(MNISTDataModule, "data", skip=others, instantiate=False)
-    add("--folder", type=str | None, help="Default: lightning_logs/search/NAME.")
+    add("--folder", type=str | None, help="For the results (default: lightning_logs/search/NAME).")
     add("--workers", type=int | None, help="Processes (default: one for each core).")
     add(
         "--storage",
@@ -502,7 +540,12 @@ def _parser() -> ArgumentParser:
         help="Where workers on several machines meet: a journal file"
         " on a shared disk, postgresql://..., or grpc://host:port of Optuna's proxy.",
     )
-    add("--device", type=str, default="cpu", help="Where populations are trained.")
+    add(
+        "--device",
+        type=str,
+        default="cpu",
+        help="For small networks that are trained together: cpu, cuda, ...",
+    )
     return parser
 
 
@@ -515,7 +558,7 @@ def read(argv: Sequence[str]) -> tuple[Search, dict[str, Any]]:
     check_named([argument.rpartition("=")[2] for argument in argv], Path())
     try:
         with parser_settings():
-            allow_classes([])  # only the model's is imported, and not by the parser
+            allow_classes([])  # only the model's class is imported, and not by the parser
             settings = _parser().parse_args(list(argv))
     except (ArgumentError, TypeError) as error:
         if data := re.search(r'"data":\s+Unable to load config \'(.+?)\'', str(error)):
@@ -543,7 +586,7 @@ def main(argv: Sequence[str]) -> int:
     """``python -m mnist_lightning search --config NAME [options]``.
 
     Raises:
-        ValueError: what was asked for cannot be understood, or cannot work, or no trial succeeded.
+        ValueError: the arguments are wrong, the search cannot work, or no trial succeeded.
     """
     search, place = read(argv)
     before = signal.signal(signal.SIGTERM, _stop)
