@@ -265,7 +265,7 @@ def test_it_does_not_shrink_back(larger):
 
 def test_a_wider_space_needs_more_draws(tmp_path):
     run(drawn(2), tmp_path, workers=0)
-    with pytest.raises(ValueError, match="only with more than 2 of them"):
+    with pytest.raises(ValueError, match="only with more than 2 trials"):
         run(drawn(2, hidden_units=[5, 8, 11, 14]), tmp_path, workers=0)
 
 

@@ -680,7 +680,7 @@ def test_a_false_trial_from_another_machine_is_trained_again(
             )
             shared.set_study_user_attr(study._study_id, f"trial {id}", false)
     run(small(), folder / "two", workers=0, storage=storage)
-    assert f"a false trial {id} ({message}" in capsys.readouterr().out
+    assert f"an invalid trial {id} ({message}" in capsys.readouterr().out
     assert without_time(of(folder / "two")) == without_time(of(finished))
     assert not list(folder.rglob("x.json"))
 
@@ -1038,7 +1038,7 @@ def test_flags_win_over_the_file(folder, capsys):
         ({"second_round": {"best": 5}}, "second_round is"),
         ({"data": {"source": "digits", "image_size": 32}}, "must be 28"),
         ({"space": {"data.image_size": [28, 32]}}, "must be 28"),
-        ({"space": {"data.val_fraction": [0.1]}}, "the same validation images. Make a search for"),
+        ({"space": {"data.val_fraction": [0.1]}}, "the same validation images. Run a search for"),
         ({"space": {"data.split_seed": [0, 1]}}, "the same validation images"),
         ({"space": {"data.normalisation": ["unit"]}}, "did you mean data.normalization"),
         ({"space": {"data.normalization": ["none"]}}, "normalization must be one of unit"),

@@ -290,7 +290,7 @@ def run(
     if storage:
         known = _history(open_storage(storage, results.path), search.name, definition)
     search = dataclasses.replace(search, grown_from=tuple(results.open(definition, known)))
-    # of the first definition, the only one that workers of an earlier one know too
+    # named after the first definition, which workers of every later one know too
     key = f"{search.name}-{digest(search.at(0).definition(data))}"
     meeting_point = open_storage(storage, results.path)
     leases = Leases(meeting_point, key)

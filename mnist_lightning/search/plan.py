@@ -1,9 +1,9 @@
 """What is searched, and the units of work that it makes.
 
 A unit is what one worker takes: networks that share their mini-batches and are trained together, or
-one training by itself. Which networks form a unit follows from the search alone, and from what it
-grew from: what a definition adds forms units of its own. So results are the same bits for any
-number of workers, interrupted or not, grown before or after.
+a single training. The units follow from the search and its earlier definitions alone; what a
+definition adds forms units of its own. So results are bit-identical for any number of workers,
+with and without interruptions, whenever the search grew.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ from mnist_lightning.search.results import Record, score
 from mnist_lightning.search.space import GROWABLE, STRATEGIES, Trial
 from mnist_lightning.training.population import Member, training_bytes
 
-# Networks trained together take at most this much memory, beside the images. Small enough that the
-# networks of one batch size can be shared out, large enough for the study's 16 of each.
+# Networks trained together take at most this much memory, beside the images. Small enough to spread
+# the networks of one batch size over workers, large enough for the study's 16 of each.
 UNIT_BYTES = 64 * 2**20
-SMALL = (ShallowNetwork, DeepNetwork)  # what population trains, with plain SGD
+SMALL = (ShallowNetwork, DeepNetwork)  # populations can train them, with plain SGD
 
 OBJECTIVES = {
     "val_acc": "validation accuracy",
@@ -46,7 +46,7 @@ DATA_OF_ALL = [
     f"data.{name}" for name in ("name", "source", "data_dir", "split", "val_fraction", "split_seed")
 ]
 NO_RESULT = [f"data.{name}" for name in ("eval_batch_size", "predict_dir", "steps_per_execution")]
-MOST_TRIALS = 100_000  # each is a file, and counted again and again
+MOST_TRIALS = 100_000  # each is a file, and files are counted often
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,17 @@ class Search:
         return self.strategy["name"] == "optuna"
 
     def at(self, generation: int) -> "Search":
-        """The search as it was defined then, the newest definition being the last one."""
+        """The search as an earlier definition had it; the last generation is the newest one."""
         if generation == len(self.grown_from):
             return self
         past = {name: self.grown_from[generation][name] for name in GROWABLE}
         return dataclasses.replace(self, **past, grown_from=self.grown_from[:generation])
 
     def check(self) -> None:
-        """Refuses what cannot work before anything is trained.
+        """Refuses what cannot work, before anything is trained.
 
         Raises:
-            ValueError: what is wrong, and what would be right.
+            ValueError: a setting is wrong.
         """
         if self.name in ("", ".", "..") or set("/\\\0") & set(self.name):
             raise ValueError(f"--name must be the name of a folder, not a path, got {self.name!r}")
@@ -142,7 +142,7 @@ class Search:
             )
         both = sorted(self.space.keys() & self.fixed.keys())
         if both:
-            raise ValueError(f"{both[0]} is fixed and an axis: it can be one of the two")
+            raise ValueError(f"{both[0]} is fixed and an axis: it can only be one of them")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different numbers, got {list(self.seeds)}")
         if self.sampled and len(self.seeds) > 1:
@@ -172,7 +172,7 @@ class Search:
                 raise ValueError(f"{self.model} has no parameter {name}; {suggest(base, known)}")
         if "max_epochs" not in axes:
             raise ValueError("max_epochs is missing: an axis of the space, or fixed")
-        ends = {  # of a range, its two ends stand for all that lies between
+        ends = {  # of a range, check its two ends
             name: [axis["low"], axis["high"]] if isinstance(axis, Mapping) else axis
             for name, axis in self.space.items()
         }
@@ -181,7 +181,7 @@ class Search:
                 check_count(name, value)
         tried = set()
         combinations = space.grid(ends)
-        if len(combinations) > 1000:  # then each value of an axis, beside the others' first ones
+        if len(combinations) > 1000:  # then each value, with the first ones of the other axes
             first = combinations[0]
             combinations = [{**first, name: v} for name, axis in ends.items() for v in axis]
         for combination in combinations:
@@ -191,7 +191,7 @@ class Search:
                 tried.add(key)
                 if MNISTDataModule(**data).image_size != 28 and self.model_class in SMALL:
                     raise ValueError(
-                        f"{self.model} sees 28 x 28 pixels: data.image_size must be 28"
+                        f"{self.model} takes 28 x 28 pixels: data.image_size must be 28"
                     )
             arguments = self.model_args(params)
             key = json.dumps(arguments)
@@ -207,7 +207,7 @@ class Search:
             raise ValueError(f"{self.model} refuses {dict(arguments)}: {error}") from error
 
     def model_args(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The model's share of a trial's parameters, ``name.1, name.2 ...`` gathered in lists."""
+        """The model's arguments among a trial's parameters; ``name.1, name.2`` become a list."""
         arguments: dict[str, Any] = {}
         lists: dict[str, dict[int, Any]] = {}
         for name, value in params.items():
@@ -225,7 +225,7 @@ class Search:
         return arguments
 
     def build(self, params: Mapping[str, Any]) -> LightningModule:
-        """A new model of a trial, with the weights of its seed."""
+        """A new model for a trial, with the initial weights of its seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(params["seed"])
             return self._build(self.model_args(params))
@@ -245,7 +245,7 @@ class Search:
         return data
 
     def data_settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of the data module, those that are axes among them, without ``batch_size``."""
+        """A trial's arguments of the data module, all but ``batch_size``."""
         own = {
             name.removeprefix("data."): value
             for name, value in params.items()
@@ -254,12 +254,12 @@ class Search:
         return {**self.data, **own}
 
     def batch_size(self, params: Mapping[str, Any]) -> int:
-        """A trial's, or the data module's default."""
+        """The trial's batch size, else the data module's default."""
         default = inspect.signature(MNISTDataModule.__init__).parameters["batch_size"].default
         return params.get("batch_size", default)
 
     def load_data(self) -> MNISTDataModule:
-        """The data, fetched, verified and split: the images are the same for all trials."""
+        """The data, fetched, verified and split; all trials have these images."""
         data = MNISTDataModule(**self.data)
         data.prepare_data()
         data.setup("fit")
@@ -279,7 +279,7 @@ class Search:
         return json.loads(json.dumps({**fields, "data": facts_of_data}))
 
     def hidden_units(self, params: Mapping[str, Any]) -> tuple[int, ...] | None:
-        """Sizes of the hidden layers where ``population`` can train the model, else ``None``."""
+        """Sizes of the hidden layers if a population can train the model, else ``None``."""
         if self.model_class not in SMALL:
             return None
         signature = inspect.signature(self.model_class.__init__)
@@ -291,13 +291,13 @@ class Search:
         return tuple(units) if isinstance(units, list | tuple) else (units,)
 
     def lr(self, params: Mapping[str, Any]) -> float:
-        """The learning rate, the model's default where the search does not say."""
+        """The trial's learning rate, else the model's default."""
         default = inspect.signature(self.model_class.__init__).parameters["lr"].default
         return float(params.get("lr", default))
 
 
 def _arguments(kind: type) -> list[str]:
-    """Names of what a class takes, also of what it passes on to its bases as ``**kwargs``."""
+    """Names of a class's arguments, and of those that it passes to its bases as ``**kwargs``."""
     names: list[str] = []
     for base in kind.__mro__:
         if "__init__" not in vars(base):
@@ -310,21 +310,22 @@ def _arguments(kind: type) -> list[str]:
 
 
 def _check_data_axis(name: str, known: Sequence[str]) -> None:
-    """Refuses what is no setting of the data, or none that trials may differ in."""
+    """Refuses a name that is no setting of the data, or a setting that trials must share."""
     if name not in known:
         raise ValueError(f"the data has no setting {name}; {suggest(name, known)}")
     if name in DATA_OF_ALL:
         raise ValueError(
-            f"{name} is no parameter of a trial: trials are compared on the same validation images."
-            f" Make a search for each value, with --{name} and --folder"
+            f"{name} cannot be an axis: trials are compared on the same validation images. Run a"
+            f" search for each value, with --{name} and --folder"
         )
     if name == "data.batch_size":
         raise ValueError("data.batch_size is called batch_size here")
     if name in NO_RESULT:
-        raise ValueError(f"{name} changes no result: give it once, with --{name}")
+        raise ValueError(f"{name} changes no result: set it for all trials, with --{name}")
 
 
 def check_count(name: str, value: Any) -> None:
+    """Refuses what is not a whole number from 1 on."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
 
@@ -339,7 +340,7 @@ class WorkUnit:
         networks: those of one population, each with its trials; empty for a single training.
         work: estimated seconds on one core, for the order of units and the time left.
         number: of the trial that a sampler will draw.
-        generation: of the definition that it is drawn from.
+        generation: of the definition that the sampler draws from.
     """
 
     name: str
@@ -356,7 +357,7 @@ class WorkUnit:
 
     @property
     def ids(self) -> list[str]:
-        """Of its trials; known before they are drawn."""
+        """The ids of its trials, which are known before a sampler draws them."""
         return [trial.id for trial in self.trials] or [f"draw{self.number:04d}"]
 
 
@@ -364,7 +365,7 @@ Unit = WorkUnit  # its name of before
 
 
 def units(search: Search, trials: Sequence[Trial], images: int) -> list[WorkUnit]:
-    """What workers take, the longest first: independent of progress and of the number of workers.
+    """The units of a round, the longest first: independent of progress and number of workers.
 
     Args:
         search: the search.
@@ -375,7 +376,7 @@ def units(search: Search, trials: Sequence[Trial], images: int) -> list[WorkUnit
     made = []
     for trial in trials:
         if search.hidden_units(trial.params) is None:
-            # seconds that nobody knows; among each other they compare
+            # not seconds, which are unknown, but comparable among such units
             made.append(WorkUnit(trial.id, (trial,), {}, float(trial.params["max_epochs"])))
         else:
             batch_size, seed = search.batch_size(trial.params), trial.params["seed"]
@@ -390,7 +391,7 @@ def units(search: Search, trials: Sequence[Trial], images: int) -> list[WorkUnit
             name = f"round{round}-batch{batch_size}-seed{seed}" + f"-part{number}" * (
                 len(parts) > 1
             )
-            if generation or data != plain:  # other trials have a unit of that name already
+            if generation or data != plain:  # an earlier unit has this name
                 name += f"-{digest([trial.id for trial in in_part])}"
             work = _cost(list(part), batch_size, images)
             made.append(WorkUnit(name, in_part, part, work))
@@ -433,7 +434,7 @@ def _cost(members: Sequence[Member], batch_size: int, images: int) -> float:
         for m in members
         for a, b in pairwise([PIXELS, *m.hidden_units, CLASSES])
     )
-    # forward, backward and update at 100 GFLOP/s, and what a step takes before it does anything
+    # forward, backward and update at 100 GFLOP/s, and the fixed cost of a step
     return images * (6 * products / 1e11 + epochs * 6e-5 / batch_size)
 
 
@@ -461,12 +462,12 @@ def planned(search: Search, records: Mapping[str, Record]) -> list[str]:
 
 
 def generation(search: Search, number: int) -> int:
-    """Of the definition that a sampler draws the trial of this number from."""
+    """Which definition a sampler draws the trial of this number from."""
     return sum(past["strategy"]["n"] <= number for past in search.grown_from)
 
 
 def digest(content: Any) -> str:
-    """Eight hexadecimal digits that follow from JSON types."""
+    """Eight hexadecimal digits that identify a content of JSON types."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
 
 
@@ -481,6 +482,6 @@ def all_units(search: Search, records: Mapping[str, Record], images: int) -> lis
 
 
 def open_units(search: Search, records: Mapping[str, Record], images: int) -> list[WorkUnit]:
-    """Units of the first round that is not finished, without those that are."""
+    """Units that are not finished, of all rounds up to the first that is not."""
     whole = all_units(search, records, images)
     return [unit for unit in whole if any(id not in records for id in unit.ids)]

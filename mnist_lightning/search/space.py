@@ -1,8 +1,8 @@
 """Which models a search trains: pure enumeration, without PyTorch.
 
-A space maps names of parameters to axes. An axis is a list of values, or a range
-``{low: 0.0001, high: 0.1, log: true}`` for the strategies that draw from it. The axis
-``hidden_units.2`` is the second entry of the list ``hidden_units``.
+A space maps names of parameters to axes. An axis is a list of values, or, for strategies that draw
+values, a range ``{low: 0.0001, high: 0.1, log: true}``. The axis ``hidden_units.2`` is the second
+entry of the list ``hidden_units``.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Axis = Sequence[Any] | Mapping[str, Any]
 Space = Mapping[str, Axis]
 
-# name: its options, with their defaults; ... must be given
+# the options of each strategy, with their defaults; ... means that there is none
 STRATEGIES: dict[str, dict[str, Any]] = {
     "grid": {},
     "random": {"n": ..., "seed": 0},
@@ -48,10 +48,10 @@ class Trial:
     """One model to train.
 
     Args:
-        params: what tells it from the others, its ``seed`` among them.
+        params: its parameters, with its ``seed``.
         number: its place in the search, from 0.
         round: of the search, from 0.
-        generation: the definition that brought it, from 0: how often the search had grown.
+        generation: which definition added it: how often the search had grown before.
     """
 
     params: Mapping[str, Any]
@@ -61,13 +61,13 @@ class Trial:
 
     @property
     def id(self) -> str:
-        """Eight hexadecimal digits that follow from the parameters, whatever their order."""
+        """Eight hexadecimal digits that identify the parameters, in any order."""
         key = json.dumps(dict(self.params), sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest()[:8]
 
 
 class Score(NamedTuple):
-    """How good a trial is: the accuracy decides, of equal ones the loss."""
+    """How good a trial is: the accuracy decides, then the loss."""
 
     val_acc: float
     val_loss: float
@@ -78,10 +78,10 @@ def check(space: Space, ranges: bool = False) -> None:
 
     Args:
         space: as written by the user.
-        ranges: whether the strategy can draw from a range.
+        ranges: whether the strategy can draw from ranges.
 
     Raises:
-        ValueError: no axis, an axis without values or with one twice, a range that is none.
+        ValueError: there is no axis, an axis has no values or one twice, or a range is wrong.
     """
     if not space:
         raise ValueError("the space is empty: name at least one axis, like lr: [0.1, 0.01]")
@@ -89,7 +89,7 @@ def check(space: Space, ranges: bool = False) -> None:
         if isinstance(axis, Mapping):
             _check_range(name, axis, ranges)
         elif isinstance(axis, str) or not isinstance(axis, Sequence):
-            raise ValueError(f"axis {name} is {axis!r}: an axis is a list, a fixed value is not")
+            raise ValueError(f"axis {name} is {axis!r}: an axis is a list; a single value is fixed")
         elif not axis:
             raise ValueError(f"axis {name} has no values")
         elif twice := [value for i, value in enumerate(axis) if value in axis[:i]]:
@@ -113,7 +113,7 @@ def _is_number(value: Any) -> bool:
 
 
 def unknown(given: Mapping[str, Any], known: Sequence[str]) -> list[str]:
-    """The given names that are not known ones."""
+    """The given names that are not known."""
     return [name for name in given if name not in known]
 
 
@@ -123,15 +123,15 @@ def grid(space: Space) -> list[dict[str, Any]]:
 
 
 def random(space: Space, n: int, seed: int) -> list[dict[str, Any]]:
-    """``n`` different random combinations, or all where there are no more than ``n``.
+    """``n`` different random combinations, or all if there are no more than ``n``.
 
-    The first k of them are the same whatever ``n``.
+    The first ones are the same for every ``n``.
     """
     generator = random_numbers.Random(seed)
     size = math.prod(_values(axis) for axis in space.values())
     combinations: dict[str, dict[str, Any]] = {}
     repeated = 0
-    # a range of floating point numbers may be so narrow that its draws soon repeat themselves
+    # a range of floating point numbers may be so narrow that its draws repeat
     while len(combinations) < min(n, size) and (size < math.inf or repeated < 10_000):
         params = {name: draw(axis, generator) for name, axis in space.items()}
         key = json.dumps(params)
@@ -141,7 +141,7 @@ def random(space: Space, n: int, seed: int) -> list[dict[str, Any]]:
 
 
 def _values(axis: Axis) -> float:
-    """How many different values an axis has."""
+    """The number of different values of an axis."""
     if not isinstance(axis, Mapping):
         return len(axis)
     low, high = axis["low"], axis["high"]
@@ -149,7 +149,7 @@ def _values(axis: Axis) -> float:
 
 
 def draw(axis: Axis, generator: random_numbers.Random) -> Any:
-    """One value of a list or range, all equally likely (equally in its logarithm with ``log``)."""
+    """A random value of an axis, uniform, or uniform in the logarithm with ``log``."""
     if not isinstance(axis, Mapping):
         return generator.choice(axis)
     low, high = axis["low"], axis["high"]
@@ -180,9 +180,8 @@ def as_category(value: Any) -> Any:
 def refine(space: Space, best: Mapping[str, Any]) -> dict[str, list[Any]]:
     """A finer space around the best point of a grid.
 
-    A numeric axis becomes the best value and the points halfway to its neighbours: halfway in the
-    logarithm where the axis grows by about the same factor from value to value. Any other axis
-    keeps its best value alone.
+    A numeric axis becomes the best value and the points halfway to its neighbours, halfway in the
+    logarithm if the values grow by about a constant factor. Another axis keeps only its best value.
     """
     return {name: _around(list(axis), best[name]) for name, axis in space.items()}
 
@@ -198,7 +197,7 @@ def _around(axis: list[Any], best: Any) -> list[Any]:
 
 
 def _geometric(values: Sequence[float]) -> bool:
-    """Whether sorted values look more evenly spaced in their logarithm than as they are."""
+    """Whether sorted values are more evenly spaced in their logarithm."""
     if values[0] <= 0 or len(values) < 3:
         return values[0] > 0 and values[-1] >= 10 * values[0]
 
@@ -210,17 +209,17 @@ def _geometric(values: Sequence[float]) -> bool:
 
 
 def _like(axis: Sequence[Any], value: float) -> int | float:
-    """The value as a whole number on an axis of whole numbers, else with six digits."""
+    """The value as a whole number if all of the axis are, else with six digits."""
     whole = all(isinstance(v, int) for v in axis)
     return round(value) if whole else float(f"{value:.6g}")
 
 
 def best(scored: Sequence[tuple[Mapping[str, Any], Score]], k: int = 1) -> list[dict[str, Any]]:
-    """The ``k`` parameter sets with the highest accuracy, mean over their seeds.
+    """The ``k`` configurations with the highest accuracy, mean over their seeds.
 
     Args:
-        scored: parameters (with their ``seed``) and score, in the order of enumeration. Of equal
-            accuracies the lower loss wins, of equal losses the earlier parameters.
+        scored: parameters, with their ``seed``, and scores, in the order of enumeration. With equal
+            accuracies the lower loss wins, with equal losses the earlier configuration.
         k: how many.
 
     Returns:
@@ -232,7 +231,7 @@ def best(scored: Sequence[tuple[Mapping[str, Any], Score]], k: int = 1) -> list[
 def ranking(
     scored: Sequence[tuple[Mapping[str, Any], Score]],
 ) -> list[tuple[dict[str, Any], list[Score]]]:
-    """All parameter sets with the scores of their seeds, in the order of ``best``."""
+    """All configurations with the scores of their seeds, in the order of ``best``."""
     configurations: dict[str, tuple[dict[str, Any], list[Score]]] = {}
     for params, score in scored:
         without_seed = {name: value for name, value in params.items() if name != "seed"}
@@ -255,25 +254,25 @@ def rounds(
     scores: Mapping[str, Score | None] | None = None,
     grown_from: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[list[Trial]]:
-    """The rounds of a search, each the trials that the rounds before did not have.
+    """The rounds of a search: in each, the trials that no earlier round had.
 
-    The first round of a search that has grown holds the first round of each earlier definition,
-    in the order in which they came: trials keep their numbers. Later rounds follow from the
-    newest definition alone.
+    If a search has grown, its first round holds the first rounds of all earlier definitions, the
+    oldest first, so that trials keep their numbers. Later rounds follow from the newest definition
+    alone.
 
     Args:
         space: as ``check`` accepts it.
         strategy: ``{name: grid}``, ``{name: random, n: ..., seed: ...}`` or
             ``{name: refine, rounds: ...}``.
-        seeds: every combination is trained with each.
+        seeds: every combination is trained with each of them.
         fixed: parameters that all trials share.
         second_round: ``{best: k, max_epochs: n}`` trains the best k again, for n epochs.
         scores: of finished trials by id; ``None`` is a trial that failed.
-        grown_from: earlier definitions, the oldest first: see ``check_growth``. Their ``numbers``
-            are how many numbers of trials were taken when the next one came.
+        grown_from: earlier definitions, the oldest first: see ``check_growth``. ``numbers`` of each
+            is the lowest number that was free when the next definition came.
 
     Yields:
-        As far as the scores reach: the first round that is not finished is the last one.
+        The rounds up to the first that is not finished.
     """
     scores = scores or {}
     strategy = options(strategy)
@@ -327,8 +326,8 @@ def _first(definition: Mapping[str, Any], before: Sequence[dict[str, Any]]) -> l
 
     Args:
         definition: of the search.
-        before: those of the definition that it grew from. A random search keeps them, and draws
-            from its space as many as are missing.
+        before: the combinations of the definition that it grew from. A random search keeps them
+            and draws only the missing ones from its space.
     """
     strategy, fixed = options(definition["strategy"]), definition["fixed"]
     if strategy["name"] != "random":
@@ -342,20 +341,20 @@ def _first(definition: Mapping[str, Any], before: Sequence[dict[str, Any]]) -> l
 def check_growth(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """Refuses a search that another one cannot grow to.
 
-    What grows: an axis (more values, a wider range), a fixed parameter that becomes an axis with
-    its value on it, the seeds, the number of trials or rounds, and the second round. All trials of
-    the old search are trials of the new one. A parameter that no trial has named cannot become an
-    axis, for nobody knows its value in the trials that are there.
+    These can grow: an axis (more values, a wider range), a fixed parameter (to an axis that has its
+    value), the seeds, the number of trials or rounds, and the second round. Every trial of the old
+    search is then a trial of the new one. A parameter that was neither fixed nor an axis cannot
+    become an axis: the old trials do not say which value they had.
 
     Args:
-        held: what the folder holds, see ``Search.definition``.
-        asked: what is asked for.
+        held: the definition in the folder, see ``Search.definition``.
+        asked: the new definition.
 
     Returns:
         Names of what grows.
 
     Raises:
-        ValueError: the first difference that is no growth.
+        ValueError: the first difference that is not growth.
     """
     for key, value in asked.items():
         if key not in GROWABLE and _differ(held.get(key), value):
@@ -367,8 +366,8 @@ def check_growth(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
     if "strategy.n" not in grows and "n" in asked["strategy"] and grows:
         n = asked["strategy"]["n"]
         raise ValueError(
-            f"its {grows[0]} would grow, but trials are drawn from it only with more than"
-            f" {n} of them: strategy.n"
+            f"its {grows[0]} would grow, but new values are drawn only with more than {n} trials:"
+            " raise strategy.n"
         )
     if not set(held["seeds"]) <= set(asked["seeds"]):
         raise ValueError(difference("seeds", held["seeds"], asked["seeds"]))
@@ -398,7 +397,7 @@ def _check_parameters_grow(held: Mapping[str, Any], asked: Mapping[str, Any]) ->
             raise ValueError(reason)
     for name in new:
         if name not in old:
-            raise ValueError(f"it leaves {name} to its default, so that its trials do not name it")
+            raise ValueError(f"it leaves {name} to its default, which its trials do not state")
     return [f"space.{name}" for name, axis in new.items() if _differ(axis, old[name])]
 
 
@@ -425,7 +424,7 @@ def _check_strategy_grows(held: Mapping[str, Any], asked: Mapping[str, Any]) -> 
 
 
 def difference(key: str, held: Any, asked: Any) -> str:
-    """Where two values differ, as deep as can be said in a line."""
+    """How two values differ, in a line; of dictionaries, the first entry that differs."""
     if isinstance(held, dict) and isinstance(asked, dict):
         for name in [*asked, *held]:
             if _differ(held.get(name), asked.get(name)):
@@ -434,10 +433,10 @@ def difference(key: str, held: Any, asked: Any) -> str:
 
 
 def _differ(one: Any, other: Any) -> bool:
-    """Whether two values of JSON types differ, as the parameters of two trials do."""
+    """Whether two values of JSON types make different trials."""
     return _text(one) != _text(other)
 
 
 def _text(value: Any) -> str:
-    """As JSON: 1 and 1.0 make different trials."""
+    """The value as JSON, in which 1 and 1.0 differ."""
     return json.dumps(value, sort_keys=True)

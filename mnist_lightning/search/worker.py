@@ -1,7 +1,7 @@
-"""A worker of a search: takes units, trains them, writes what came out.
+"""A worker of a search: takes units of work, trains them, writes the results.
 
-A unit's trials are written when they are done, and in between, every few seconds, the state of its
-training: there it is taken up again.
+A trial is written when it is done. In between, every few seconds, the state of a population is
+written, from which another worker can continue.
 """
 
 import itertools
@@ -39,9 +39,9 @@ from mnist_lightning.training.execution import kept_memory
 from mnist_lightning.training.population import Member, PopulationTraining
 
 SNAPSHOT_SECONDS = 5.0
-# A unit that has killed so many workers, one after the other, without getting any further, fails.
+# A unit fails when it has killed so many workers, one after the other, without progress in between.
 ATTEMPTS = 3
-# in what PyTorch says where memory or a device is missing, for which it has no exception
+# parts of PyTorch's messages about missing memory or a missing device: it has no exception for them
 LACKS = (
     "can't allocate memory",
     "out of memory",
@@ -51,7 +51,7 @@ LACKS = (
     "No space left",
 )
 
-
+# is given a unit's name and the part of it that is done
 ProgressCallback = Callable[[str, float], None]
 
 
@@ -60,12 +60,12 @@ class Worker:
 
     Args:
         search: what is searched.
-        key: a name for it that no other search has.
+        key: its name in the storage, which no other search has.
         results: its folder.
         storage: where workers meet; see ``leases.open_storage``.
-        device: on which populations are trained.
-        threads: for a training of its own.
-        on_progress: is told a unit's name and the part of it that is done.
+        device: for populations.
+        threads: for a single training.
+        on_progress: is called after each epoch.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Worker:
             moved = False
             for unit in left:
                 if all(self.results.record(id) for id in unit.ids):
-                    continue  # by another worker, since
+                    continue  # another worker has finished it in the meantime
                 lease = leases.take(unit.name, unit.ids)
                 if lease is None:
                     continue
@@ -117,7 +117,7 @@ class Worker:
                     else:  # on another machine
                         adopt(self.search, self.results, leases, unit, lease)
                 except LeaseLost:
-                    continue  # what its new owner finds is adopted when it is there
+                    continue  # the results of its new owner are adopted later
                 except Lack as lack:
                     lacks[unit.name] = lack  # another worker may be able to
             if not moved:
@@ -134,7 +134,7 @@ class Worker:
             lease.finish([sealed(record) for record in records if record])
 
     def train(self, unit: WorkUnit, lease: Lease) -> None:
-        """Trains a unit's trials and writes what came out.
+        """Trains a unit's trials and writes the results.
 
         Raises:
             LeaseLost: the unit was given to another worker.
@@ -142,8 +142,8 @@ class Worker:
             ValueError: a file cannot be written, or the storage does not answer.
         """
         small = unit.together or self.search.model_class in SMALL
-        # The bits of a sum depend on how many threads share it. Small networks gain nothing from
-        # more than one anyway.
+        # The last bits of a sum depend on the number of threads, and small networks are no faster
+        # with more than one.
         torch.set_num_threads(1 if small else self.threads)
         if len(lease.deaths) >= ATTEMPTS:
             self._give_up(unit, lease)
@@ -160,7 +160,7 @@ class Worker:
             self._train_drawn(unit, lease)
 
     def _give_up(self, unit: WorkUnit, lease: Lease) -> None:
-        """Notes that the trials of a unit failed: they ended every worker that trained them."""
+        """Records the trials of a unit as failed: every worker that trained them died."""
         reason = f"its worker died {len(lease.deaths)} times; the last one: {lease.deaths[-1]}"
         trials = unit.trials or [self.sampling.draw(unit, lease.had_before).trial]
         curves: dict[str, list[float]] = {name: [] for name in CURVES}
@@ -169,11 +169,11 @@ class Worker:
                 self._write(lease, new_record(trial, id, curves, 0.0, "FAIL", reason))
 
     def _write(self, lease: Lease, record: Record, save: Callable[[], None] | None = None) -> None:
-        """Writes a finished trial, its weights first, and shows it to the others.
+        """Writes a finished trial, its weights first, and shows it to other machines.
 
         Raises:
-            LeaseLost: they have another one's; nothing was written.
-            StorageLost: they cannot be told now; all was written.
+            LeaseLost: another worker has the unit; the record was not written.
+            StorageLost: other machines cannot be told now; all was written.
         """
         lost = None
         try:
@@ -192,7 +192,7 @@ class Worker:
             raise lost
 
     def _as_rows(self, trial: Trial) -> dict[str, tuple[Tensor, Tensor]]:
-        """Images and labels as ``population`` wants them, as this trial sees them."""
+        """Images, as this trial sees them, and labels, both as a population takes them."""
         settings = self.search.data_settings(trial.params)
         if settings not in [prepared for prepared, _ in self._prepared]:
             data = self.search.data_module(trial.params, self.data)
@@ -202,13 +202,14 @@ class Worker:
                 return pixels.to(self.device), part.labels.to(self.device)
 
             sets = {"train": rows(self.data.train_set), "val": rows(self.data.val_set)}
-            self._prepared = [(settings, sets)]  # the last one alone: they are large
+            self._prepared = [(settings, sets)]  # of one trial only: they are large
         return self._prepared[0][1]
 
     def _train_together(self, unit: WorkUnit, lease: Lease) -> None:
+        """Trains the networks of a unit as one population."""
         training, spent = self._training(unit, lease)
         file = self.results.state / f"{unit.name}.pt"
-        # once it has killed a worker, each epoch counts
+        # what has killed a worker may kill the next one: save every epoch
         snapshot_seconds = 0.0 if lease.deaths else SNAPSHOT_SECONDS
         epochs = max(m.max_epochs for m in training.members)
         started = saved = time.monotonic()
@@ -221,7 +222,7 @@ class Worker:
             if training.done:
                 break
             if time.monotonic() - saved > snapshot_seconds:
-                lease.check_quickly()  # the state may be another's by now
+                lease.check_quickly()  # another worker may write this file by now
                 state = {"training": training.state_dict(), "seconds": seconds}
                 write_torch(file, state)
                 saved = time.monotonic()
@@ -231,7 +232,7 @@ class Worker:
         file.unlink(missing_ok=True)
 
     def _training(self, unit: WorkUnit, lease: Lease) -> tuple[PopulationTraining, float]:
-        """A unit's training, as its last worker left it, and the seconds spent on it."""
+        """A unit's training, where its last worker left it, and the seconds spent on it."""
         file = self.results.state / f"{unit.name}.pt"
         training = self._new_training(unit.networks, unit.trials[0])
         if not file.is_file():
@@ -240,13 +241,13 @@ class Worker:
             state = read_torch(file)
             missing = [t for t in unit.trials if not self.results.record(t.id)]
             if any(t.params["max_epochs"] <= state["training"]["epoch"] for t in missing):
-                return training, 0.0  # a trial that was written before has been deleted since
+                return training, 0.0  # the file of an earlier trial was deleted
             training.load_state_dict(state["training"])
             lease.goes_on(training.epoch / max(m.max_epochs for m in training.members))
             return training, float(state["seconds"])
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             aside = set_aside(file)
-            what = f"{error}: set aside as {aside.name}, trained from the start"
+            what = f"{error}: renamed to {aside.name}; its unit is trained from the start"
             print(printable(what), flush=True)
             return self._new_training(unit.networks, unit.trials[0]), 0.0
 
@@ -267,12 +268,12 @@ class Worker:
         seconds: float,
         lease: Lease,
     ) -> None:
-        """Writes a trial at the end of its last epoch, or of the one in which it failed."""
+        """Writes a trial after its last epoch, or after the one in which it failed."""
         epochs, failed = trial.params["max_epochs"], training.failed[number]
         if not (training.epoch == epochs or (failed and training.epoch < epochs)):
             return
         if self.results.record(trial.id):
-            return  # finished before the state that this training went on from
+            return  # it was finished before this training was interrupted
         curves = {name: curve[number] for name, curve in training.curves.items()}
         if failed:
             self._write(lease, new_record(trial, trial.id, curves, seconds, "FAIL", failed))
@@ -285,19 +286,28 @@ class Worker:
         self._write(lease, record, lambda: self._save(trial, trial.id, model, epoch))
 
     def _train_drawn(self, unit: WorkUnit, lease: Lease) -> None:
+        """Trains a trial that a sampler draws and a pruner may end."""
         drawn = self.sampling.draw(unit, lease.had_before)
         drawn.tell(self._train_alone(drawn.trial, unit.ids[0], lease, drawn.prune))
 
     def _train_alone(
         self, trial: Trial, id: str, lease: Lease, prune: Callable[[int, float], bool]
     ) -> Record:
+        """Trains one trial.
+
+        Args:
+            trial: what to train.
+            id: of the trial.
+            lease: of its unit.
+            prune: is given the epoch and its validation accuracy; answers whether to stop.
+        """
         started = time.monotonic()
         curves: dict[str, list[float]] = {name: [] for name in CURVES}
         best: list[Tensor] = []
         state, error = "COMPLETE", None
 
         def epoch_done(values: Sequence[float], weights: Callable[[], list[Tensor]]) -> bool:
-            """Notes an epoch; answers whether it was the last."""
+            """Notes the values of an epoch; answers whether to stop."""
             nonlocal best, state
             accuracies = curves["val_acc"]
             if self.search.objective == "best_val_acc" and values[2] > max(accuracies, default=-1):
@@ -336,7 +346,7 @@ class Worker:
     def _fit_small(
         self, trial: Trial, epoch_done: EpochDone
     ) -> tuple[LightningModule, list[Tensor]]:
-        """A population of one: the model, and those of its tensors that training changes."""
+        """Trains a population of one; returns the model, and the tensors that training changes."""
         training = self._new_training(networks(self.search, [trial]), trial)
         over = False
         while not over and training.epoch < trial.params["max_epochs"]:
@@ -360,25 +370,26 @@ class Worker:
 def adopt(
     search: Search, results: Results, leases: Leases, unit: WorkUnit, records: Mapping[str, Any]
 ) -> None:
-    """Writes the trials of a unit that other machines finished, but for those that cannot be true.
+    """Writes the trials of a unit that other machines have finished.
 
-    These are taken out of the storage, and said, so that they are trained again.
+    Invalid ones are removed from the storage, with a message, and trained again.
     """
     trials = dict(itertools.zip_longest(unit.ids, unit.trials))
     for id, record in records.items():
-        if wrong := fault(record, id) or _foreign(search, unit, trials[id], record):
-            print(printable(f"the storage has a false trial {id} ({wrong}): set aside"), flush=True)
+        if wrong := fault(record, id) or _mismatch(search, unit, trials[id], record):
+            what = f"the storage holds an invalid trial {id} ({wrong}): it is trained again"
+            print(printable(what), flush=True)
             leases.forget([id])
         else:
             results.adopt(unsealed(record))
 
 
-def _foreign(search: Search, unit: WorkUnit, trial: Trial | None, record: Record) -> str | None:
-    """Why a record cannot be of this search; ``None`` if it can."""
+def _mismatch(search: Search, unit: WorkUnit, trial: Trial | None, record: Record) -> str | None:
+    """Why a record cannot belong to this search; ``None`` if it can."""
     params = params_of(record)
     if trial:
         number, round, expected = trial.number, trial.round, dict(trial.params)
-    else:  # a sampler drew it
+    else:  # drawn by a sampler
         search = search.at(unit.generation)
         fixed = {**search.fixed, "seed": search.seeds[0]}
         number, round, expected = unit.number, 0, {**params, **fixed}
@@ -395,13 +406,13 @@ def _foreign(search: Search, unit: WorkUnit, trial: Trial | None, record: Record
 
 
 def _raise_lack(name: str, error: Exception) -> None:
-    """Raises ``Lack`` if an error tells of the machine, and not of the trial."""
+    """Raises ``Lack`` if the cause of an error is the machine, not the trial."""
     missing = isinstance(error, MemoryError | OSError | torch.OutOfMemoryError | ImportError)
     if missing or (isinstance(error, RuntimeError) and any(w in str(error) for w in LACKS)):
         reason = (str(error).strip().splitlines() or ["no memory"])[0]
         raise Lack(
-            f"{name} was not trained: {type(error).__name__}: {reason}. Make room for it (fewer"
-            " --workers, a larger machine)"
+            f"{name} was not trained: {type(error).__name__}: {reason}. Try fewer --workers, or a"
+            " larger machine"
         ) from error
 
 

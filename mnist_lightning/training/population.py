@@ -1,4 +1,4 @@
-"""Trainings of many networks on the same mini-batches, on top of ``stacked``."""
+"""Trains many networks on the same mini-batches, epoch by epoch, with ``stacked``."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from mnist_lightning.training.stacked import BLOCK_ROWS, Population
 
 
 class Member(NamedTuple):
-    """What tells the networks of a training apart."""
+    """In what the networks of a training differ."""
 
     hidden_units: tuple[int, ...]
     lr: float
@@ -25,11 +25,11 @@ class Member(NamedTuple):
 class PopulationTraining:
     """Trains networks on the same mini-batches, epoch by epoch, and validates after each epoch.
 
-    Every network starts from the weights, and visits the images in the order, that it would have
-    alone with the same seed. Its updates are those it would make alone, up to rounding: how sums
-    round depends on which networks are stacked together. So until the first network stops, nothing
-    depends on anyone's ``max_epochs``, to the bit. Then the others are stacked anew, and their
-    later updates differ by rounding from those they would have made beside it.
+    Every network has the initial weights and the order of images that it would have alone with the
+    same seed. Its updates are those it would make alone, up to rounding, which depends on the
+    networks that are stacked together. So until the first network stops, results are bit-identical
+    for all values of ``max_epochs``. Then the others are stacked again, and their later updates
+    differ by rounding from those beside the network that stopped.
 
     Args:
         members: the networks.
@@ -41,10 +41,10 @@ class PopulationTraining:
     Attributes:
         epoch: how many epochs are done.
         curves: ``train_loss``, ``val_loss`` and ``val_acc``, each a list for each member with a
-            number for each epoch. The train loss is the mean over the epoch's mini-batches as they
-            came, before each update.
-        failed: for each member ``None``, or why its numbers mean nothing any more.
-        best_epoch: for each member the first epoch, counted from 1, of its highest ``val_acc``.
+            number for each epoch. The train loss is the mean over the epoch's mini-batches, each
+            before its update.
+        failed: for each member ``None``, or why its numbers have no meaning from then on.
+        best_epoch: for each member the first epoch, counted from 1, with its highest ``val_acc``.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class PopulationTraining:
 
     @property
     def done(self) -> bool:
-        """Whether no network is left that has epochs to go and finite weights."""
+        """Whether every network has failed or trained all its epochs."""
         return not any(
             member.max_epochs > self.epoch and failed is None
             for member, failed in zip(self.members, self.failed, strict=True)
         )
 
     def parameters(self, member: int) -> list[Tensor]:
-        """Weights and biases after the last epoch done, for networks that trained in it."""
+        """Weights and biases of a network that trained in the last epoch."""
         return self.population.parameters(self._training.index(member))
 
     def best_parameters(self, member: int) -> list[Tensor]:
@@ -100,7 +100,7 @@ class PopulationTraining:
         return self._best[member]
 
     def run_epoch(self) -> None:
-        """One more epoch of training, and one validation."""
+        """Trains one epoch and validates."""
         left = [m for m in self._training if self.members[m].max_epochs > self.epoch]
         if left != self._training:  # the others have done their epochs
             self._populate({m: self.parameters(m) for m in left})
@@ -132,7 +132,7 @@ class PopulationTraining:
             self.best_epoch[m], self._best[m] = self.epoch, self.parameters(m)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that ``load_state_dict`` needs to go on, to the bit."""
+        """What ``load_state_dict`` needs to continue exactly."""
         return {
             "epoch": self.epoch,
             "curves": self.curves,
@@ -143,21 +143,21 @@ class PopulationTraining:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back, or on, to a state of a training with the same arguments."""
+        """Continues from a state of a training with the same arguments."""
         self.epoch, self.curves, self.failed = state["epoch"], state["curves"], state["failed"]
         self.best_epoch, self._best = state["best_epoch"], state["best"]
         self._populate(state["networks"])
 
 
 def initial_parameters(hidden_units: Sequence[int], seed: int) -> list[Tensor]:
-    """Weights and biases of a network built right after seeding; keeps the global random state."""
+    """Weights and biases of a network made after seeding; the global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return [p.detach() for p in mlp(hidden_units).parameters()]
 
 
 def training_bytes(member: Member) -> int:
-    """Memory that a member needs in a training: weights, their best state, what a block keeps."""
+    """Bytes that a member needs in a training: weights, the best weights, buffers of a block."""
     sizes = [PIXELS, *member.hidden_units, CLASSES]
     weights = sum((a + 1) * b for a, b in pairwise(sizes))
     return 4 * (2 * weights + 8 * BLOCK_ROWS * sum(sizes[1:]))
