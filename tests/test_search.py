@@ -32,9 +32,10 @@ from mnist_lightning.__main__ import main
 from mnist_lightning.models.multilayer import ShallowNetwork
 from mnist_lightning.models.perceptron import Perceptron
 from mnist_lightning.search import leases, plan, space, worker
-from mnist_lightning.search.command import Progress, _save_winner, read, run
+from mnist_lightning.search.command import _save_winner, read, run
 from mnist_lightning.search.leases import Lease, LeaseLost, Leases, StorageLost, open_storage
 from mnist_lightning.search.plan import Search, rounds, units
+from mnist_lightning.search.progress import Progress
 from mnist_lightning.search.results import (
     CURVES,
     Results,
@@ -565,7 +566,7 @@ def test_a_late_trial_costs_the_search_no_more_than_an_early_one(drawn, folder, 
 
         monkeypatch.setattr(owner, name, note)
 
-    monkeypatch.setattr("mnist_lightning.search.command.SHOW_SECONDS", float("inf"))
+    monkeypatch.setattr("mnist_lightning.search.progress.SHOW_SECONDS", float("inf"))
     counted(Results, "records")
     counted(optuna.Study, "get_trials")
     counted(optuna, "create_study")
@@ -585,7 +586,7 @@ def test_a_late_trial_costs_the_search_no_more_than_an_early_one(drawn, folder, 
 
 def death_of(lease: Lease, part: float = 0.0) -> None:
     if part:
-        lease.goes_on(part)
+        lease.continues_from(part)
     me = leases._process()
     assert Leases(lease._storage, "s").note_death(me["pid"], me["started"], "killed by SIGKILL")
 
@@ -993,7 +994,7 @@ def test_a_search_of_too_many_trials_is_refused_at_once(folder):
             small(space=drawn, fixed={"max_epochs": 1}, strategy={"name": name, "n": 10**6}).check()
 
 
-def test_the_values_of_a_large_grid_are_all_looked_at(folder):
+def test_the_values_of_a_large_grid_are_all_checked(folder):
     axes = {"lr": [i / 1e4 for i in range(1, 101)], "hidden_units": [*range(1, 101), -7]}
     with pytest.raises(ValueError, match=r"refuses .*-7"):
         small(space=axes, fixed={"max_epochs": 1}).check()

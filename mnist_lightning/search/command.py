@@ -2,23 +2,13 @@
 
 import contextlib
 import dataclasses
-import itertools
-import math
-import multiprocessing
 import os
 import re
 import signal
 import statistics
-import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
@@ -28,9 +18,9 @@ from mnist_lightning.classes import allow_classes, class_path, naming, parser_se
 from mnist_lightning.configs import SearchByName, check_named
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.files import printable, write_bytes
-from mnist_lightning.search import leases as leasing
 from mnist_lightning.search import space
-from mnist_lightning.search.leases import Lease, LeaseLost, Leases, open_storage, start_of
+from mnist_lightning.search.crew import Crew, stop, work_here
+from mnist_lightning.search.leases import Lease, LeaseLost, Leases, open_storage
 from mnist_lightning.search.plan import (
     OBJECTIVES,
     SMALL,
@@ -43,216 +33,14 @@ from mnist_lightning.search.plan import (
     open_units,
     planned,
 )
+from mnist_lightning.search.progress import Progress
 from mnist_lightning.search.results import Record, Results, params_of, score, sealed
 from mnist_lightning.search.sampling import fill_index, optuna_study, sampler_and_pruner
 from mnist_lightning.search.space import STRATEGIES, Score
 from mnist_lightning.search.trainer import make_trainer
-from mnist_lightning.search.worker import ATTEMPTS, ProgressCallback, Worker, adopt
+from mnist_lightning.search.worker import adopt
 
 ROOT = Path("lightning_logs") / "search"
-SHOW_SECONDS = 1.0
-STOPS = {signal.SIGINT, signal.SIGTERM}
-
-
-def _work_here(
-    on_progress: ProgressCallback,
-    search: Search,
-    key: str,
-    path: Path,
-    storage: str | None,
-    device: str,
-    threads: int,
-) -> None:
-    meeting_point = open_storage(storage, path)
-    Worker(search, key, Results(path), meeting_point, device, threads, on_progress).work()
-
-
-def _work_elsewhere(pipe: Connection, parent: int, *arguments: Any) -> None:
-    """``_work_here`` in a process of its own."""
-
-    def leave_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-    try:
-        signal.signal(signal.SIGTERM, _stop)
-        # blocked while the modules were imported: a signal there prints a long traceback
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-        _work_here(lambda unit, part: pipe.send((unit, part)), *arguments)
-    except (KeyboardInterrupt, SystemExit):  # the Trainer makes a SystemExit of Ctrl-C
-        os._exit(128 + signal.SIGTERM)  # without the traceback of a thread
-    except Exception as error:
-        # as text: not every exception can be sent
-        wrong = isinstance(error, ValueError)
-        pipe.send(str(error) if wrong else f"a worker failed: {type(error).__name__}: {error}")
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
-
-
-class _Crew:
-    """The workers of this machine, each in a process of its own.
-
-    Args:
-        leases: of the search, where the death of a worker is noted: others then take its unit.
-        arguments: of ``_work_here``, all but the first.
-    """
-
-    def __init__(self, leases: Leases, arguments: tuple[Any, ...]) -> None:
-        self.leases, self.arguments = leases, arguments
-        self._pipes: dict[Any, tuple[SpawnProcess, str | None]] = {}
-        # deaths of workers without a unit, since a worker last made progress
-        self._idle_deaths = self._most_idle_deaths = 0
-
-    def work(self, workers: int, progress: "Progress") -> list[str]:
-        """Runs workers until nothing is left to do; replaces those that their unit has killed.
-
-        Returns:
-            Why workers could not continue.
-        """
-        errors = []
-        self._most_idle_deaths = ATTEMPTS * workers
-        over = math.inf  # when a worker first had nothing left to do
-        try:
-            for _ in range(workers):
-                self._start_worker()
-            # a worker that is frozen longer has lost its unit: no need to wait for it
-            while self._pipes and time.monotonic() - over < leasing.STALE_SECONDS:
-                for pipe in cast(list[Connection], wait(list(self._pipes), timeout=0.5)):
-                    try:
-                        message = pipe.recv()
-                    except EOFError:
-                        process, started = self._pipes.pop(pipe)
-                        process.join()
-                        if process.exitcode:
-                            errors += self._after_death(process, started)
-                        elif not errors:
-                            over = min(over, time.monotonic())
-                        continue
-                    if isinstance(message, str):
-                        errors.append(message)
-                    else:
-                        progress.note(*message)
-                        self._idle_deaths = 0
-                progress.show()
-        finally:
-            for process, _ in self._pipes.values():  # those left when this is interrupted
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(cast(int, process.pid), signal.SIGINT)
-            for process, _ in self._pipes.values():
-                process.join(10)
-                process.kill()
-        return errors
-
-    def _start_worker(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        # a pipe for each: of one queue, a worker that is killed would keep the lock
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_work_elsewhere, args=(sender, os.getpid(), *self.arguments), daemon=True
-        )
-        resource_tracker.ensure_running()  # if process.start() started it, it would unblock signals
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # a new process inherits this
-        try:
-            process.start()
-            self._pipes[receiver] = process, start_of(cast(int, process.pid))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        sender.close()
-
-    def _after_death(self, process: SpawnProcess, started: str | None) -> list[str]:
-        """Replaces a worker that its unit has killed; else returns why it ended."""
-        code = cast(int, process.exitcode)
-        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        if code == -signal.SIGKILL:
-            reason += ", as happens when memory runs out"
-        held_unit = self.leases.note_death(cast(int, process.pid), started, reason)
-        self._idle_deaths += not held_unit
-        # a worker without a unit was killed by something else
-        if held_unit or (code < 0 and self._idle_deaths <= self._most_idle_deaths):
-            self._start_worker()
-            return []
-        return [f"a worker ended: {reason}"]
-
-
-class Progress:
-    """One line: trials done, the best so far, the time left."""
-
-    def __init__(self, search: Search, results: Results, images: int) -> None:
-        from tqdm import tqdm
-
-        self.search, self.results, self.images = search, results, images
-        self._count_work()
-        self._best: float | None = None
-        self._scored = 0
-        self._said = self._shown = time.monotonic()
-        self._bar = tqdm(
-            total=self.total,
-            initial=self._done,
-            disable=not sys.stderr.isatty(),
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} trials, {elapsed}{postfix}",
-        )
-
-    def _count_work(self) -> None:
-        """Counts what is left to do; again when a round ends."""
-        records = self.results.records()
-        self._done = len(records)
-        self.total = len({*records, *planned(self.search, records)})
-        left = open_units(self.search, records, self.images)
-        self._work = {unit.name: unit.work for unit in left}
-        self._part: dict[str, float] = {}
-        # from now on: the work to do, and how much of it is done
-        self._to_do, self._worked = sum(self._work.values()), 0.0
-        self._started = time.monotonic()
-
-    def note(self, unit: str, part: float) -> None:
-        """A worker has done this part of its unit."""
-        work = self._work.get(unit, 0.0)
-        if unit in self._part:
-            self._worked += work * (part - self._part[unit])
-        else:
-            self._to_do -= work * part
-        self._part[unit] = part
-
-    def show(self) -> None:
-        """Shows the progress, but not too often: with many trials, counting them takes a while."""
-        if time.monotonic() - self._shown > SHOW_SECONDS:
-            self._show()
-
-    def _show(self) -> None:
-        self._shown = time.monotonic()
-        records = self.results.records()
-        done = len(records)
-        for record in itertools.islice(records.values(), self._scored, None):  # the new ones
-            if scored := score(record, self.search.objective):
-                self._best = max(scored.val_acc, self._best or 0.0)
-        self._scored = done
-        if done == self.total and done > self._done:
-            self._count_work()
-        facts = self._facts()
-        self._bar.total, self._bar.n = self.total, done
-        self._bar.set_postfix_str(", ".join(facts))
-        if self._bar.disable and time.monotonic() - self._said > 30:
-            self._said = time.monotonic()
-            print(", ".join([f"{done}/{self.total} trials", *facts]), flush=True)
-
-    def _facts(self) -> list[str]:
-        facts = []
-        if self._best is not None:
-            facts.append(f"best trial {self._best:.4f}")
-        if self._worked:
-            left = (time.monotonic() - self._started) * (self._to_do / self._worked - 1)
-            facts.append(f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
-        return facts
-
-    def close(self) -> None:
-        """Shows the last state and ends the line."""
-        if not self._bar.disable:
-            self._show()
-        self._bar.close()
 
 
 def run(
@@ -359,7 +147,7 @@ def _train(progress: Progress, leases: Leases, workers: int, arguments: tuple[An
         progress: of the search.
         leases: of the search.
         workers: processes; 0 trains in this one.
-        arguments: of ``_work_here``, all but the first.
+        arguments: of ``work_here``, all but the first.
 
     Raises:
         ValueError: workers could not continue.
@@ -371,19 +159,19 @@ def _train(progress: Progress, leases: Leases, workers: int, arguments: tuple[An
     errors: list[str] = []
     try:
         if workers:
-            errors = _Crew(leases, arguments).work(workers, progress)
+            errors = Crew(leases, arguments).work(workers, progress)
         else:
 
             def on_progress(unit: str, part: float) -> None:
                 progress.note(unit, part)
                 progress.show()
 
-            _work_here(on_progress, *arguments)
-    except (KeyboardInterrupt, SystemExit) as stop:
+            work_here(on_progress, *arguments)
+    except (KeyboardInterrupt, SystemExit) as interruption:
         progress.close()
         done = len(results.write_tables())
         print(f"\n{done} of {progress.total} trials are done; the same command continues")
-        if isinstance(stop, SystemExit) and stop.code != 1:
+        if isinstance(interruption, SystemExit) and interruption.code != 1:
             raise
         raise KeyboardInterrupt from None  # the Trainer has made an exit with 1 of it
     finally:
@@ -589,7 +377,7 @@ def main(argv: Sequence[str]) -> int:
         ValueError: the arguments are wrong, the search cannot work, or no trial succeeded.
     """
     search, place = read(argv)
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         records = run(search, **place)
     finally:

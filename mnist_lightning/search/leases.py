@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import optuna
+from optuna.exceptions import DuplicatedStudyError
+from optuna.storages import GrpcStorageProxy, JournalStorage, RDBStorage, get_storage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import StudyDirection
 
-from mnist_lightning.console import require
-
-Record = dict[str, Any]
+from mnist_lightning.search.results import Record
 
 HEARTBEAT_SECONDS = 5.0
 # A worker without a sign of life for so long counts as dead, though it may only be frozen.
@@ -50,7 +52,7 @@ class Leases:
         search: a name that no other search in the storage has.
     """
 
-    def __init__(self, storage: "optuna.storages.BaseStorage", search: str) -> None:
+    def __init__(self, storage: optuna.storages.BaseStorage, search: str) -> None:
         self.storage, self.search = storage, search
         self._seen: dict[str, tuple[Any, float]] = {}
         self._last_check = time.monotonic()
@@ -65,9 +67,6 @@ class Leases:
         Returns:
             The lease; of a finished unit its records, by id; ``None`` if another worker has it.
         """
-        from optuna.exceptions import DuplicatedStudyError
-        from optuna.study import StudyDirection
-
         records: dict[str, Record] = {}
         deaths: list[str] = []
         furthest = -1.0
@@ -157,7 +156,7 @@ class Lease:
     def __init__(
         self,
         study_id: int,
-        storage: "optuna.storages.BaseStorage",
+        storage: optuna.storages.BaseStorage,
         follower: str,
         had_before: bool,
         records: dict[str, Record],
@@ -184,7 +183,7 @@ class Lease:
         if self._lost.is_set():
             raise LeaseLost
 
-    def goes_on(self, part: float) -> None:
+    def continues_from(self, part: float) -> None:
         """Notes that training continues from a state in which this part of it was done."""
         self._storage.set_study_user_attr(self._study_id, "from", part)
 
@@ -288,7 +287,7 @@ def start_of(pid: int) -> str | None:
     return "running"
 
 
-def open_storage(url: str | None, folder: Path) -> "optuna.storages.BaseStorage":
+def open_storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
     """The storage where workers meet.
 
     Args:
@@ -298,11 +297,8 @@ def open_storage(url: str | None, folder: Path) -> "optuna.storages.BaseStorage"
         folder: of the search.
 
     Raises:
-        ValueError: it cannot be reached, or Optuna is not installed.
+        ValueError: it cannot be reached.
     """
-    require("optuna", "a search")
-    import optuna
-
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     journal = folder / "journal.log"
@@ -327,7 +323,7 @@ class _Patient:
     the creation of a study: it then looks like that of another worker without a sign of life.
     """
 
-    def __init__(self, storage: "optuna.storages.BaseStorage", name: str) -> None:
+    def __init__(self, storage: optuna.storages.BaseStorage, name: str) -> None:
         self._storage, self._name = storage, name
 
     def __getattr__(self, attribute: str) -> Any:
@@ -367,10 +363,7 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _connect(url: str) -> "optuna.storages.BaseStorage":
-    from optuna.storages import GrpcStorageProxy, JournalStorage, RDBStorage, get_storage
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
+def _connect(url: str) -> optuna.storages.BaseStorage:
     if "://" not in url:
         # The default lock is a link to the journal. One that a killed process left leads nowhere
         # from another folder or machine, and the next process would wait for it for ever.

@@ -24,9 +24,7 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
-
-import pandas
+from typing import TYPE_CHECKING, Any, cast
 
 from mnist_lightning.console import require
 from mnist_lightning.files import (
@@ -44,6 +42,9 @@ from mnist_lightning.files import (
 from mnist_lightning.metrics import CURVES
 from mnist_lightning.provenance import provenance
 from mnist_lightning.search.space import GROWABLE, Score, Trial, check_growth
+
+if TYPE_CHECKING:
+    import pandas
 
 Record = dict[str, Any]
 

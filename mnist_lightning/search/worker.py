@@ -243,7 +243,7 @@ class Worker:
             if any(t.params["max_epochs"] <= state["training"]["epoch"] for t in missing):
                 return training, 0.0  # the file of an earlier trial was deleted
             training.load_state_dict(state["training"])
-            lease.goes_on(training.epoch / max(m.max_epochs for m in training.members))
+            lease.continues_from(training.epoch / max(m.max_epochs for m in training.members))
             return training, float(state["seconds"])
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             aside = set_aside(file)
