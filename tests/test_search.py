@@ -32,7 +32,7 @@ from mnist_lightning.__main__ import main
 from mnist_lightning.models.multilayer import ShallowNetwork
 from mnist_lightning.models.perceptron import Perceptron
 from mnist_lightning.search import leases, plan, space, worker
-from mnist_lightning.search.command import _save_winner, read, run
+from mnist_lightning.search.command import _print_best, read, run
 from mnist_lightning.search.leases import Lease, LeaseLost, Leases, StorageLost, open_storage
 from mnist_lightning.search.plan import Search, rounds, units
 from mnist_lightning.search.progress import Progress
@@ -286,7 +286,7 @@ def test_what_files_hold_cannot_steer_the_terminal(finished, tmp_path, capsys):
         else:
             record |= {"state": "FAIL", "error": "\x1b[31m\x9b5n"}
         file.write_text(json.dumps(sealed(record)))
-    _save_winner(small(), Results(copy), Results(copy).in_order())
+    _print_best(small(), Results(copy).in_order())
     said = capsys.readouterr().out
     assert "\\x1b[2J" in said
     assert "\\x1b[31m\\x9b5n" in said

@@ -102,7 +102,8 @@ def run(
     records = results.write_tables()
     fill_index(search, meeting_point, key, records)
     results.write_tensorboard(search.model)
-    _save_winner(search, results, records)
+    if winner := _print_best(search, records):
+        _save_winner(search, results, winner)
     return records
 
 
@@ -231,21 +232,25 @@ def _say_plan(
     print(f"{line}; {counted(workers, 'worker')}", flush=True)
 
 
-def _save_winner(search: Search, results: Results, records: Sequence[Record]) -> None:
-    """Prints the best configurations, and saves the winner's checkpoint as ``best.ckpt``."""
+def _print_best(search: Search, records: Sequence[Record]) -> Record | None:
+    """Prints the best configurations; returns the winner, if a trial succeeded."""
     if failed := [record for record in records if record["state"] == "FAIL"]:
         first = " ".join(f"{failed[0]['id']}: {failed[0]['error']}".split())
         print(f"{len(failed)} failed, the first: {printable(first)}")
     scored = [(one, r) for r in records if (one := score(r, search.objective))]
     if not scored:
         print("no trial succeeded")
-        return
+        return None
     ranked = sorted(scored, key=lambda pair: (-pair[0].val_acc, pair[0].val_loss))
     # the best mean over the seeds wins, and within it the best trial
     configurations = space.ranking([(params_of(r), one) for one, r in scored])[:5]
     best_of = [next(r for _, r in ranked if r["params"] == params) for params, _ in configurations]
-    winner = best_of[0]
     print(printable(_table(search, configurations, best_of)))
+    return best_of[0]
+
+
+def _save_winner(search: Search, results: Results, winner: Record) -> None:
+    """Saves the winner's checkpoint as ``best.ckpt``, and prints what can be done with it."""
     weights = results.checkpoints / f"{winner['id']}.ckpt"
     if not weights.is_file():
         print(f"\nwinner       {winner['id']}; its weights are on the machine that trained it")

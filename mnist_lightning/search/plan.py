@@ -118,23 +118,10 @@ class Search:
         """
         if self.name in ("", ".", "..") or set("/\\\0") & set(self.name):
             raise ValueError(f"--name must be the name of a folder, not a path, got {self.name!r}")
-        options = dict(self.strategy)
-        strategy = options.pop("name", None)
-        if strategy not in STRATEGIES:
-            raise ValueError(f"no strategy {strategy!r}; {suggest(str(strategy), STRATEGIES)}")
-        known = STRATEGIES[strategy]
-        for option in space.unknown(options, list(known)):
-            raise ValueError(
-                f"strategy {strategy} has no option {option}; {suggest(option, known)}"
-            )
-        for option, default in known.items():
-            if default is ... and option not in options:
-                raise ValueError(f"strategy {strategy} needs {option}")
-            if option in ("n", "rounds") and option in options:
-                check_count(f"strategy.{option}", options[option])
-        space.check(self.space, ranges=strategy in ("random", "optuna"))
-        of_grid = strategy not in ("random", "optuna")
-        count = math.prod(map(len, self.space.values())) if of_grid else options["n"]
+        self._check_strategy()
+        draws = self.strategy["name"] in ("random", "optuna")
+        space.check(self.space, ranges=draws)
+        count = self.strategy["n"] if draws else math.prod(map(len, self.space.values()))
         if (count := count * len(self.seeds)) > MOST_TRIALS:
             raise ValueError(
                 f"a search of {count:,} trials: at most {MOST_TRIALS:,}. Shorter axes, or"
@@ -157,6 +144,23 @@ class Search:
             for option, value in self.second_round.items():
                 check_count(f"second_round.{option}", value)
         self._check_parameters()
+
+    def _check_strategy(self) -> None:
+        """Refuses an unknown strategy, and options that it does not have or lacks."""
+        options = dict(self.strategy)
+        strategy = options.pop("name", None)
+        if strategy not in STRATEGIES:
+            raise ValueError(f"no strategy {strategy!r}; {suggest(str(strategy), STRATEGIES)}")
+        known = STRATEGIES[strategy]
+        for option in space.unknown(options, list(known)):
+            raise ValueError(
+                f"strategy {strategy} has no option {option}; {suggest(option, known)}"
+            )
+        for option, default in known.items():
+            if default is ... and option not in options:
+                raise ValueError(f"strategy {strategy} needs {option}")
+            if option in ("n", "rounds") and option in options:
+                check_count(f"strategy.{option}", options[option])
 
     def _check_parameters(self) -> None:
         of_data = [f"data.{name}" for name in _arguments(MNISTDataModule)]
