@@ -16,9 +16,9 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optuna
 import pytest
@@ -55,7 +55,7 @@ AXES = {
 }
 
 
-def small(**changes) -> Search:
+def small(**changes: Any) -> Search:
     settings = {
         "name": "small",
         "model": "ShallowNetwork",
@@ -69,7 +69,7 @@ FIXED = {"max_epochs": 1}
 DEEP = {"hidden_units.1": 5, "hidden_units.2": 5}
 
 
-def one_trial(**changes) -> Search:
+def one_trial(**changes: Any) -> Search:
     return small(space={"lr": [0.1]}, fixed={"max_epochs": 1, "batch_size": 64}, **changes)
 
 
@@ -100,7 +100,7 @@ def of(folder: Path) -> list[dict]:
 # What comes out
 
 
-def test_every_combination_is_a_row(finished):
+def test_every_combination_is_a_row(finished: Path) -> None:
     records = of(finished)
     assert [record["params"] for record in records] == space.grid(AXES)
     assert {record["state"] for record in records} == {"COMPLETE"}
@@ -114,14 +114,16 @@ def test_every_combination_is_a_row(finished):
         assert record["best_val_acc"] == max(accuracies) == accuracies[record["best_epoch"] - 1]
 
 
-def test_short_trainings_are_read_off_the_long_ones(finished):
+def test_short_trainings_are_read_off_the_long_ones(finished: Path) -> None:
     curves = {json.dumps(record["params"]): record["curves"] for record in of(finished)}
     for params in space.grid({**AXES, "max_epochs": [1]}):
         longer = curves[json.dumps({**params, "max_epochs": 3})]
         assert curves[json.dumps(params)] == {name: curve[:1] for name, curve in longer.items()}
 
 
-def test_a_search_of_short_trainings_alone_finds_the_same_bits(finished, folder):
+def test_a_search_of_short_trainings_alone_finds_the_same_bits(
+    finished: Path, folder: Path
+) -> None:
     alone = run(small(space={**AXES, "max_epochs": [1]}), folder, workers=0)
     nested = {record["id"]: record["curves"] for record in of(finished)}
     assert len(alone) == 8
@@ -129,7 +131,7 @@ def test_a_search_of_short_trainings_alone_finds_the_same_bits(finished, folder)
         assert record["curves"] == nested[record["id"]]
 
 
-def test_results_load_as_a_table(finished):
+def test_results_load_as_a_table(finished: Path) -> None:
     table = load_results(finished)
     assert len(table) == 16
     assert {*AXES, "val_acc", "seconds", "state", "seed", "curves"} <= set(table.columns)
@@ -140,7 +142,7 @@ def test_results_load_as_a_table(finished):
     assert len(rows) == 16
 
 
-def test_results_are_loaded_as_a_report_is_and_hold_numbers(finished, folder):
+def test_results_are_loaded_as_a_report_is_and_hold_numbers(finished: Path, folder: Path) -> None:
     """Several searches, or the folder that holds them; also where every trial failed."""
     several = folder / "several"
     shutil.copytree(finished, several / "small")
@@ -173,12 +175,17 @@ def val_acc(checkpoint: Path) -> float:
     return float((scores.argmax(1) == data.val_set.labels).double().mean())
 
 
-def test_every_trial_has_a_checkpoint_that_is_worth_what_it_says(finished):
+def test_every_trial_has_a_checkpoint_that_is_worth_what_it_says(finished: Path) -> None:
     for record in of(finished):
         assert val_acc(finished / "checkpoints" / f"{record['id']}.ckpt") == record["val_acc"]
 
 
-def test_the_winner_is_the_best_and_can_be_tested(finished, tmp_path, monkeypatch, capsys):
+def test_the_winner_is_the_best_and_can_be_tested(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     copy = shutil.copytree(finished, tmp_path / "lightning_logs" / "search" / "small")
     best = max(of(copy), key=lambda r: (r["val_acc"], -r["val_loss"]))
@@ -192,7 +199,7 @@ def test_the_winner_is_the_best_and_can_be_tested(finished, tmp_path, monkeypatc
     assert checkpoint["global_step"] == batches * best["params"]["max_epochs"]
 
 
-def test_with_best_val_acc_the_weights_are_those_of_the_best_epoch(folder):
+def test_with_best_val_acc_the_weights_are_those_of_the_best_epoch(folder: Path) -> None:
     axes = {"lr": [0.5, 0.9], "batch_size": [4]}  # unsteady: the last epoch is rarely the best
     wanted = small(space=axes, fixed={"max_epochs": 6}, objective="best_val_acc")
     records = run(wanted, folder, workers=0)
@@ -203,7 +210,7 @@ def test_with_best_val_acc_the_weights_are_those_of_the_best_epoch(folder):
         assert torch.load(checkpoint, weights_only=True)["epoch"] == record["best_epoch"] - 1
 
 
-def test_tensorboard_gets_a_few_numbers_and_the_hyper_parameters(finished):
+def test_tensorboard_gets_a_few_numbers_and_the_hyper_parameters(finished: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     record = of(finished)[3]
@@ -219,7 +226,9 @@ def test_tensorboard_gets_a_few_numbers_and_the_hyper_parameters(finished):
     assert len(list((finished / "tensorboard").iterdir())) == 16 + 1  # and the table's columns
 
 
-def test_seeds_are_trials_of_their_own_and_the_best_mean_wins(folder, capsys):
+def test_seeds_are_trials_of_their_own_and_the_best_mean_wins(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     records = run(small(seeds=(0, 1, 2), space={**AXES, "max_epochs": [1]}), folder, workers=0)
     assert len(records) == 24
     assert Counter(record["seed"] for record in records) == {0: 8, 1: 8, 2: 8}
@@ -230,7 +239,9 @@ def test_seeds_are_trials_of_their_own_and_the_best_mean_wins(folder, capsys):
     assert means.idxmax() == winning
 
 
-def test_the_table_has_a_row_for_each_configuration_the_winner_first(folder, capsys):
+def test_the_table_has_a_row_for_each_configuration_the_winner_first(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     axes = {"lr": [0.006097378631749905, 0.1], "hidden_units": [5, 8]}
     wanted = small(
         space=axes,
@@ -263,7 +274,7 @@ def test_the_table_has_a_row_for_each_configuration_the_winner_first(folder, cap
     assert winner == expected[0][2]
 
 
-def test_one_is_one(folder, capsys):
+def test_one_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And before the first trial is done, nothing is promised."""
     wanted = one_trial()
     results = Results(folder)
@@ -277,7 +288,9 @@ def test_one_is_one(folder, capsys):
     assert "trains 1 trial: 1 network in 1 population; 1 worker\n" in said
 
 
-def test_what_files_hold_cannot_steer_the_terminal(finished, tmp_path, capsys):
+def test_what_files_hold_cannot_steer_the_terminal(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
     for number, file in enumerate(sorted((copy / "trials").iterdir())):
         record = json.loads(file.read_text())
@@ -296,7 +309,9 @@ def test_what_files_hold_cannot_steer_the_terminal(finished, tmp_path, capsys):
 # Interrupted, resumed, shared
 
 
-def test_a_finished_search_does_no_work(finished, tmp_path, monkeypatch):
+def test_a_finished_search_does_no_work(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
     before = {file: file.read_bytes() for file in (copy / "trials").iterdir()}
     monkeypatch.setattr(PopulationTraining, "run_epoch", lambda self: pytest.fail("trained"))
@@ -304,12 +319,17 @@ def test_a_finished_search_does_no_work(finished, tmp_path, monkeypatch):
     assert before == {file: file.read_bytes() for file in (copy / "trials").iterdir()}
 
 
-def test_an_interrupted_search_goes_on_where_it_stopped(finished, folder, monkeypatch, capsys):
+def test_an_interrupted_search_goes_on_where_it_stopped(
+    finished: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setattr(worker, "SNAPSHOT_SECONDS", 0.0)
     epochs = []
     run_epoch = PopulationTraining.run_epoch
 
-    def interrupted(self):
+    def interrupted(self: PopulationTraining) -> None:
         epochs.append(self.epoch)
         if len(epochs) in (3, 5):
             raise KeyboardInterrupt
@@ -326,11 +346,13 @@ def test_an_interrupted_search_goes_on_where_it_stopped(finished, folder, monkey
     assert not list((folder / "state").iterdir())
 
 
-def test_a_deleted_trial_is_trained_again(finished, folder, monkeypatch):
+def test_a_deleted_trial_is_trained_again(
+    finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(worker, "SNAPSHOT_SECONDS", 0.0)
     run_epoch = PopulationTraining.run_epoch
 
-    def interrupted(self):
+    def interrupted(self: PopulationTraining) -> None:
         if self.epoch == 2:
             raise KeyboardInterrupt
         run_epoch(self)
@@ -347,7 +369,7 @@ def test_a_deleted_trial_is_trained_again(finished, folder, monkeypatch):
         assert without_time(of(folder)) == without_time(of(finished))
 
 
-def test_two_workers_give_the_same_bits_as_one(finished, folder):
+def test_two_workers_give_the_same_bits_as_one(finished: Path, folder: Path) -> None:
     run(small(), folder, workers=2)
     assert without_time(of(folder)) == without_time(of(finished))
     for file in (finished / "checkpoints").glob("*.ckpt"):
@@ -356,7 +378,7 @@ def test_two_workers_give_the_same_bits_as_one(finished, folder):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_units_are_cut_at_a_size_and_lose_no_trial(monkeypatch):
+def test_units_are_cut_at_a_size_and_lose_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     trials = rounds(small(), {})[0]
     whole = units(small(), trials, 1000)
     assert [len(unit.trials) for unit in whole] == [8, 8]
@@ -369,7 +391,12 @@ def test_units_are_cut_at_a_size_and_lose_no_trial(monkeypatch):
 
 
 @pytest.mark.slow
-def test_machines_without_a_common_folder_share_the_trials(finished, folder, monkeypatch, capsys):
+def test_machines_without_a_common_folder_share_the_trials(
+    finished: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     storage = str(folder.parent / "journal.log")
     run(small(), folder / "one", workers=1, storage=storage)
     monkeypatch.setattr(PopulationTraining, "run_epoch", lambda self: pytest.fail("trained"))
@@ -378,7 +405,9 @@ def test_machines_without_a_common_folder_share_the_trials(finished, folder, mon
     assert "on the machine that trained it" in capsys.readouterr().out
 
 
-def test_a_lost_or_damaged_journal_is_made_anew(finished, tmp_path, monkeypatch):
+def test_a_lost_or_damaged_journal_is_made_anew(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
     monkeypatch.setattr(PopulationTraining, "run_epoch", lambda self: pytest.fail("trained"))
     (copy / "journal.log").write_text("not a journal\nat all\n")
@@ -392,18 +421,18 @@ def test_a_lost_or_damaged_journal_is_made_anew(finished, tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def storage(tmp_path):
+def storage(tmp_path: Path) -> optuna.storages.BaseStorage:
     return open_storage(None, tmp_path)
 
 
-def test_a_unit_that_was_cut_off_is_free_at_once(storage):
+def test_a_unit_that_was_cut_off_is_free_at_once(storage: optuna.storages.BaseStorage) -> None:
     lease = Leases(storage, "s").take("unit", ["a"])
     with pytest.raises(KeyboardInterrupt), lease.alive():
         raise KeyboardInterrupt
     assert isinstance(Leases(storage, "s").take("unit", ["a"]), Lease)
 
 
-def test_a_unit_is_taken_once(storage):
+def test_a_unit_is_taken_once(storage: optuna.storages.BaseStorage) -> None:
     one, other = Leases(storage, "s"), Leases(storage, "s")
     lease = one.take("unit", ["a"])
     assert isinstance(lease, Lease)
@@ -414,7 +443,9 @@ def test_a_unit_is_taken_once(storage):
 
 
 @pytest.mark.parametrize("here", [True, False], ids=["on this machine", "elsewhere"])
-def test_the_unit_of_a_frozen_worker_is_free_after_a_while(storage, clock, here):
+def test_the_unit_of_a_frozen_worker_is_free_after_a_while(
+    storage: optuna.storages.BaseStorage, clock: dict[str, float], here: bool
+) -> None:
     """Its process lives, but shows no sign of it; woken, it must find its unit gone."""
     late = Leases(storage, "s").take("unit", ["a"])
     if not here:
@@ -428,12 +459,14 @@ def test_the_unit_of_a_frozen_worker_is_free_after_a_while(storage, clock, here)
         late.check()
 
 
-def test_a_lock_that_a_killed_process_left_is_taken_away(folder, monkeypatch):
+def test_a_lock_that_a_killed_process_left_is_taken_away(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also one in a relative folder, as searches have by default."""
     Path("found").mkdir()
     now = 1000.0
 
-    def waited(seconds=0.001):
+    def waited(seconds: float = 0.001) -> float:
         nonlocal now
         now += seconds
         if now > 1060:
@@ -447,14 +480,14 @@ def test_a_lock_that_a_killed_process_left_is_taken_away(folder, monkeypatch):
     assert isinstance(Leases(open_storage(None, Path("found")), "s").take("unit", ["a"]), Lease)
 
 
-def owned(storage, **changes) -> None:
+def owned(storage: optuna.storages.BaseStorage, **changes: Any) -> None:
     """Another owner for the one unit that is taken."""
     (study,) = storage.get_all_studies()
     owner = {**study.user_attrs["owner"], **changes}
     storage.set_study_user_attr(study._study_id, "owner", owner)
 
 
-def test_the_unit_of_a_dead_process_is_free_again(storage):
+def test_the_unit_of_a_dead_process_is_free_again(storage: optuna.storages.BaseStorage) -> None:
     Leases(storage, "s").take("unit", ["a"])
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
@@ -464,14 +497,16 @@ def test_the_unit_of_a_dead_process_is_free_again(storage):
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """A clock that stands still until it is told to go on."""
     clock = {"now": 1000.0}
     monkeypatch.setattr(leases.time, "monotonic", lambda: clock["now"])
     return clock
 
 
-def test_the_unit_of_a_silent_machine_is_free_after_a_while(storage, clock):
+def test_the_unit_of_a_silent_machine_is_free_after_a_while(
+    storage: optuna.storages.BaseStorage, clock: dict[str, float]
+) -> None:
     Leases(storage, "s").take("unit", ["a"])
     owned(storage, machine="elsewhere")
     watcher = Leases(storage, "s")
@@ -485,7 +520,9 @@ def test_the_unit_of_a_silent_machine_is_free_after_a_while(storage, clock):
     assert isinstance(watcher.take("unit", ["a"]), Lease)
 
 
-def test_an_observer_that_was_away_watches_anew(storage, clock):
+def test_an_observer_that_was_away_watches_anew(
+    storage: optuna.storages.BaseStorage, clock: dict[str, float]
+) -> None:
     """After a break of the storage, nobody has shown signs of life for long: all are alive."""
     Leases(storage, "s").take("unit", ["a"])
     owned(storage, machine="elsewhere")
@@ -495,7 +532,9 @@ def test_an_observer_that_was_away_watches_anew(storage, clock):
     assert watcher.take("unit", ["a"]) is None
 
 
-def test_a_container_with_the_same_hostname_is_another_machine(storage, monkeypatch):
+def test_a_container_with_the_same_hostname_is_another_machine(
+    storage: optuna.storages.BaseStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its processes are not ours: that we do not see them does not mean that they are dead."""
     readlink = os.readlink
     with monkeypatch.context() as elsewhere:
@@ -507,7 +546,9 @@ def test_a_container_with_the_same_hostname_is_another_machine(storage, monkeypa
     assert Leases(storage, "s").take("unit", ["a"]) is None
 
 
-def test_a_worker_that_returns_from_the_dead_writes_nothing(storage):
+def test_a_worker_that_returns_from_the_dead_writes_nothing(
+    storage: optuna.storages.BaseStorage,
+) -> None:
     """The other has read what it had shown until then, and shows the rest itself."""
     one, other = {"id": "a", "by": "one"}, {"id": "b", "by": "other"}
     late = Leases(storage, "s").take("unit", ["a", "b"])
@@ -526,14 +567,16 @@ def test_a_worker_that_returns_from_the_dead_writes_nothing(storage):
     assert Leases(storage, "s").take("unit", ["a", "b"]) == {"a": one, "b": other}
 
 
-def test_a_late_worker_hears_that_its_unit_is_gone(finished, folder, monkeypatch):
+def test_a_late_worker_hears_that_its_unit_is_gone(
+    finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between two epochs, and adopts the other's results instead of its own."""
     first = of(finished)[0]
     unit = next(u for u in units(small(), rounds(small(), {})[0], 1) if first["id"] in u.ids)
     records = {r["id"]: r for r in of(finished) if r["id"] in unit.ids}
     run_epoch, others = PopulationTraining.run_epoch, []
 
-    def taken_meanwhile(self):
+    def taken_meanwhile(self: PopulationTraining) -> None:
         run_epoch(self)
         if not others and self.batch_size == first["params"]["batch_size"]:
             storage = open_storage(None, folder)
@@ -553,14 +596,16 @@ def test_a_late_worker_hears_that_its_unit_is_gone(finished, folder, monkeypatch
 
 
 @pytest.mark.parametrize("drawn", [True, False], ids=["drawn one by one", "trained together"])
-def test_a_late_trial_costs_the_search_no_more_than_an_early_one(drawn, folder, monkeypatch):
+def test_a_late_trial_costs_the_search_no_more_than_an_early_one(
+    drawn: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever reads all trials, or all names, is not asked once a trial."""
     asked = Counter()
 
-    def counted(owner, name):
+    def counted(owner: Any, name: str) -> None:
         ask = getattr(owner, name)
 
-        def note(*args, **kwargs):
+        def note(*args: Any, **kwargs: Any) -> Any:
             asked[name] += 1
             return ask(*args, **kwargs)
 
@@ -591,7 +636,9 @@ def death_of(lease: Lease, part: float = 0.0) -> None:
     assert Leases(lease._storage, "s").note_death(me["pid"], me["started"], "killed by SIGKILL")
 
 
-def test_deaths_count_from_the_last_that_left_something_to_go_on_from(storage):
+def test_deaths_count_from_the_last_that_left_something_to_go_on_from(
+    storage: optuna.storages.BaseStorage,
+) -> None:
     seen = []
     for part in (0.0, 0.0, 0.25, 0.25, 0.25):
         lease = Leases(storage, "s").take("unit", ["a"])
@@ -614,7 +661,9 @@ class Flaky:
         return []
 
 
-def test_a_storage_that_comes_back_within_a_minute_is_waited_for(monkeypatch, clock):
+def test_a_storage_that_comes_back_within_a_minute_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, clock: dict[str, float]
+) -> None:
     monkeypatch.setattr(leases.time, "sleep", lambda s: clock.update(now=clock["now"] + s))
     error = optuna.exceptions.StorageInternalError("This is about something else.")
     error.__cause__ = OSError(errno.ECONNREFUSED, "Connection refused")
@@ -631,11 +680,11 @@ def test_a_storage_that_comes_back_within_a_minute_is_waited_for(monkeypatch, cl
 
 
 def test_what_a_worker_finished_while_the_storage_was_away_is_shown_later(
-    finished, folder, monkeypatch
-):
+    finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage = str(folder.parent / "journal.log")
 
-    def away(self, record):
+    def away(self: Lease, record: dict[str, Any]) -> None:
         raise StorageLost("storage x does not answer")
 
     with monkeypatch.context() as lost:
@@ -666,8 +715,12 @@ def test_what_a_worker_finished_while_the_storage_was_away_is_shown_later(
     ],
 )
 def test_a_false_trial_from_another_machine_is_trained_again(
-    finished, folder, changes, message, capsys
-):
+    finished: Path,
+    folder: Path,
+    changes: dict[str, Any] | None,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     storage = str(folder.parent / "journal.log")
     run(small(), folder / "one", workers=0, storage=storage)
     id = of(finished)[0]["id"]
@@ -689,7 +742,7 @@ def test_a_false_trial_from_another_machine_is_trained_again(
 # Other strategies, other models
 
 
-def test_the_second_round_starts_from_the_best_of_the_first(folder):
+def test_the_second_round_starts_from_the_best_of_the_first(folder: Path) -> None:
     again = small(space={**AXES, "max_epochs": [1]}, second_round={"best": 2, "max_epochs": 3})
     records = run(again, folder, workers=0)
     first = sorted((r for r in records if r["round"] == 0), key=lambda r: -r["val_acc"])
@@ -698,7 +751,7 @@ def test_the_second_round_starts_from_the_best_of_the_first(folder):
     assert [r["params"] for r in second] == [{**r["params"], "max_epochs": 3} for r in first[:2]]
 
 
-def test_refining_closes_in(folder):
+def test_refining_closes_in(folder: Path) -> None:
     axes = {"lr": [0.001, 0.01, 0.1], "hidden_units": [5, 20]}
     fixed = {"max_epochs": 1, "batch_size": 64}
     records = run(
@@ -712,7 +765,7 @@ def test_refining_closes_in(folder):
     assert all(params[name] in finer[name] for params in second for name in axes)
 
 
-def test_random_points_of_three_layers(folder):
+def test_random_points_of_three_layers(folder: Path) -> None:
     axes = {
         "hidden_units.1": [5, 6],
         "hidden_units.2": {"low": 4, "high": 9},
@@ -731,7 +784,7 @@ def test_random_points_of_three_layers(folder):
     assert len(checkpoint["hyper_parameters"]["hidden_units"]) == 2
 
 
-def test_optunas_samplers_draw_and_its_pruners_give_up(folder):
+def test_optunas_samplers_draw_and_its_pruners_give_up(folder: Path) -> None:
     axes = {"lr": {"low": 1e-6, "high": 0.1, "log": True}, "hidden_units": [5, 8]}
     strategy = {
         "name": "optuna",
@@ -761,7 +814,9 @@ def test_optunas_samplers_draw_and_its_pruners_give_up(folder):
     ("model", "args"),
     [("Perceptron", {"lr": 0.001}), ("ShallowNetwork", {"lr": 0.01, "optimizer": "adam"})],
 )
-def test_other_models_are_what_the_trainer_makes_of_them(folder, model, args):
+def test_other_models_are_what_the_trainer_makes_of_them(
+    folder: Path, model: str, args: dict[str, float]
+) -> None:
     axes = {name: [value] for name, value in args.items()}
     fixed = {"max_epochs": 2, "batch_size": 16}
     (record,) = run(small(model=model, space=axes, fixed=fixed), folder, workers=0)
@@ -781,7 +836,9 @@ def test_other_models_are_what_the_trainer_makes_of_them(folder, model, args):
 
 
 @pytest.mark.parametrize("model", ["ShallowNetwork", "Perceptron"])
-def test_a_diverging_trial_is_a_row_with_its_reason(folder, model, capsys):
+def test_a_diverging_trial_is_a_row_with_its_reason(
+    folder: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     wanted = small(model=model, space={"lr": [0.001, 1e30]}, fixed={"max_epochs": 3})
     good, bad = run(wanted, folder, workers=0)
     assert good["state"] == "COMPLETE"
@@ -792,7 +849,7 @@ def test_a_diverging_trial_is_a_row_with_its_reason(folder, model, capsys):
     assert load_results(folder)["val_acc"].count() == 1
 
 
-def test_settings_of_the_data_are_axes_like_any_other(folder):
+def test_settings_of_the_data_are_axes_like_any_other(folder: Path) -> None:
     """Small networks together and others alone: each as one search with that setting has it."""
     axes = {"data.normalization": ["unit", "mnist"], "hidden_units": [5, 8]}
     fixed = {"max_epochs": 1, "batch_size": 64}
@@ -821,7 +878,7 @@ class Wide(Perceptron):
 """
 
 
-def test_options_of_ones_own_class_are_axes(folder, monkeypatch):
+def test_options_of_ones_own_class_are_axes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those that it passes on to its base."""
     (folder.parent / "wide.py").write_text(WIDE)
     monkeypatch.syspath_prepend(folder.parent)
@@ -832,13 +889,15 @@ def test_options_of_ones_own_class_are_axes(folder, monkeypatch):
         run(small(model="wide.Wide", space={"momentm": [0.5]}, fixed=FIXED), folder)
 
 
-def test_a_search_where_all_fails_says_so(folder, capsys):
+def test_a_search_where_all_fails_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(small(space={"lr": [1e30]}, fixed={"max_epochs": 2}), folder, workers=0)
     assert "no trial succeeded" in capsys.readouterr().out
     assert not (folder / "checkpoints" / "best.ckpt").exists()
 
 
-def test_a_command_where_all_fails_exits_with_1(folder, capsys):
+def test_a_command_where_all_fails_exits_with_1(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = "search --model ShallowNetwork --space.lr [1e30] --fixed.max_epochs 2 --workers 1"
     assert main([*argv.split(), "--data.source", "digits"]) == 1
     assert "no trial of 1 succeeded, the first: diverged" in capsys.readouterr().err
@@ -856,21 +915,23 @@ def test_a_command_where_all_fails_exits_with_1(folder, capsys):
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize("model", ["ShallowNetwork", "Perceptron"])
-def test_a_lack_of_memory_or_of_a_device_is_no_result(folder, model, error, monkeypatch):
+def test_a_lack_of_memory_or_of_a_device_is_no_result(
+    folder: Path, model: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What can be trained is, and the same command trains the rest once there is room."""
     axes = {"lr": [0.002, 0.001], "batch_size": [16, 64]}
     wanted = small(model=model, space=axes, fixed={"max_epochs": 1})
 
     class Lacking:
-        def __init__(self, function):
+        def __init__(self, function: Callable[..., Any]) -> None:
             self.function = function
 
-        def __call__(self, *args, **kwargs):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
             if 16 in args or kwargs.get("batch_size") == 16:
                 raise error
             return self.function(*args, **kwargs)
 
-    def fit(search, data, trial, epoch_done):
+    def fit(search: Search, data: MNISTDataModule, trial: space.Trial, epoch_done: Any) -> Any:
         if trial.params["batch_size"] == 16:
             raise error
         return whole_fit(search, data, trial, epoch_done)
@@ -899,8 +960,8 @@ def test_a_lack_of_memory_or_of_a_device_is_no_result(folder, model, error, monk
     ],
 )
 def test_a_trainer_or_device_that_is_not_there_is_refused_at_once(
-    folder, trainer_options, device, message
-):
+    folder: Path, trainer_options: dict[str, Any], device: str, message: str
+) -> None:
     wanted = one_trial(model="Perceptron", trainer=trainer_options)
     with pytest.raises(ValueError, match=message) as caught:
         run(wanted, folder, workers=0, device=device)
@@ -924,7 +985,9 @@ class Poison(Perceptron):
 
 
 @pytest.mark.slow
-def test_a_trial_that_kills_its_workers_fails_after_three(folder, monkeypatch):
+def test_a_trial_that_kills_its_workers_fails_after_three(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the others are finished by the same command."""
     (folder.parent / "poison.py").write_text(POISON)
     monkeypatch.syspath_prepend(folder.parent)
@@ -936,17 +999,17 @@ def test_a_trial_that_kills_its_workers_fails_after_three(folder, monkeypatch):
     assert (folder.parent / "deaths").read_text() == "xxx"
 
 
-def test_the_test_images_are_never_touched(folder, monkeypatch):
+def test_the_test_images_are_never_touched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = MNISTDataModule.setup
 
     class Untouchable:
-        def __init__(self, n):
+        def __init__(self, n: int) -> None:
             self.n = n
 
-        def __len__(self):
+        def __len__(self) -> int:
             return self.n
 
-    def without_test_images(self, stage=None):
+    def without_test_images(self: MNISTDataModule, stage: str | None = None) -> None:
         setup(self, stage)
         self.test_set = Untouchable(len(self.test_set))
 
@@ -962,7 +1025,9 @@ def test_the_test_images_are_never_touched(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
-def test_shipped_searches_are_what_they_say(config, monkeypatch, tmp_path):
+def test_shipped_searches_are_what_they_say(
+    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)  # found by their bare names
     first = config.read_text().splitlines()[0]
     assert first == f"# python -m mnist_lightning search --config {config.name}"
@@ -984,7 +1049,7 @@ def test_shipped_searches_are_what_they_say(config, monkeypatch, tmp_path):
         assert len(rounds(wanted, {})[0]) == counts[config.stem]
 
 
-def test_a_search_of_too_many_trials_is_refused_at_once(folder):
+def test_a_search_of_too_many_trials_is_refused_at_once(folder: Path) -> None:
     axes = {"lr": [i / 1e4 for i in range(1, 1001)], "hidden_units": list(range(1, 801))}
     with pytest.raises(ValueError, match="a search of 800,000 trials: at most 100,000"):
         small(space=axes, fixed={"max_epochs": 1}).check()
@@ -994,13 +1059,13 @@ def test_a_search_of_too_many_trials_is_refused_at_once(folder):
             small(space=drawn, fixed={"max_epochs": 1}, strategy={"name": name, "n": 10**6}).check()
 
 
-def test_the_values_of_a_large_grid_are_all_checked(folder):
+def test_the_values_of_a_large_grid_are_all_checked(folder: Path) -> None:
     axes = {"lr": [i / 1e4 for i in range(1, 101)], "hidden_units": [*range(1, 101), -7]}
     with pytest.raises(ValueError, match=r"refuses .*-7"):
         small(space=axes, fixed={"max_epochs": 1}).check()
 
 
-def test_flags_win_over_the_file(folder, capsys):
+def test_flags_win_over_the_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = "search --config shallow_grid --data.source digits --workers 1 --name mine"
     argv += " --space.batch_size [64] --space.max_epochs [1] --space.lr [1e-1] --seeds [3]"
     assert main(argv.split()) == 0
@@ -1048,7 +1113,9 @@ def test_flags_win_over_the_file(folder, capsys):
         ({"data": {"source": "digits", "split": "mine"}}, "split must be one of"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_trained(folder, changes, message):
+def test_what_cannot_work_is_refused_before_anything_is_trained(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         run(small(**{"space": {"lr": [0.1]}, "fixed": FIXED, **changes}), folder)
     assert len(str(caught.value).splitlines()) <= 2
@@ -1067,14 +1134,18 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(folder, changes,
         ("--space.lr [0.1]", "model"),
     ],
 )
-def test_a_command_that_cannot_be_understood_ends_in_a_line_or_two(folder, argv, message, capsys):
+def test_a_command_that_cannot_be_understood_ends_in_a_line_or_two(
+    folder: Path, argv: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["search", *argv.split()]) != 0
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) <= 2
 
 
-def test_another_search_or_other_data_may_not_use_the_folder(finished, tmp_path):
+def test_another_search_or_other_data_may_not_use_the_folder(
+    finished: Path, tmp_path: Path
+) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
     before = of(copy)
     with pytest.raises(ValueError, match=r"another search: its space.lr is \[0.1, 0.01\], not"):
@@ -1092,8 +1163,8 @@ def test_another_search_or_other_data_may_not_use_the_folder(finished, tmp_path)
 @pytest.mark.parametrize("content", ["", '{"id": "', "[]", '{"id": "other"}'])
 @pytest.mark.parametrize("shown", [True, False], ids=["others have it", "nobody has it"])
 def test_a_damaged_trial_is_set_aside_and_the_others_stay(
-    finished, tmp_path, content, shown, capsys
-):
+    finished: Path, tmp_path: Path, content: str, shown: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
     victim = sorted((copy / "trials").iterdir())[0]
     kept = {file: file.read_bytes() for file in (copy / "trials").iterdir() if file != victim}
@@ -1110,7 +1181,7 @@ def test_a_damaged_trial_is_set_aside_and_the_others_stay(
     assert without_time(of(copy)) == without_time(of(finished))
 
 
-def test_any_flipped_bit_of_a_trial_is_noticed(finished, tmp_path):
+def test_any_flipped_bit_of_a_trial_is_noticed(finished: Path, tmp_path: Path) -> None:
     """Also that of a digit, in what the figures of the trial do not contradict."""
     copy = shutil.copytree(finished, tmp_path / "copy")
     file = sorted((copy / "trials").iterdir())[0]
@@ -1144,7 +1215,12 @@ def empty(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, empty])
-def test_a_winner_with_damaged_weights_is_trained_again(finished, tmp_path, damage, capsys):
+def test_a_winner_with_damaged_weights_is_trained_again(
+    finished: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
     best = copy / "checkpoints" / "best.ckpt"
     winner = torch.load(best, weights_only=True)
@@ -1162,12 +1238,16 @@ def test_a_winner_with_damaged_weights_is_trained_again(finished, tmp_path, dama
 
 @pytest.mark.parametrize("damage", [flip, cut, empty])
 def test_a_damaged_state_is_set_aside_and_trained_from_the_start(
-    finished, folder, damage, monkeypatch, capsys
-):
+    finished: Path,
+    folder: Path,
+    damage: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setattr(worker, "SNAPSHOT_SECONDS", 0.0)
     run_epoch = PopulationTraining.run_epoch
 
-    def interrupted(self):
+    def interrupted(self: PopulationTraining) -> None:
         if self.epoch == 2:
             raise KeyboardInterrupt
         run_epoch(self)
@@ -1184,7 +1264,7 @@ def test_a_damaged_state_is_set_aside_and_trained_from_the_start(
     assert [file.name for file in (folder / "state").iterdir()] == [f"{state.name}.damaged"]
 
 
-def test_a_damaged_search_json_is_named(finished, tmp_path):
+def test_a_damaged_search_json_is_named(finished: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
     (copy / "search.json").write_text("{")
     with pytest.raises(ValueError, match=r"search\.json is damaged"):
@@ -1197,7 +1277,7 @@ def closed_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_an_unreachable_storage_is_named_without_its_password(folder, tmp_path):
+def test_an_unreachable_storage_is_named_without_its_password(folder: Path, tmp_path: Path) -> None:
     url = f"postgresql://me:secret@127.0.0.1:{closed_port()}/x"
     with pytest.raises(ValueError, match="postgresql://me@127") as caught:
         run(one_trial(), folder, storage=url)
@@ -1212,7 +1292,7 @@ def test_an_unreachable_storage_is_named_without_its_password(folder, tmp_path):
         run(one_trial(), folder, storage=str(tmp_path / "text.log"))
 
 
-def test_load_results_of_no_search_is_refused(tmp_path):
+def test_load_results_of_no_search_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not the folder of a search"):
         load_results(tmp_path)
 
@@ -1255,7 +1335,9 @@ WANTED = {
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments_and_resumed_nothing_is_lost_nor_done_twice(tmp_path):
+def test_killed_at_twenty_moments_and_resumed_nothing_is_lost_nor_done_twice(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED, sort_keys=False))
     generator = random.Random(0)
     folder = tmp_path / "killed"
@@ -1283,7 +1365,7 @@ def test_killed_at_twenty_moments_and_resumed_nothing_is_lost_nor_done_twice(tmp
 
 
 @pytest.mark.slow
-def test_when_the_command_is_killed_its_workers_leave(tmp_path):
+def test_when_the_command_is_killed_its_workers_leave(tmp_path: Path) -> None:
     wanted = {**WANTED, "space": {**WANTED["space"], "max_epochs": [5000]}}
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted, sort_keys=False))
     process = start(tmp_path / "found", "--workers", "2")
@@ -1303,7 +1385,9 @@ def test_when_the_command_is_killed_its_workers_leave(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("to_all", [True, False], ids=["to all", "to the command"])
-def test_a_signal_leaves_a_clean_state(tmp_path, number, code, to_all):
+def test_a_signal_leaves_a_clean_state(
+    tmp_path: Path, number: int, code: int, to_all: bool
+) -> None:
     wanted = {**WANTED, "space": {**WANTED["space"], "max_epochs": [5000]}}
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted, sort_keys=False))
     process = start(tmp_path / "found", "--workers", "2")
@@ -1321,7 +1405,7 @@ def test_a_signal_leaves_a_clean_state(tmp_path, number, code, to_all):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wait", [0.1, 0.8, 1.6])
-def test_ctrl_c_while_workers_import_prints_no_traceback(tmp_path, wait):
+def test_ctrl_c_while_workers_import_prints_no_traceback(tmp_path: Path, wait: float) -> None:
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED, sort_keys=False))
     process = start(tmp_path / "found", "--workers", "2")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -1337,7 +1421,7 @@ def test_ctrl_c_while_workers_import_prints_no_traceback(tmp_path, wait):
 
 
 @pytest.mark.slow
-def test_workers_killed_at_random_are_replaced(tmp_path):
+def test_workers_killed_at_random_are_replaced(tmp_path: Path) -> None:
     """One command, no rerun: each trial once, with the bits of an undisturbed search."""
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED, sort_keys=False))
     process = start(tmp_path / "found", "--workers", "3")
@@ -1399,7 +1483,9 @@ DRAWN = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", [WANTED, DRAWN], ids=["grid", "optuna"])
-def test_a_machine_that_was_frozen_beyond_its_lease_agrees_with_the_other(tmp_path, wanted):
+def test_a_machine_that_was_frozen_beyond_its_lease_agrees_with_the_other(
+    tmp_path: Path, wanted: dict[str, Any]
+) -> None:
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted, sort_keys=False))
 
     def machine(name: str, frozen: str) -> subprocess.Popen:
@@ -1472,12 +1558,12 @@ def two_machines(
 
 
 @pytest.mark.slow
-def test_two_machines_meet_in_a_journal_file(tmp_path):
+def test_two_machines_meet_in_a_journal_file(tmp_path: Path) -> None:
     two_machines(tmp_path, str(tmp_path / "journal.log"))
 
 
 @pytest.mark.slow
-def test_two_containers_with_one_hostname_share_the_trials(tmp_path):
+def test_two_containers_with_one_hostname_share_the_trials(tmp_path: Path) -> None:
     """Process namespaces of their own, as in two containers: neither sees the other's workers."""
     own = ["unshare", "--fork", "--pid", "--mount-proc"]
     if subprocess.run([*own, "true"], capture_output=True).returncode:
@@ -1486,7 +1572,7 @@ def test_two_containers_with_one_hostname_share_the_trials(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines_meet_at_optunas_grpc_proxy(tmp_path):
+def test_two_machines_meet_at_optunas_grpc_proxy(tmp_path: Path) -> None:
     port = closed_port()
     code = (
         "import optuna\n"
@@ -1509,7 +1595,7 @@ class Server(NamedTuple):
 
 
 @pytest.fixture
-def postgres():
+def postgres() -> Iterator[Server]:
     """A PostgreSQL server of our own, from the programs on this machine."""
     installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     initdb = str(installed[-1]) if installed else shutil.which("initdb")
@@ -1539,12 +1625,12 @@ def postgres():
 
 
 @pytest.mark.postgres
-def test_two_machines_meet_in_postgresql(tmp_path, postgres):
+def test_two_machines_meet_in_postgresql(tmp_path: Path, postgres: Server) -> None:
     two_machines(tmp_path, postgres.address)
 
 
 @pytest.mark.postgres
-def test_machines_wait_for_a_postgresql_that_is_restarted(tmp_path, postgres):
+def test_machines_wait_for_a_postgresql_that_is_restarted(tmp_path: Path, postgres: Server) -> None:
     def restart() -> None:
         postgres.stop()
         time.sleep(10)
@@ -1555,7 +1641,7 @@ def test_machines_wait_for_a_postgresql_that_is_restarted(tmp_path, postgres):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["frozen", "never_woken", "full"])
-def test_a_disturbed_search_finishes_each_trial_once(tmp_path, name):
+def test_a_disturbed_search_finishes_each_trial_once(tmp_path: Path, name: str) -> None:
     """The short version of benchmarks/searches.py."""
     (tmp_path / name).mkdir()
     calm = searches.undisturbed(tmp_path / "undisturbed")
