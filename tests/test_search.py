@@ -29,6 +29,7 @@ from conftest import trainer
 
 from mnist_lightning import MNISTDataModule
 from mnist_lightning.__main__ import main
+from mnist_lightning.data import module
 from mnist_lightning.models.multilayer import ShallowNetwork
 from mnist_lightning.models.perceptron import Perceptron
 from mnist_lightning.search import leases, plan, space, worker
@@ -286,6 +287,20 @@ def test_one_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(wanted, folder.parent / "other", workers=0)
     said = capsys.readouterr().out
     assert "trains 1 trial: 1 network in 1 population; 1 worker\n" in said
+
+
+def test_the_time_left_follows_from_the_work_that_is_done(
+    folder: Path, clock: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = Results(folder)
+    results.open({})
+    progress = Progress(small(), results, 1000)
+    longer, shorter = units(small(), rounds(small(), {})[0], 1000)
+    progress.note(longer.name, 0.0)
+    clock["now"] += 40
+    progress.note(longer.name, 1.0)
+    progress.show()
+    assert capsys.readouterr().out == f"0/16 trials, {40 * shorter.work / longer.work:.0f} s left\n"
 
 
 def test_what_files_hold_cannot_steer_the_terminal(
@@ -866,6 +881,17 @@ def test_settings_of_the_data_are_axes_like_any_other(folder: Path) -> None:
     axes = {"data.normalization": ["unit", "mnist"]}
     perceptrons = run(small(model="Perceptron", space=axes, fixed=fixed), folder / "p", workers=0)
     assert perceptrons[0]["curves"] != perceptrons[1]["curves"]
+
+
+def test_a_worker_reads_the_images_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not again for each trial of the Trainer."""
+    reads = []
+    read_digits = module.read_digits
+    monkeypatch.setattr(module, "read_digits", lambda: reads.append(1) or read_digits())
+    wanted = small(model="Perceptron", space={"lr": [0.001, 0.0005, 0.0001]}, fixed=FIXED)
+    records = run(wanted, folder, workers=0)
+    assert {record["state"] for record in records} == {"COMPLETE"}
+    assert len(reads) == 2  # the command, and its worker
 
 
 WIDE = """
@@ -1450,7 +1476,6 @@ MACHINE = """
 import os, signal, sys, time
 from pathlib import Path
 from mnist_lightning.search import leases
-from mnist_lightning.__main__ import main
 from mnist_lightning.training.population import PopulationTraining
 
 leases.HEARTBEAT_SECONDS, leases.STALE_SECONDS = 0.2, 2.0
