@@ -245,6 +245,36 @@ def ranking(
     return sorted(configurations.values(), key=rank)
 
 
+class _Trials:
+    """The trials of a search so far: each once, numbered in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[str, Trial] = {}
+        self.next_number = 0
+
+    def add(
+        self,
+        combinations: Sequence[Mapping[str, Any]],
+        seeds: Sequence[int],
+        round: int,
+        generation: int,
+    ) -> list[Trial]:
+        """Adds each combination with each seed; returns the trials that are new."""
+        new = []
+        for params in combinations:
+            for seed in seeds:
+                trial = Trial({**params, "seed": seed}, self.next_number, round, generation)
+                if self.by_id.setdefault(trial.id, trial) is trial:
+                    new.append(trial)
+                    self.next_number += 1
+        return new
+
+    def best(self, scores: Mapping[str, Score | None], k: int = 1) -> list[dict[str, Any]]:
+        """The ``k`` best configurations, given the scores of all trials by id."""
+        scored = ((trial.params, scores[id]) for id, trial in self.by_id.items())
+        return best([(params, score) for params, score in scored if score is not None], k)
+
+
 def rounds(
     space: Space,
     strategy: Mapping[str, Any],
@@ -277,48 +307,29 @@ def rounds(
     scores = scores or {}
     strategy = options(strategy)
     newest = {"space": space, "strategy": strategy, "fixed": fixed or {}, "seeds": seeds}
-    known: dict[str, Trial] = {}
-    next_number = 0
-
-    def new(
-        combinations: Sequence[Mapping[str, Any]], seeds: Sequence[int], round: int, generation: int
-    ) -> list[Trial]:
-        nonlocal next_number
-        fresh = []
-        for params in combinations:
-            for seed in seeds:
-                trial = Trial({**params, "seed": seed}, next_number, round, generation)
-                if known.setdefault(trial.id, trial) is trial:
-                    fresh.append(trial)
-                    next_number += 1
-        return fresh
-
-    def ranked(k: int) -> list[dict[str, Any]]:
-        scored = ((trial.params, scores[id]) for id, trial in known.items())
-        return best([(params, score) for params, score in scored if score is not None], k)
-
+    trials = _Trials()
     first: list[Trial] = []
     combinations: list[dict[str, Any]] = []
     for generation, definition in enumerate([*grown_from, newest]):
         combinations = _first(definition, combinations)
-        first += new(combinations, definition["seeds"], 0, generation)
-        next_number = max(next_number, definition.get("numbers", 0))
+        first += trials.add(combinations, definition["seeds"], 0, generation)
+        trials.next_number = max(trials.next_number, definition.get("numbers", 0))
     yield first
     number, generation = 0, len(grown_from)
     for number in range(strategy.get("rounds", 1)):
         if number:
             combinations = [{**(fixed or {}), **params} for params in grid(space)]
-            yield new(combinations, seeds, number, generation)
-        if not known.keys() <= scores.keys() or not (winner := ranked(1)):
+            yield trials.add(combinations, seeds, number, generation)
+        if not trials.by_id.keys() <= scores.keys() or not (winner := trials.best(scores)):
             return
         if strategy["name"] == "refine":
             space = refine(space, winner[0])
     if second_round:
         again = [
             {**params, "max_epochs": second_round["max_epochs"]}
-            for params in ranked(second_round["best"])
+            for params in trials.best(scores, second_round["best"])
         ]
-        yield new(again, seeds, number + 1, generation)
+        yield trials.add(again, seeds, number + 1, generation)
 
 
 def _first(definition: Mapping[str, Any], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
