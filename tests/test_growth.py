@@ -54,7 +54,7 @@ def larger(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Networks of each population that begins to train."""
+    """The number of networks of each population that begins to train."""
     seen = []
     run_epoch = PopulationTraining.run_epoch
 
@@ -109,7 +109,7 @@ def test_no_network_is_trained_again(
 def test_an_interrupted_search_grows_without_another_bit(
     small: Path, larger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where it was cut within a unit: that goes on from its state."""
+    """Also where it was interrupted within a unit, which continues from its state."""
     monkeypatch.setattr("mnist_lightning.search.worker.SNAPSHOT_SECONDS", 0.0)
     begun = search(space={**LARGER["space"], "lr": [0.1, 0.01]}, fixed={"batch_size": 64})
     whole = of_run(begun, tmp_path / "whole")
@@ -191,7 +191,7 @@ def test_optuna_draws_on_as_if_it_had_known_all_along(tmp_path: Path) -> None:
 
 
 def test_optunas_axes_grow_also_those_of_categories(tmp_path: Path) -> None:
-    """Its studies refuse that: each space has one of its own, and learns from the others."""
+    """Optuna's studies refuse that: each space has its own study, and learns from the others."""
     folder = tmp_path / "grown"
     before = of_run(sampled(4), folder)
     axes = {"lr": {"low": 1e-6, "high": 0.5, "log": True}, "hidden_units": [5, 8, 11]}
@@ -293,7 +293,7 @@ def test_a_wider_space_needs_more_draws(tmp_path: Path) -> None:
 def test_a_worker_of_the_old_definition_finds_its_trials_done(
     larger: Path, tmp_path: Path, trained: list[int]
 ) -> None:
-    """It began before the search grew, and goes on beside the workers of the new one."""
+    """It began before the search grew, and continues beside the workers of the new one."""
     folder = shutil.copytree(larger, tmp_path / "copy")
     before = files(folder)
     storage = open_storage(None, folder)

@@ -167,7 +167,7 @@ def test_results_are_loaded_as_a_report_is_and_hold_numbers(finished: Path, fold
 
 
 def val_acc(checkpoint: Path) -> float:
-    """What the weights in a checkpoint are worth, without any code of the search."""
+    """The validation accuracy of a checkpoint's weights, computed without the search's code."""
     model = ShallowNetwork.load_from_checkpoint(checkpoint).eval()
     data = MNISTDataModule(source="digits")
     data.setup()
@@ -276,7 +276,7 @@ def test_the_table_has_a_row_for_each_configuration_the_winner_first(
 
 
 def test_one_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And before the first trial is done, nothing is promised."""
+    """And before the first trial is done, no time left is shown."""
     wanted = one_trial()
     results = Results(folder)
     results.open({})
@@ -420,7 +420,7 @@ def test_machines_without_a_common_folder_share_the_trials(
     assert "on the machine that trained it" in capsys.readouterr().out
 
 
-def test_a_lost_or_damaged_journal_is_made_anew(
+def test_a_lost_or_damaged_journal_is_made_again(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
@@ -461,7 +461,7 @@ def test_a_unit_is_taken_once(storage: optuna.storages.BaseStorage) -> None:
 def test_the_unit_of_a_frozen_worker_is_free_after_a_while(
     storage: optuna.storages.BaseStorage, clock: dict[str, float], here: bool
 ) -> None:
-    """Its process lives, but shows no sign of it; woken, it must find its unit gone."""
+    """Its process exists without a sign of life; when it wakes up, its lease is lost."""
     late = Leases(storage, "s").take("unit", ["a"])
     if not here:
         owned(storage, machine="elsewhere")
@@ -477,7 +477,7 @@ def test_the_unit_of_a_frozen_worker_is_free_after_a_while(
 def test_a_lock_that_a_killed_process_left_is_taken_away(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one in a relative folder, as searches have by default."""
+    """Also in a relative folder, which is the default."""
     Path("found").mkdir()
     now = 1000.0
 
@@ -513,7 +513,7 @@ def test_the_unit_of_a_dead_process_is_free_again(storage: optuna.storages.BaseS
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """A clock that stands still until it is told to go on."""
+    """A clock that a test moves on."""
     clock = {"now": 1000.0}
     monkeypatch.setattr(leases.time, "monotonic", lambda: clock["now"])
     return clock
@@ -538,7 +538,7 @@ def test_the_unit_of_a_silent_machine_is_free_after_a_while(
 def test_an_observer_that_was_away_watches_anew(
     storage: optuna.storages.BaseStorage, clock: dict[str, float]
 ) -> None:
-    """After a break of the storage, nobody has shown signs of life for long: all are alive."""
+    """After a failure of the storage no worker has shown a sign of life, though all are alive."""
     Leases(storage, "s").take("unit", ["a"])
     owned(storage, machine="elsewhere")
     watcher = Leases(storage, "s")
@@ -550,7 +550,7 @@ def test_an_observer_that_was_away_watches_anew(
 def test_a_container_with_the_same_hostname_is_another_machine(
     storage: optuna.storages.BaseStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its processes are not ours: that we do not see them does not mean that they are dead."""
+    """Its processes cannot be seen from here; that does not mean that they are dead."""
     readlink = os.readlink
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(
@@ -564,7 +564,7 @@ def test_a_container_with_the_same_hostname_is_another_machine(
 def test_a_worker_that_returns_from_the_dead_writes_nothing(
     storage: optuna.storages.BaseStorage,
 ) -> None:
-    """The other has read what it had shown until then, and shows the rest itself."""
+    """The other worker has read the records published until then, and publishes the rest itself."""
     one, other = {"id": "a", "by": "one"}, {"id": "b", "by": "other"}
     late = Leases(storage, "s").take("unit", ["a", "b"])
     late.publish(one)
@@ -582,7 +582,7 @@ def test_a_worker_that_returns_from_the_dead_writes_nothing(
     assert Leases(storage, "s").take("unit", ["a", "b"]) == {"a": one, "b": other}
 
 
-def test_a_late_worker_hears_that_its_unit_is_gone(
+def test_a_late_worker_notices_that_its_unit_is_lost(
     finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two epochs, and adopts the other's results instead of its own."""
@@ -614,7 +614,7 @@ def test_a_late_worker_hears_that_its_unit_is_gone(
 def test_a_late_trial_costs_the_search_no_more_than_an_early_one(
     drawn: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever reads all trials, or all names, is not asked once a trial."""
+    """Functions that read all trials or all names are not called for each trial."""
     asked = Counter()
 
     def counted(owner: Any, name: str) -> None:
@@ -706,7 +706,7 @@ def test_what_a_worker_finished_while_the_storage_was_away_is_shown_later(
         lost.setattr(Lease, "publish", away)
         with pytest.raises(StorageLost):
             run(small(space={**AXES, "batch_size": [16]}), folder / "one", workers=0)
-        assert len(list((folder / "one" / "trials").iterdir())) == 1  # it was written all the same
+        assert len(list((folder / "one" / "trials").iterdir())) == 1  # it was written even so
     run(small(), folder / "two", workers=0)  # all done, in a storage of its own
     run(small(), folder / "two", workers=0, storage=storage)
     monkeypatch.setattr(PopulationTraining, "run_epoch", lambda self: pytest.fail("trained"))
@@ -865,7 +865,7 @@ def test_a_diverging_trial_is_a_row_with_its_reason(
 
 
 def test_settings_of_the_data_are_axes_like_any_other(folder: Path) -> None:
-    """Small networks together and others alone: each as one search with that setting has it."""
+    """With each setting, the results are those of a search with that setting alone."""
     axes = {"data.normalization": ["unit", "mnist"], "hidden_units": [5, 8]}
     fixed = {"max_epochs": 1, "batch_size": 64}
     both = run(small(space=axes, fixed=fixed), folder / "both", workers=0)
@@ -944,7 +944,7 @@ def test_a_command_where_all_fails_exits_with_1(
 def test_a_lack_of_memory_or_of_a_device_is_no_result(
     folder: Path, model: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What can be trained is, and the same command trains the rest once there is room."""
+    """The other trials are trained, and the same command trains the rest once there is memory."""
     axes = {"lr": [0.002, 0.001], "batch_size": [16, 64]}
     wanted = small(model=model, space=axes, fixed={"max_epochs": 1})
 
@@ -1208,7 +1208,7 @@ def test_a_damaged_trial_is_set_aside_and_the_others_stay(
 
 
 def test_any_flipped_bit_of_a_trial_is_noticed(finished: Path, tmp_path: Path) -> None:
-    """Also that of a digit, in what the figures of the trial do not contradict."""
+    """Also in a digit that no other figure of the trial contradicts."""
     copy = shutil.copytree(finished, tmp_path / "copy")
     file = sorted((copy / "trials").iterdir())[0]
     whole = file.read_bytes()
@@ -1348,7 +1348,7 @@ def start(folder: Path, *argv: str, within: Sequence[str] = ()) -> subprocess.Po
 
 
 def kill(process: subprocess.Popen) -> None:
-    """The command and its workers, at once, without a word."""
+    """Kills the command and its workers with SIGKILL."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -1376,7 +1376,7 @@ def test_killed_at_twenty_moments_and_resumed_nothing_is_lost_nor_done_twice(
         time.sleep(generator.uniform(0, 8))
         kill(process)
         for file in folder.glob("trials/[!.]*.json"):
-            record = json.loads(file.read_text())  # whole, whatever the moment
+            record = json.loads(file.read_text())  # whole at any moment
             stamp = file.stat().st_mtime_ns
             assert written.setdefault(record["id"], stamp) == stamp, "written twice"
     last = start(folder, "--workers", "2")
@@ -1471,7 +1471,7 @@ def test_workers_killed_at_random_are_replaced(tmp_path: Path) -> None:
     assert without_time(of(tmp_path / "found")) == without_time(undisturbed)
 
 
-# What `two machines` of the tests below run: their own folder, a short lease, and a sleep in it.
+# What each of two machines runs below, in its own folder; one freezes for longer than its lease.
 MACHINE = """
 import os, signal, sys, time
 from pathlib import Path
