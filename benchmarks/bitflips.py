@@ -105,8 +105,8 @@ def kinds(run: Path, search: Path) -> dict[str, tuple[Path, Callable[[Path], Any
     weights = search / "checkpoints" / f"{trial.stem}.ckpt"
     state = next((search / "state").glob("*.pt"))
     remedy = "restore it"
-    identity = read_json(search / "search.json", remedy)
-    del identity["provenance"]
+    definition = read_json(search / "search.json", remedy)
+    del definition["provenance"]
     other = "the other checkpoint is named"
     again = "set aside, trained again, said"
     return {
@@ -127,7 +127,7 @@ def kinds(run: Path, search: Path) -> dict[str, tuple[Path, Callable[[Path], Any
         ),
         "`search.json`": (
             search / "search.json",
-            lambda f: Results(search).open(identity) or read_json(f, remedy),
+            lambda f: Results(search).open(definition) or read_json(f, remedy),
             "refused, as damaged or as of another search",
         ),
         "`test.json`": (run / "test.json", lambda f: evaluations.read(f.parent), "refused"),

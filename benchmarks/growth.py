@@ -12,7 +12,7 @@ divided by the speed of a large matrix product on this machine (fp32, 1024 x 102
 the runs with as many threads (one) and taken at its fastest. For W weights, of which F are in the
 first layer, an image costs 2 W operations forward, 2 W for the gradient of the weights, 2 (W - F)
 for that of the layers' inputs, and in the validation 2 W. That counts every pixel; a population
-leaves out those that are dark in all images of a block. Bytes bind less than operations: the
+leaves out those that are zero in all images of a block. Bytes bind less than operations: the
 weights of such networks lie in the processor's cache.
 """
 

@@ -8,7 +8,7 @@
 - grid: a search of 5,000 trials on the digits, one epoch each, in one process: networks that are
   trained together, a hundred at a time. Processor time of a trial: the last tenth beside the first.
 - drawn: the same of trials that a sampler draws one by one: the last 250 beside the first 250.
-  Those between are drawn, claimed and written like these, but not trained: that would take long.
+  Those between are drawn, leased and written like these, but not trained: that would take long.
 - runs: the whole command in a folder of 1,000 runs (copies of one) beside a folder of one run.
 - together: eight `fit` started at once in one folder.
 
@@ -37,7 +37,7 @@ from mnist_lightning.files import write_json
 from mnist_lightning.provenance import provenance
 from mnist_lightning.runs.folder import newest_first
 from mnist_lightning.search.command import run
-from mnist_lightning.search.leases import Claim
+from mnist_lightning.search.leases import Lease
 from mnist_lightning.search.plan import Search
 from mnist_lightning.search.results import Record, Results, new_record
 from mnist_lightning.search.space import Trial
@@ -52,8 +52,8 @@ TITLE = "## Load"
 INTRODUCTION = """`python benchmarks/load.py`; how each row is measured is said there, and every
 measurement is in [load.json](results/load.json). The machine was not idle: the rows compare
 processor time, within one process or of commands that alternate. Trials that are drawn one by one
-slow down. A profile shows Optuna's journal reading the names of all claims to find one, and `ask`
-reading all earlier trials; claims that read no names took away a sixth of the growth, so the
+slow down. A profile shows Optuna's journal reading the names of all leases to find one, and `ask`
+reading all earlier trials; leases that read no names took away a sixth of the growth, so the
 rest is not fully explained."""
 
 
@@ -137,12 +137,12 @@ def drawn(count: int = 5000, trained: int = 250) -> dict[str, Any]:
     train = Worker._train_alone
     curves = {"train_loss": [2.0], "val_loss": [2.0], "val_acc": [0.1]}
 
-    def train_some(self: Worker, trial: Trial, id: str, claim: Claim, *prune: Any) -> Record:
+    def train_some(self: Worker, trial: Trial, id: str, lease: Lease, *prune: Any) -> Record:
         if trained <= trial.number < count - trained:
             record = new_record(trial, id, curves, 0.0)
-            self._write(claim, record)
+            self._write(lease, record)
             return record
-        return train(self, trial, id, claim, *prune)
+        return train(self, trial, id, lease, *prune)
 
     with quietly() as folder, mock.patch.object(Worker, "_train_alone", train_some):
         written = moments(search, Path(folder))

@@ -70,10 +70,10 @@ class Outcome(NamedTuple):
 
 def disturbed() -> None:
     """In a worker: a short lease; and one of them freezes itself in the middle of a unit."""
-    from mnist_lightning.search import leases as claims
+    from mnist_lightning.search import leases
     from mnist_lightning.training.population import PopulationTraining
 
-    claims.HEARTBEAT_SECONDS, claims.STALE_SECONDS = 0.5, 5.0
+    leases.HEARTBEAT_SECONDS, leases.STALE_SECONDS = 0.5, 5.0
     run_epoch = PopulationTraining.run_epoch
 
     def freeze_once(self: Any) -> None:

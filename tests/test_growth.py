@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_search import of, without_time
@@ -17,7 +18,7 @@ from mnist_lightning.search.worker import Worker
 from mnist_lightning.training.population import PopulationTraining
 
 
-def search(**changes) -> Search:
+def search(**changes: Any) -> Search:
     settings = {
         "name": "grown",
         "model": "ShallowNetwork",
@@ -36,7 +37,7 @@ LARGER = {
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Path:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished search; to be read only."""
     folder = tmp_path_factory.mktemp("growth") / "small"
     run(search(), folder, workers=0)
@@ -44,7 +45,7 @@ def small(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def larger(small, tmp_path_factory) -> Path:
+def larger(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What it grew to; to be read only."""
     folder = shutil.copytree(small, tmp_path_factory.mktemp("growth") / "larger")
     run(search(**LARGER), folder, workers=0)
@@ -52,12 +53,12 @@ def larger(small, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def trained(monkeypatch) -> list[int]:
-    """Networks of each population that begins to train."""
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of networks of each population that begins to train."""
     seen = []
     run_epoch = PopulationTraining.run_epoch
 
-    def noted(self):
+    def noted(self: PopulationTraining) -> None:
         if self.epoch == 0:
             seen.append(len(self.members))
         run_epoch(self)
@@ -67,26 +68,30 @@ def trained(monkeypatch) -> list[int]:
 
 
 def files(folder: Path) -> dict[Path, bytes]:
-    found = [*(folder / "trials").iterdir(), *(folder / "checkpoints").glob("[!b]*.ckpt")]
-    return {file.relative_to(folder): file.read_bytes() for file in found}
+    kept = [*(folder / "trials").iterdir(), *(folder / "checkpoints").glob("[!b]*.ckpt")]
+    return {file.relative_to(folder): file.read_bytes() for file in kept}
 
 
-def test_what_is_there_is_kept_to_the_byte_and_the_rest_is_trained(small, larger):
+def test_what_is_there_is_kept_to_the_byte_and_the_rest_is_trained(
+    small: Path, larger: Path
+) -> None:
     before, after = files(small), files(larger)
     assert {name: after[name] for name in before} == before
     records = of(larger)
     kept = {record["id"] for record in of(small)}
     assert [record["id"] in kept for record in records] == [True] * 4 + [False] * 20
     assert [record["number"] for record in records] == list(range(24))
-    cells = space.grid({**LARGER["space"], "seed": [0, 1]})
-    found = [
+    expected = space.grid({**LARGER["space"], "seed": [0, 1]})
+    trained = [
         {**{name: r["params"][name] for name in LARGER["space"]}, "seed": r["seed"]}
         for r in records
     ]
-    assert sorted(map(str, found)) == sorted(map(str, cells))
+    assert sorted(map(str, trained)) == sorted(map(str, expected))
 
 
-def test_no_network_is_trained_again(small, tmp_path, trained, capsys):
+def test_no_network_is_trained_again(
+    small: Path, tmp_path: Path, trained: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = shutil.copytree(small, tmp_path / "copy")
     run(search(seeds=(0, 1)), folder, workers=0)
     assert trained == [4]
@@ -101,14 +106,16 @@ def test_no_network_is_trained_again(small, tmp_path, trained, capsys):
     assert sorted(trained) == [4, 6, 6, 6]
 
 
-def test_an_interrupted_search_grows_without_another_bit(small, larger, tmp_path, monkeypatch):
-    """Also where it was cut within a unit: that goes on from its state."""
+def test_an_interrupted_search_grows_without_another_bit(
+    small: Path, larger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it was interrupted within a unit, which continues from its state."""
     monkeypatch.setattr("mnist_lightning.search.worker.SNAPSHOT_SECONDS", 0.0)
     begun = search(space={**LARGER["space"], "lr": [0.1, 0.01]}, fixed={"batch_size": 64})
     whole = of_run(begun, tmp_path / "whole")
     run_epoch, epochs = PopulationTraining.run_epoch, []
 
-    def cut(self):
+    def cut(self: PopulationTraining) -> None:
         epochs.append(self.epoch)
         if self.epoch == 1 and len(epochs) == 2:
             raise KeyboardInterrupt
@@ -129,7 +136,9 @@ def of_run(wanted: Search, folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_a_grown_search_is_the_same_with_two_workers(small, larger, tmp_path):
+def test_a_grown_search_is_the_same_with_two_workers(
+    small: Path, larger: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(small, tmp_path / "copy")
     run(search(**LARGER), folder, workers=2)
     assert without_time(of(folder)) == without_time(of(larger))
@@ -138,11 +147,11 @@ def test_a_grown_search_is_the_same_with_two_workers(small, larger, tmp_path):
 RANDOM = {"space": {"lr": {"low": 0.01, "high": 0.1, "log": True}, "hidden_units": [5, 8, 11]}}
 
 
-def drawn(n: int, **axes) -> Search:
+def drawn(n: int, **axes: dict[str, Any]) -> Search:
     return search(space={**RANDOM["space"], **axes}, strategy={"name": "random", "n": n, "seed": 3})
 
 
-def test_random_points_go_on_with_the_sequence(tmp_path):
+def test_random_points_go_on_with_the_sequence(tmp_path: Path) -> None:
     run(drawn(3), tmp_path / "grown", workers=0)
     run(drawn(5), tmp_path / "grown", workers=0)
     points = [{name: r["params"][name] for name in RANDOM["space"]} for r in of(tmp_path / "grown")]
@@ -153,7 +162,7 @@ def test_random_points_go_on_with_the_sequence(tmp_path):
     assert [r["params"] for r in records[:5]] == [r["params"] for r in of(tmp_path / "grown")][:5]
 
 
-def test_the_order_of_the_axes_draws_no_other_points(tmp_path, trained):
+def test_the_order_of_the_axes_draws_no_other_points(tmp_path: Path, trained: list[int]) -> None:
     records = run(drawn(3), tmp_path, workers=0)
     turned = {name: RANDOM["space"][name] for name in reversed(RANDOM["space"])}
     assert space.random(turned, 3, 3) != space.random(RANDOM["space"], 3, 3)
@@ -162,7 +171,7 @@ def test_the_order_of_the_axes_draws_no_other_points(tmp_path, trained):
     assert trained == [3]
 
 
-def sampled(n: int, **changes) -> Search:
+def sampled(n: int, **changes: Any) -> Search:
     axes = {"lr": {"low": 1e-6, "high": 0.1, "log": True}, "hidden_units": [5, 8]}
     settings = {"sampler_args": {"n_startup_trials": 2}, "pruner_args": {"n_startup_trials": 2}}
     strategy = {"name": "optuna", "n": n, "pruner": "MedianPruner", **settings}
@@ -170,7 +179,7 @@ def sampled(n: int, **changes) -> Search:
     return search(**{"space": axes, "strategy": strategy, "fixed": fixed, **changes})
 
 
-def test_optuna_draws_on_as_if_it_had_known_all_along(tmp_path):
+def test_optuna_draws_on_as_if_it_had_known_all_along(tmp_path: Path) -> None:
     at_once = of_run(sampled(8), tmp_path / "at once")
     assert {record["state"] for record in at_once} == {"COMPLETE", "PRUNED"}
     run(sampled(5), tmp_path / "grown", workers=0)
@@ -181,8 +190,8 @@ def test_optuna_draws_on_as_if_it_had_known_all_along(tmp_path):
     assert of_run(sampled(8), tmp_path / "lost") == at_once
 
 
-def test_optunas_axes_grow_also_those_of_categories(tmp_path):
-    """Its studies refuse that: each space has one of its own, and learns from the others."""
+def test_optunas_axes_grow_also_those_of_categories(tmp_path: Path) -> None:
+    """Optuna's studies refuse that: each space has its own study, and learns from the others."""
     folder = tmp_path / "grown"
     before = of_run(sampled(4), folder)
     axes = {"lr": {"low": 1e-6, "high": 0.5, "log": True}, "hidden_units": [5, 8, 11]}
@@ -200,7 +209,9 @@ def test_optunas_axes_grow_also_those_of_categories(tmp_path):
     assert len(run(sampled(10, space=more, fixed={"max_epochs": 3}), folder, workers=0)) == 10
 
 
-def test_an_interrupted_sampling_draws_its_own_from_its_own_space(tmp_path, monkeypatch):
+def test_an_interrupted_sampling_draws_its_own_from_its_own_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "grown"
     run(sampled(2), folder, workers=0)
     asked = sampled(3)
@@ -214,7 +225,7 @@ def test_an_interrupted_sampling_draws_its_own_from_its_own_space(tmp_path, monk
 
 
 @pytest.mark.parametrize("strategy", ["grid", "refine"])
-def test_later_rounds_follow_from_the_grown_first(strategy, tmp_path):
+def test_later_rounds_follow_from_the_grown_first(strategy: str, tmp_path: Path) -> None:
     plan = {"strategy": {"name": strategy}, "second_round": {"best": 1, "max_epochs": 3}}
     if strategy == "refine":
         plan = {"strategy": {"name": "refine", "rounds": 2}}
@@ -247,7 +258,14 @@ DEEP = {"lr": [0.1, 0.01], "hidden_units.1": [5], "hidden_units.2": [5]}
         (OWN, {}, {"strategy": {"name": "refine"}}, 'strategy.name is "grid", not "refine"'),
     ],
 )
-def test_what_contradicts_the_trials_is_refused(small, tmp_path, space, fixed, changes, message):
+def test_what_contradicts_the_trials_is_refused(
+    small: Path,
+    tmp_path: Path,
+    space: dict[str, Any],
+    fixed: dict[str, Any],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
     folder = shutil.copytree(small, tmp_path / "copy")
     fixed = {"max_epochs": 1, "batch_size": 64, **fixed}
     fixed = {name: value for name, value in fixed.items() if name not in space}
@@ -258,22 +276,24 @@ def test_what_contradicts_the_trials_is_refused(small, tmp_path, space, fixed, c
     assert (folder / "search.json").read_text() == (small / "search.json").read_text()
 
 
-def test_it_does_not_shrink_back(larger):
+def test_it_does_not_shrink_back(larger: Path) -> None:
     with pytest.raises(ValueError, match="holds another search"):
         run(search(), larger, workers=0)
 
 
-def test_a_wider_space_needs_more_draws(tmp_path):
+def test_a_wider_space_needs_more_draws(tmp_path: Path) -> None:
     run(drawn(2), tmp_path, workers=0)
-    with pytest.raises(ValueError, match="only with more than 2 of them"):
+    with pytest.raises(ValueError, match="only with more than 2 trials"):
         run(drawn(2, hidden_units=[5, 8, 11, 14]), tmp_path, workers=0)
 
 
 # Several workers and machines
 
 
-def test_a_worker_of_the_old_definition_finds_its_trials_done(larger, tmp_path, trained):
-    """It began before the search grew, and goes on beside the workers of the new one."""
+def test_a_worker_of_the_old_definition_finds_its_trials_done(
+    larger: Path, tmp_path: Path, trained: list[int]
+) -> None:
+    """It began before the search grew, and continues beside the workers of the new one."""
     folder = shutil.copytree(larger, tmp_path / "copy")
     before = files(folder)
     storage = open_storage(None, folder)
@@ -285,14 +305,14 @@ def test_a_worker_of_the_old_definition_finds_its_trials_done(larger, tmp_path, 
 
 
 def test_a_search_that_is_running_ends_as_it_began_when_its_folder_grows(
-    small, larger, tmp_path, monkeypatch
-):
+    small: Path, larger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, wanted = tmp_path / "running", search(**LARGER)
     run_epoch = PopulationTraining.run_epoch
 
-    def grows_meanwhile(self):
+    def grows_meanwhile(self: PopulationTraining) -> None:
         run_epoch(self)
-        Results(folder).open(wanted.identity(wanted.load_data()))
+        Results(folder).open(wanted.definition(wanted.load_data()))
 
     with monkeypatch.context() as meanwhile:
         meanwhile.setattr(PopulationTraining, "run_epoch", grows_meanwhile)
@@ -301,23 +321,23 @@ def test_a_search_that_is_running_ends_as_it_began_when_its_folder_grows(
 
 
 @pytest.mark.parametrize("earlier", ["a word", [1], [{}], [{"space": {}}]])
-def test_a_damaged_history_is_named(larger, tmp_path, earlier):
+def test_a_damaged_history_is_named(larger: Path, tmp_path: Path, earlier: Any) -> None:
     folder = shutil.copytree(larger, tmp_path / "copy")
-    about = json.loads((folder / "search.json").read_text())
-    (folder / "search.json").write_text(json.dumps({**about, "grown_from": earlier}))
+    definition = json.loads((folder / "search.json").read_text())
+    (folder / "search.json").write_text(json.dumps({**definition, "grown_from": earlier}))
     with pytest.raises(ValueError, match=r"search\.json is damaged \(grown_from\)"):
         run(search(**LARGER), folder, workers=0)
 
 
-def test_a_report_tells_that_it_grew(larger, tmp_path):
+def test_a_report_tells_that_it_grew(larger: Path, tmp_path: Path) -> None:
     assert main(["report", str(larger), "--out", str(tmp_path / "report")]) == 0
-    words = (tmp_path / "report" / "README.md").read_text()
-    assert "- `larger`: ShallowNetwork, 24 finished\n" in words
-    assert "- trials: 24 finished\n" in words
-    assert "- grew: 20" in words
+    report = (tmp_path / "report" / "README.md").read_text()
+    assert "- `larger`: ShallowNetwork, 24 finished\n" in report
+    assert "- trials: 24 finished\n" in report
+    assert "- grew: 20" in report
 
 
-def test_both_definitions_claim_the_same_units(small, larger):
+def test_both_definitions_lease_the_same_units(small: Path, larger: Path) -> None:
     keys = {
         study.study_name.split("/")[0]
         for folder in (small, larger)
@@ -327,7 +347,9 @@ def test_both_definitions_claim_the_same_units(small, larger):
     assert len(keys) == 1
 
 
-def test_machines_with_folders_of_their_own_grow_together(tmp_path, trained):
+def test_machines_with_folders_of_their_own_grow_together(
+    tmp_path: Path, trained: list[int]
+) -> None:
     """Each trial is trained once: one machine grows, one joins it, one has grown by itself."""
     storage = str(tmp_path / "shared.log")
     run(search(), tmp_path / "one", workers=0, storage=storage)
@@ -340,7 +362,7 @@ def test_machines_with_folders_of_their_own_grow_together(tmp_path, trained):
     assert of(tmp_path / "one") == of(tmp_path / "two") == of(tmp_path / "three")
 
 
-def test_the_table_of_a_grown_search_is_whole(larger):
+def test_the_table_of_a_grown_search_is_whole(larger: Path) -> None:
     table = load_results(larger)
     assert len(table) == 24
     assert table[["lr", "hidden_units", "max_epochs", "batch_size"]].notna().all().all()

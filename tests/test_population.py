@@ -2,7 +2,9 @@
 
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ RATES = [0.1, 0.1, 0.03, 0.05, 0.001, 0.1, 0.01, 0.05, 0.02, 0.1, 0.1, 0.02, 0.0
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     """Tensors this small gain nothing from a second thread, and tests run side by side."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -38,12 +40,12 @@ def _one_thread():
 
 
 def images(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Sparse images like MNIST's, some pixels never lit, and labels that can be learned."""
+    """Sparse images like MNIST's, some pixels zero in all, and labels that can be learned."""
     generator = torch.Generator().manual_seed(seed)
     prototypes = torch.rand(10, 784, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(0, 10, (n,), generator=generator)
-    lit = torch.rand(n, 784, generator=generator) < torch.linspace(-0.1, 0.5, 784)
-    x = (prototypes[labels] + torch.rand(n, 784, generator=generator)) / 2 * lit
+    nonzero = torch.rand(n, 784, generator=generator) < torch.linspace(-0.1, 0.5, 784)
+    x = (prototypes[labels] + torch.rand(n, 784, generator=generator)) / 2 * nonzero
     return x.to(dtype), labels
 
 
@@ -93,7 +95,9 @@ def train_together(
         (torch.float32, 1e-5, 8),
     ],
 )
-def test_200_steps_equal_autograd_and_sgd(dtype, tolerance, batch_size):
+def test_200_steps_equal_autograd_and_sgd(
+    dtype: torch.dtype, tolerance: float, batch_size: int
+) -> None:
     x, labels = images(200 * batch_size, dtype)
     nets = networks(dtype)
     population, losses, correct = train_together(nets, x, labels, batch_size, 4 * batch_size)
@@ -108,7 +112,7 @@ def test_200_steps_equal_autograd_and_sgd(dtype, tolerance, batch_size):
             assert torch.equal(correct[member], alone_correct)
 
 
-def test_the_last_partial_minibatch_is_trained_on():
+def test_the_last_partial_minibatch_is_trained_on() -> None:
     x, labels = images(61, torch.float64)
     nets = networks(torch.float64)
     population, losses, _ = train_together(nets, x, labels, batch_size=8, block=32)
@@ -120,20 +124,20 @@ def test_the_last_partial_minibatch_is_trained_on():
             torch.testing.assert_close(ours, theirs.detach(), rtol=1e-10, atol=1e-14)
 
 
-def test_leaving_out_dark_pixels_changes_nothing():
+def test_leaving_out_zero_columns_changes_nothing() -> None:
     x, labels = images(64, torch.float64)
     x[:, 600:] = 0
     nets = networks(torch.float64)
     whole, some = (Population([list(n.parameters()) for n in nets], RATES) for _ in range(2))
     rows = whole.arrange(x)
     whole.train_block(rows, labels, 8)
-    some.train_block(rows, labels, 8, lit=601)
+    some.train_block(rows, labels, 8, nonzero_columns=601)
     for member in range(len(nets)):
         for a, b in zip(whole.parameters(member), some.parameters(member), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
-def test_evaluate_equals_the_networks_own_answers():
+def test_evaluate_equals_the_networks_own_answers() -> None:
     x, labels = images(3000, torch.float64)
     nets = networks(torch.float64)
     population = Population([list(n.parameters()) for n in nets], RATES, pixel_order(x))
@@ -145,7 +149,7 @@ def test_evaluate_equals_the_networks_own_answers():
         torch.testing.assert_close(loss[member], expected)
 
 
-def test_parameters_come_back_as_they_went_in():
+def test_parameters_come_back_as_they_went_in() -> None:
     nets = networks(torch.float32)
     x, _ = images(10)
     population = Population([list(n.parameters()) for n in nets], RATES, pixel_order(x))
@@ -154,7 +158,7 @@ def test_parameters_come_back_as_they_went_in():
             assert torch.equal(ours, theirs)
 
 
-def test_networks_of_different_inputs_are_refused():
+def test_networks_of_different_inputs_are_refused() -> None:
     a, b = nn.Linear(784, 10), nn.Linear(100, 10)
     with pytest.raises(ValueError, match="differ in"):
         Population([list(a.parameters()), list(b.parameters())], [0.1, 0.1])
@@ -165,7 +169,9 @@ def test_networks_of_different_inputs_are_refused():
 MEMBERS = [Member((h,), lr, 4) for h in (5, 9) for lr in (0.1, 0.01)] + [Member((6, 7), 0.1, 4)]
 
 
-def training(members: list[Member] = MEMBERS, epochs: int = 4, **changes) -> PopulationTraining:
+def training(
+    members: list[Member] = MEMBERS, epochs: int = 4, **changes: Any
+) -> PopulationTraining:
     settings = {"train": images(203), "val": images(50, seed=1), "batch_size": 8, "seed": 3}
     members = [member._replace(max_epochs=epochs) for member in members]
     result = PopulationTraining(members, **{**settings, **changes})
@@ -182,7 +188,7 @@ def assert_same_bits(a: PopulationTraining, b: PopulationTraining, members: list
             assert torch.equal(ours, theirs)
 
 
-def test_a_training_is_what_each_member_gets_alone():
+def test_a_training_is_what_each_member_gets_alone() -> None:
     x, labels = images(203)
     val_x, val_labels = images(50, seed=1)
     together = training()
@@ -201,7 +207,7 @@ def test_a_training_is_what_each_member_gets_alone():
             assert together.curves["val_loss"][number][epoch] == pytest.approx(loss, rel=1e-5)
 
 
-def test_ten_epochs_are_the_same_bits_on_the_way_to_more():
+def test_ten_epochs_are_the_same_bits_on_the_way_to_more() -> None:
     shorter = training(epochs=2)
     nested = PopulationTraining(
         MEMBERS, train=images(203), val=images(50, seed=1), batch_size=8, seed=3
@@ -211,7 +217,7 @@ def test_ten_epochs_are_the_same_bits_on_the_way_to_more():
     assert_same_bits(nested, shorter, list(range(len(MEMBERS))))
 
 
-def test_a_network_that_stops_changes_the_others_by_rounding_only():
+def test_a_network_that_stops_changes_the_others_by_rounding_only() -> None:
     """The same bits until it stops, the same numbers afterwards."""
     settings = {"train": images(203, torch.float64), "val": images(50, torch.float64, seed=1)}
     members = [member._replace(max_epochs=4) for member in MEMBERS]
@@ -232,7 +238,7 @@ def test_a_network_that_stops_changes_the_others_by_rounding_only():
 
 
 @pytest.mark.parametrize("lr", [1e6, 1e30])
-def test_a_diverging_member_keeps_its_neighbours_bits(lr):
+def test_a_diverging_member_keeps_its_neighbours_bits(lr: float) -> None:
     wild = [*MEMBERS]
     wild[1] = wild[1]._replace(lr=lr)
     calm, harmed = training(), training(wild)
@@ -243,12 +249,12 @@ def test_a_diverging_member_keeps_its_neighbours_bits(lr):
     assert_same_bits(calm, harmed, others)
 
 
-def test_a_population_of_failures_stops():
+def test_a_population_of_failures_stops() -> None:
     result = training([MEMBERS[0]._replace(lr=1e30)])
     assert result.epoch < 4
 
 
-def test_members_of_other_lengths_stop_when_they_are_done():
+def test_members_of_other_lengths_stop_when_they_are_done() -> None:
     members = [member._replace(max_epochs=2) for member in MEMBERS]
     members[2] = members[2]._replace(max_epochs=4)
     result = PopulationTraining(
@@ -261,7 +267,7 @@ def test_members_of_other_lengths_stop_when_they_are_done():
     assert result.curves["val_loss"][2] == pytest.approx(alone.curves["val_loss"][2], rel=1e-5)
 
 
-def test_the_best_state_is_the_one_of_the_first_highest_accuracy():
+def test_the_best_state_is_the_one_of_the_first_highest_accuracy() -> None:
     result = training([MEMBERS[0]._replace(lr=2.0), MEMBERS[2]], epochs=6)
     for member in range(2):
         accuracy = result.curves["val_acc"][member]
@@ -275,7 +281,7 @@ def test_the_best_state_is_the_one_of_the_first_highest_accuracy():
             assert torch.equal(ours, theirs)
 
 
-def test_a_restored_training_goes_on_to_the_bit():
+def test_a_restored_training_goes_on_to_the_bit() -> None:
     undisturbed = training()
     settings = {"train": images(203), "val": images(50, seed=1), "batch_size": 8, "seed": 3}
     first = PopulationTraining(MEMBERS, **settings)
@@ -289,7 +295,7 @@ def test_a_restored_training_goes_on_to_the_bit():
     assert undisturbed.best_epoch == second.best_epoch
 
 
-def test_initial_weights_are_those_of_the_seed_and_leave_randomness_alone():
+def test_initial_weights_are_those_of_the_seed_and_leave_randomness_alone() -> None:
     torch.manual_seed(7)
     expected = list(mlp([5]).parameters())
     torch.manual_seed(123)
@@ -299,7 +305,7 @@ def test_initial_weights_are_those_of_the_seed_and_leave_randomness_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_the_memory_estimate_covers_the_weights_and_their_best_state():
+def test_the_memory_estimate_covers_the_weights_and_their_best_state() -> None:
     member = Member((2048, 2048), 0.1, 1)
     weights = sum(p.nbytes for p in mlp(member.hidden_units).parameters())
     assert 2 * weights <= training_bytes(member) <= 4 * weights
@@ -313,7 +319,9 @@ def test_the_memory_estimate_covers_the_weights_and_their_best_state():
     # that differ by the order of their additions are two samples of the same noise.
     [(4, 0.1, 0.01), (8, 0.1, 0.003), (32, 0.1, 0.003), (128, 0.01, 0.0005)],
 )
-def test_five_epochs_of_mnist_end_close_to_the_lone_model(batch_size, lr, tolerance, capsys):
+def test_five_epochs_of_mnist_end_close_to_the_lone_model(
+    batch_size: int, lr: float, tolerance: float, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = MNISTDataModule(source="mnist", data_dir=str(Path(os.environ["MNIST_DATA_DIR"])))
     data.setup("fit")
     train, val = (

@@ -16,9 +16,9 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optuna
 import pytest
@@ -29,12 +29,14 @@ from conftest import trainer
 
 from mnist_lightning import MNISTDataModule
 from mnist_lightning.__main__ import main
+from mnist_lightning.data import module
 from mnist_lightning.models.multilayer import ShallowNetwork
 from mnist_lightning.models.perceptron import Perceptron
 from mnist_lightning.search import leases, plan, space, worker
-from mnist_lightning.search.command import Progress, _crown, read, run
-from mnist_lightning.search.leases import Claim, ClaimLost, Claims, StorageLost, open_storage
+from mnist_lightning.search.command import _print_best, read, run
+from mnist_lightning.search.leases import Lease, LeaseLost, Leases, StorageLost, open_storage
 from mnist_lightning.search.plan import Search, rounds, units
+from mnist_lightning.search.progress import Progress
 from mnist_lightning.search.results import (
     CURVES,
     Results,
@@ -54,7 +56,7 @@ AXES = {
 }
 
 
-def small(**changes) -> Search:
+def small(**changes: Any) -> Search:
     settings = {
         "name": "small",
         "model": "ShallowNetwork",
@@ -68,7 +70,7 @@ FIXED = {"max_epochs": 1}
 DEEP = {"hidden_units.1": 5, "hidden_units.2": 5}
 
 
-def one_trial(**changes) -> Search:
+def one_trial(**changes: Any) -> Search:
     return small(space={"lr": [0.1]}, fixed={"max_epochs": 1, "batch_size": 64}, **changes)
 
 
@@ -99,10 +101,9 @@ def of(folder: Path) -> list[dict]:
 # What comes out
 
 
-def test_every_combination_is_a_row(finished):
+def test_every_combination_is_a_row(finished: Path) -> None:
     records = of(finished)
-    found = [{**record["params"]} for record in records]
-    assert found == space.grid(AXES)
+    assert [record["params"] for record in records] == space.grid(AXES)
     assert {record["state"] for record in records} == {"COMPLETE"}
     for record in records:
         epochs = record["params"]["max_epochs"]
@@ -114,14 +115,16 @@ def test_every_combination_is_a_row(finished):
         assert record["best_val_acc"] == max(accuracies) == accuracies[record["best_epoch"] - 1]
 
 
-def test_short_trainings_are_read_off_the_long_ones(finished):
+def test_short_trainings_are_read_off_the_long_ones(finished: Path) -> None:
     curves = {json.dumps(record["params"]): record["curves"] for record in of(finished)}
-    for cell in space.grid({**AXES, "max_epochs": [1]}):
-        longer = curves[json.dumps({**cell, "max_epochs": 3})]
-        assert curves[json.dumps(cell)] == {name: curve[:1] for name, curve in longer.items()}
+    for params in space.grid({**AXES, "max_epochs": [1]}):
+        longer = curves[json.dumps({**params, "max_epochs": 3})]
+        assert curves[json.dumps(params)] == {name: curve[:1] for name, curve in longer.items()}
 
 
-def test_a_search_of_short_trainings_alone_finds_the_same_bits(finished, folder):
+def test_a_search_of_short_trainings_alone_finds_the_same_bits(
+    finished: Path, folder: Path
+) -> None:
     alone = run(small(space={**AXES, "max_epochs": [1]}), folder, workers=0)
     nested = {record["id"]: record["curves"] for record in of(finished)}
     assert len(alone) == 8
@@ -129,7 +132,7 @@ def test_a_search_of_short_trainings_alone_finds_the_same_bits(finished, folder)
         assert record["curves"] == nested[record["id"]]
 
 
-def test_results_load_as_a_table(finished):
+def test_results_load_as_a_table(finished: Path) -> None:
     table = load_results(finished)
     assert len(table) == 16
     assert {*AXES, "val_acc", "seconds", "state", "seed", "curves"} <= set(table.columns)
@@ -140,7 +143,7 @@ def test_results_load_as_a_table(finished):
     assert len(rows) == 16
 
 
-def test_results_are_loaded_as_a_report_is_and_hold_numbers(finished, folder):
+def test_results_are_loaded_as_a_report_is_and_hold_numbers(finished: Path, folder: Path) -> None:
     """Several searches, or the folder that holds them; also where every trial failed."""
     several = folder / "several"
     shutil.copytree(finished, several / "small")
@@ -149,10 +152,10 @@ def test_results_are_loaded_as_a_report_is_and_hold_numbers(finished, folder):
     table = load_results(several)
     assert table["search"].tolist() == ["bad"] + ["small"] * 16
     assert table.equals(load_results(several / "bad", str(several / "small")))
-    words = {"search", "id", "state", "error", "curves"}
+    texts = {"search", "id", "state", "error", "curves"}
     for part in (table, load_results(several / "bad")):
         numeric = set(part.select_dtypes("number").columns)
-        assert set(part.columns) - numeric == words
+        assert set(part.columns) - numeric == texts
     curves = load_curves(several)
     assert set(curves.select_dtypes("number").columns) == {"epoch", *CURVES}
     last = curves[curves["search"] == "small"].groupby("id", sort=False).last()
@@ -164,7 +167,7 @@ def test_results_are_loaded_as_a_report_is_and_hold_numbers(finished, folder):
 
 
 def val_acc(checkpoint: Path) -> float:
-    """What the weights in a checkpoint are worth, without any code of the search."""
+    """The validation accuracy of a checkpoint's weights, computed without the search's code."""
     model = ShallowNetwork.load_from_checkpoint(checkpoint).eval()
     data = MNISTDataModule(source="digits")
     data.setup()
@@ -173,12 +176,17 @@ def val_acc(checkpoint: Path) -> float:
     return float((scores.argmax(1) == data.val_set.labels).double().mean())
 
 
-def test_every_trial_has_a_checkpoint_that_is_worth_what_it_says(finished):
+def test_every_trial_has_a_checkpoint_that_is_worth_what_it_says(finished: Path) -> None:
     for record in of(finished):
         assert val_acc(finished / "checkpoints" / f"{record['id']}.ckpt") == record["val_acc"]
 
 
-def test_the_winner_is_the_best_and_can_be_tested(finished, tmp_path, monkeypatch, capsys):
+def test_the_winner_is_the_best_and_can_be_tested(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     copy = shutil.copytree(finished, tmp_path / "lightning_logs" / "search" / "small")
     best = max(of(copy), key=lambda r: (r["val_acc"], -r["val_loss"]))
@@ -192,7 +200,7 @@ def test_the_winner_is_the_best_and_can_be_tested(finished, tmp_path, monkeypatc
     assert checkpoint["global_step"] == batches * best["params"]["max_epochs"]
 
 
-def test_with_best_val_acc_the_weights_are_those_of_the_best_epoch(folder):
+def test_with_best_val_acc_the_weights_are_those_of_the_best_epoch(folder: Path) -> None:
     axes = {"lr": [0.5, 0.9], "batch_size": [4]}  # unsteady: the last epoch is rarely the best
     wanted = small(space=axes, fixed={"max_epochs": 6}, objective="best_val_acc")
     records = run(wanted, folder, workers=0)
@@ -203,7 +211,7 @@ def test_with_best_val_acc_the_weights_are_those_of_the_best_epoch(folder):
         assert torch.load(checkpoint, weights_only=True)["epoch"] == record["best_epoch"] - 1
 
 
-def test_tensorboard_gets_a_few_numbers_and_the_hyper_parameters(finished):
+def test_tensorboard_gets_a_few_numbers_and_the_hyper_parameters(finished: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     record = of(finished)[3]
@@ -219,18 +227,22 @@ def test_tensorboard_gets_a_few_numbers_and_the_hyper_parameters(finished):
     assert len(list((finished / "tensorboard").iterdir())) == 16 + 1  # and the table's columns
 
 
-def test_seeds_are_trials_of_their_own_and_the_best_mean_wins(folder, capsys):
+def test_seeds_are_trials_of_their_own_and_the_best_mean_wins(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     records = run(small(seeds=(0, 1, 2), space={**AXES, "max_epochs": [1]}), folder, workers=0)
     assert len(records) == 24
     assert Counter(record["seed"] for record in records) == {0: 8, 1: 8, 2: 8}
     means = load_results(folder).groupby(["batch_size", "lr", "hidden_units"])["val_acc"].mean()
     winner = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["search"]["trial"]
     row = next(record for record in records if record["id"] == winner)
-    cell = tuple(row["params"][name] for name in ("batch_size", "lr", "hidden_units"))
-    assert means.idxmax() == cell
+    winning = tuple(row["params"][name] for name in ("batch_size", "lr", "hidden_units"))
+    assert means.idxmax() == winning
 
 
-def test_the_table_has_a_row_for_each_configuration_the_winner_first(folder, capsys):
+def test_the_table_has_a_row_for_each_configuration_the_winner_first(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     axes = {"lr": [0.006097378631749905, 0.1], "hidden_units": [5, 8]}
     wanted = small(
         space=axes,
@@ -249,13 +261,13 @@ def test_the_table_has_a_row_for_each_configuration_the_winner_first(folder, cap
         "configuration",
     ]
     expected = []
-    for cell in space.grid(axes):
-        alike = [r for r in records if cell.items() <= r["params"].items()]
-        found = [r["best_val_acc"] for r in alike]
+    for params in space.grid(axes):
+        alike = [r for r in records if params.items() <= r["params"].items()]
+        accuracies = [r["best_val_acc"] for r in alike]
         best = max(alike, key=lambda r: r["best_val_acc"])
-        words = f"lr {cell['lr']:.2g}, hidden_units {cell['hidden_units']}"
-        spread = f"{statistics.mean(found):.4f} ± {statistics.stdev(found):.4f}"
-        expected.append([spread, "3", best["id"], words])
+        text = f"lr {params['lr']:.2g}, hidden_units {params['hidden_units']}"
+        spread = f"{statistics.mean(accuracies):.4f} ± {statistics.stdev(accuracies):.4f}"
+        expected.append([spread, "3", best["id"], text])
     expected.sort(key=lambda row: row[0], reverse=True)
     assert [re.split(" {2,}", row) for row in rows] == expected
     assert "lr 0.0061" in " ".join(rows)
@@ -263,8 +275,8 @@ def test_the_table_has_a_row_for_each_configuration_the_winner_first(folder, cap
     assert winner == expected[0][2]
 
 
-def test_one_is_one(folder, capsys):
-    """And before the first trial is done, nothing is promised."""
+def test_one_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And before the first trial is done, no time left is shown."""
     wanted = one_trial()
     results = Results(folder)
     results.open({})
@@ -277,7 +289,23 @@ def test_one_is_one(folder, capsys):
     assert "trains 1 trial: 1 network in 1 population; 1 worker\n" in said
 
 
-def test_what_files_hold_cannot_steer_the_terminal(finished, tmp_path, capsys):
+def test_the_time_left_follows_from_the_work_that_is_done(
+    folder: Path, clock: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = Results(folder)
+    results.open({})
+    progress = Progress(small(), results, 1000)
+    longer, shorter = units(small(), rounds(small(), {})[0], 1000)
+    progress.note(longer.name, 0.0)
+    clock["now"] += 40
+    progress.note(longer.name, 1.0)
+    progress.show()
+    assert capsys.readouterr().out == f"0/16 trials, {40 * shorter.work / longer.work:.0f} s left\n"
+
+
+def test_what_files_hold_cannot_steer_the_terminal(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
     for number, file in enumerate(sorted((copy / "trials").iterdir())):
         record = json.loads(file.read_text())
@@ -286,7 +314,7 @@ def test_what_files_hold_cannot_steer_the_terminal(finished, tmp_path, capsys):
         else:
             record |= {"state": "FAIL", "error": "\x1b[31m\x9b5n"}
         file.write_text(json.dumps(sealed(record)))
-    _crown(small(), Results(copy), Results(copy).in_order())
+    _print_best(small(), Results(copy).in_order())
     said = capsys.readouterr().out
     assert "\\x1b[2J" in said
     assert "\\x1b[31m\\x9b5n" in said
@@ -296,7 +324,9 @@ def test_what_files_hold_cannot_steer_the_terminal(finished, tmp_path, capsys):
 # Interrupted, resumed, shared
 
 
-def test_a_finished_search_does_no_work(finished, tmp_path, monkeypatch):
+def test_a_finished_search_does_no_work(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
     before = {file: file.read_bytes() for file in (copy / "trials").iterdir()}
     monkeypatch.setattr(PopulationTraining, "run_epoch", lambda self: pytest.fail("trained"))
@@ -304,12 +334,17 @@ def test_a_finished_search_does_no_work(finished, tmp_path, monkeypatch):
     assert before == {file: file.read_bytes() for file in (copy / "trials").iterdir()}
 
 
-def test_an_interrupted_search_goes_on_where_it_stopped(finished, folder, monkeypatch, capsys):
+def test_an_interrupted_search_goes_on_where_it_stopped(
+    finished: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setattr(worker, "SNAPSHOT_SECONDS", 0.0)
     epochs = []
     run_epoch = PopulationTraining.run_epoch
 
-    def interrupted(self):
+    def interrupted(self: PopulationTraining) -> None:
         epochs.append(self.epoch)
         if len(epochs) in (3, 5):
             raise KeyboardInterrupt
@@ -319,18 +354,20 @@ def test_an_interrupted_search_goes_on_where_it_stopped(finished, folder, monkey
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(small(), folder, workers=0)
-        assert "the same command goes on" in capsys.readouterr().out
+        assert "the same command continues" in capsys.readouterr().out
     run(small(), folder, workers=0)
     assert without_time(of(folder)) == without_time(of(finished))
     assert epochs == [0, 1, 2, 2, 0, 0, 1, 2]  # two units of three epochs, and two that were cut
     assert not list((folder / "state").iterdir())
 
 
-def test_a_deleted_trial_is_trained_again(finished, folder, monkeypatch):
+def test_a_deleted_trial_is_trained_again(
+    finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(worker, "SNAPSHOT_SECONDS", 0.0)
     run_epoch = PopulationTraining.run_epoch
 
-    def interrupted(self):
+    def interrupted(self: PopulationTraining) -> None:
         if self.epoch == 2:
             raise KeyboardInterrupt
         run_epoch(self)
@@ -347,7 +384,7 @@ def test_a_deleted_trial_is_trained_again(finished, folder, monkeypatch):
         assert without_time(of(folder)) == without_time(of(finished))
 
 
-def test_two_workers_give_the_same_bits_as_one(finished, folder):
+def test_two_workers_give_the_same_bits_as_one(finished: Path, folder: Path) -> None:
     run(small(), folder, workers=2)
     assert without_time(of(folder)) == without_time(of(finished))
     for file in (finished / "checkpoints").glob("*.ckpt"):
@@ -356,7 +393,7 @@ def test_two_workers_give_the_same_bits_as_one(finished, folder):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_units_are_cut_at_a_size_and_lose_no_trial(monkeypatch):
+def test_units_are_cut_at_a_size_and_lose_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     trials = rounds(small(), {})[0]
     whole = units(small(), trials, 1000)
     assert [len(unit.trials) for unit in whole] == [8, 8]
@@ -369,7 +406,12 @@ def test_units_are_cut_at_a_size_and_lose_no_trial(monkeypatch):
 
 
 @pytest.mark.slow
-def test_machines_without_a_common_folder_share_the_trials(finished, folder, monkeypatch, capsys):
+def test_machines_without_a_common_folder_share_the_trials(
+    finished: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     storage = str(folder.parent / "journal.log")
     run(small(), folder / "one", workers=1, storage=storage)
     monkeypatch.setattr(PopulationTraining, "run_epoch", lambda self: pytest.fail("trained"))
@@ -378,7 +420,9 @@ def test_machines_without_a_common_folder_share_the_trials(finished, folder, mon
     assert "on the machine that trained it" in capsys.readouterr().out
 
 
-def test_a_lost_or_damaged_journal_is_made_anew(finished, tmp_path, monkeypatch):
+def test_a_lost_or_damaged_journal_is_made_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
     monkeypatch.setattr(PopulationTraining, "run_epoch", lambda self: pytest.fail("trained"))
     (copy / "journal.log").write_text("not a journal\nat all\n")
@@ -387,53 +431,57 @@ def test_a_lost_or_damaged_journal_is_made_anew(finished, tmp_path, monkeypatch)
     run(small(), copy, workers=0)
     study = optuna.load_study(
         study_name=None, storage=open_storage(None, copy)
-    )  # the only one: nothing was claimed
+    )  # the only one: no unit was leased
     assert sorted(t.value for t in study.trials) == sorted(r["val_acc"] for r in of(finished))
 
 
 @pytest.fixture
-def storage(tmp_path):
+def storage(tmp_path: Path) -> optuna.storages.BaseStorage:
     return open_storage(None, tmp_path)
 
 
-def test_a_unit_that_was_cut_off_is_free_at_once(storage):
-    claim = Claims(storage, "s").take("unit", ["a"])
-    with pytest.raises(KeyboardInterrupt), claim.alive():
+def test_a_unit_that_was_cut_off_is_free_at_once(storage: optuna.storages.BaseStorage) -> None:
+    lease = Leases(storage, "s").take("unit", ["a"])
+    with pytest.raises(KeyboardInterrupt), lease.alive():
         raise KeyboardInterrupt
-    assert isinstance(Claims(storage, "s").take("unit", ["a"]), Claim)
+    assert isinstance(Leases(storage, "s").take("unit", ["a"]), Lease)
 
 
-def test_a_unit_is_taken_once(storage):
-    one, other = Claims(storage, "s"), Claims(storage, "s")
-    claim = one.take("unit", ["a"])
-    assert isinstance(claim, Claim)
+def test_a_unit_is_taken_once(storage: optuna.storages.BaseStorage) -> None:
+    one, other = Leases(storage, "s"), Leases(storage, "s")
+    lease = one.take("unit", ["a"])
+    assert isinstance(lease, Lease)
     assert other.take("unit", ["a"]) is None
     record = {"id": "a", "val_acc": 0.5}
-    claim.finish([record])
+    lease.finish([record])
     assert other.take("unit", ["a"]) == {"a": record}
 
 
 @pytest.mark.parametrize("here", [True, False], ids=["on this machine", "elsewhere"])
-def test_the_unit_of_a_frozen_worker_is_free_after_a_while(storage, clock, here):
-    """Its process lives, but shows no sign of it; woken, it must find its unit gone."""
-    late = Claims(storage, "s").take("unit", ["a"])
+def test_the_unit_of_a_frozen_worker_is_free_after_a_while(
+    storage: optuna.storages.BaseStorage, clock: dict[str, float], here: bool
+) -> None:
+    """Its process exists without a sign of life; when it wakes up, its lease is lost."""
+    late = Leases(storage, "s").take("unit", ["a"])
     if not here:
         owned(storage, machine="elsewhere")
-    watcher = Claims(storage, "s")
+    watcher = Leases(storage, "s")
     for _ in range(4):
         assert watcher.take("unit", ["a"]) is None
         clock["now"] += leases.STALE_SECONDS / 3
-    assert isinstance(watcher.take("unit", ["a"]), Claim)
-    with pytest.raises(ClaimLost):
+    assert isinstance(watcher.take("unit", ["a"]), Lease)
+    with pytest.raises(LeaseLost):
         late.check()
 
 
-def test_a_lock_that_a_killed_process_left_is_taken_away(folder, monkeypatch):
-    """Also one in a relative folder, as searches have by default."""
+def test_a_lock_that_a_killed_process_left_is_taken_away(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a relative folder, which is the default."""
     Path("found").mkdir()
     now = 1000.0
 
-    def waited(seconds=0.001):
+    def waited(seconds: float = 0.001) -> float:
         nonlocal now
         now += seconds
         if now > 1060:
@@ -444,37 +492,39 @@ def test_a_lock_that_a_killed_process_left_is_taken_away(folder, monkeypatch):
     monkeypatch.setattr(leases.time, "sleep", waited)
     killed = open_storage(None, Path("found"))
     killed._storage._backend._lock.acquire()
-    assert isinstance(Claims(open_storage(None, Path("found")), "s").take("unit", ["a"]), Claim)
+    assert isinstance(Leases(open_storage(None, Path("found")), "s").take("unit", ["a"]), Lease)
 
 
-def owned(storage, **changes) -> None:
+def owned(storage: optuna.storages.BaseStorage, **changes: Any) -> None:
     """Another owner for the one unit that is taken."""
     (study,) = storage.get_all_studies()
     owner = {**study.user_attrs["owner"], **changes}
     storage.set_study_user_attr(study._study_id, "owner", owner)
 
 
-def test_the_unit_of_a_dead_process_is_free_again(storage):
-    Claims(storage, "s").take("unit", ["a"])
+def test_the_unit_of_a_dead_process_is_free_again(storage: optuna.storages.BaseStorage) -> None:
+    Leases(storage, "s").take("unit", ["a"])
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     owned(storage, pid=child.pid, started="1")
-    assert isinstance(Claims(storage, "s").take("unit", ["a"]), Claim)
-    assert Claims(storage, "s").take("unit", ["a"]) is None
+    assert isinstance(Leases(storage, "s").take("unit", ["a"]), Lease)
+    assert Leases(storage, "s").take("unit", ["a"]) is None
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """A clock that stands still until it is told to go on."""
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """A clock that a test moves on."""
     clock = {"now": 1000.0}
     monkeypatch.setattr(leases.time, "monotonic", lambda: clock["now"])
     return clock
 
 
-def test_the_unit_of_a_silent_machine_is_free_after_a_while(storage, clock):
-    Claims(storage, "s").take("unit", ["a"])
+def test_the_unit_of_a_silent_machine_is_free_after_a_while(
+    storage: optuna.storages.BaseStorage, clock: dict[str, float]
+) -> None:
+    Leases(storage, "s").take("unit", ["a"])
     owned(storage, machine="elsewhere")
-    watcher = Claims(storage, "s")
+    watcher = Leases(storage, "s")
     third = leases.STALE_SECONDS / 3
     for beat in (1, 1, 1, 2, 2, 2):  # a sign of life in between
         owned(storage, beat=beat)
@@ -482,58 +532,66 @@ def test_the_unit_of_a_silent_machine_is_free_after_a_while(storage, clock):
         clock["now"] += third
     assert watcher.take("unit", ["a"]) is None
     clock["now"] += 1
-    assert isinstance(watcher.take("unit", ["a"]), Claim)
+    assert isinstance(watcher.take("unit", ["a"]), Lease)
 
 
-def test_an_observer_that_was_away_watches_anew(storage, clock):
-    """After a break of the storage, nobody has shown signs of life for long: all are alive."""
-    Claims(storage, "s").take("unit", ["a"])
+def test_an_observer_that_was_away_watches_anew(
+    storage: optuna.storages.BaseStorage, clock: dict[str, float]
+) -> None:
+    """After a failure of the storage no worker has shown a sign of life, though all are alive."""
+    Leases(storage, "s").take("unit", ["a"])
     owned(storage, machine="elsewhere")
-    watcher = Claims(storage, "s")
+    watcher = Leases(storage, "s")
     assert watcher.take("unit", ["a"]) is None
     clock["now"] += 2 * leases.STALE_SECONDS
     assert watcher.take("unit", ["a"]) is None
 
 
-def test_a_container_with_the_same_hostname_is_another_machine(storage, monkeypatch):
-    """Its processes are not ours: that we do not see them does not mean that they are dead."""
+def test_a_container_with_the_same_hostname_is_another_machine(
+    storage: optuna.storages.BaseStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes cannot be seen from here; that does not mean that they are dead."""
     readlink = os.readlink
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(
             leases.os, "readlink", lambda p: "pid:[1]" if "ns/pid" in str(p) else readlink(p)
         )
-        Claims(storage, "s").take("unit", ["a"])
+        Leases(storage, "s").take("unit", ["a"])
     owned(storage, pid=2**22 + 1)  # a number that no process here has
-    assert Claims(storage, "s").take("unit", ["a"]) is None
+    assert Leases(storage, "s").take("unit", ["a"]) is None
 
 
-def test_a_worker_that_returns_from_the_dead_writes_nothing(storage):
-    """The other has read what it had shown until then, and shows the rest itself."""
+def test_a_worker_that_returns_from_the_dead_writes_nothing(
+    storage: optuna.storages.BaseStorage,
+) -> None:
+    """The other worker has read the records published until then, and publishes the rest itself."""
     one, other = {"id": "a", "by": "one"}, {"id": "b", "by": "other"}
-    late = Claims(storage, "s").take("unit", ["a", "b"])
+    late = Leases(storage, "s").take("unit", ["a", "b"])
     late.publish(one)
     owned(storage, pid=2**22 + 1)
-    taken = Claims(storage, "s").take("unit", ["a", "b"])
+    taken = Leases(storage, "s").take("unit", ["a", "b"])
     assert taken.records == {"a": one}
-    with pytest.raises(ClaimLost):
+    with pytest.raises(LeaseLost):
         late.check()
-    with pytest.raises(ClaimLost):
+    with pytest.raises(LeaseLost):
         late.publish({"id": "b", "by": "one"})
-    with pytest.raises(ClaimLost):
+    with pytest.raises(LeaseLost):
         late.finish([one, {"id": "b", "by": "one"}])
     taken.publish(other)
     taken.finish([one, other])
-    assert Claims(storage, "s").take("unit", ["a", "b"]) == {"a": one, "b": other}
+    assert Leases(storage, "s").take("unit", ["a", "b"]) == {"a": one, "b": other}
 
 
-def test_a_late_worker_hears_that_its_unit_is_gone(finished, folder, monkeypatch):
-    """Between two epochs, and adopts what the other found instead of its own."""
+def test_a_late_worker_notices_that_its_unit_is_lost(
+    finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two epochs, and adopts the other's results instead of its own."""
     first = of(finished)[0]
     unit = next(u for u in units(small(), rounds(small(), {})[0], 1) if first["id"] in u.ids)
     records = {r["id"]: r for r in of(finished) if r["id"] in unit.ids}
     run_epoch, others = PopulationTraining.run_epoch, []
 
-    def taken_meanwhile(self):
+    def taken_meanwhile(self: PopulationTraining) -> None:
         run_epoch(self)
         if not others and self.batch_size == first["params"]["batch_size"]:
             storage = open_storage(None, folder)
@@ -541,37 +599,39 @@ def test_a_late_worker_hears_that_its_unit_is_gone(finished, folder, monkeypatch
                 n.study_name for n in storage.get_all_studies() if unit.name in n.study_name
             )
             with monkeypatch.context() as dead:
-                dead.setattr(Claims, "_dead", lambda *_: True)
-                others.append(Claims(storage, name.split("/")[0]).take(unit.name, unit.ids))
+                dead.setattr(Leases, "_dead", lambda *_: True)
+                others.append(Leases(storage, name.split("/")[0]).take(unit.name, unit.ids))
             others[0].finish(list(records.values()))
 
     monkeypatch.setattr(PopulationTraining, "run_epoch", taken_meanwhile)
-    found = run(small(), folder, workers=0)
+    adopted = run(small(), folder, workers=0)
     assert others
-    assert without_time(found) == without_time(of(finished))
-    assert {r["id"]: r for r in found if r["id"] in records} == records  # the seconds too
+    assert without_time(adopted) == without_time(of(finished))
+    assert {r["id"]: r for r in adopted if r["id"] in records} == records  # the seconds too
 
 
 @pytest.mark.parametrize("drawn", [True, False], ids=["drawn one by one", "trained together"])
-def test_a_late_trial_costs_the_search_no_more_than_an_early_one(drawn, folder, monkeypatch):
-    """Whatever reads all trials, or all names, is not asked once a trial."""
+def test_a_late_trial_costs_the_search_no_more_than_an_early_one(
+    drawn: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Functions that read all trials or all names are not called for each trial."""
     asked = Counter()
 
-    def counted(owner, name):
+    def counted(owner: Any, name: str) -> None:
         ask = getattr(owner, name)
 
-        def note(*args, **kwargs):
+        def note(*args: Any, **kwargs: Any) -> Any:
             asked[name] += 1
             return ask(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, note)
 
-    monkeypatch.setattr("mnist_lightning.search.command.SHOW_SECONDS", float("inf"))
+    monkeypatch.setattr("mnist_lightning.search.progress.SHOW_SECONDS", float("inf"))
     counted(Results, "records")
     counted(optuna.Study, "get_trials")
     counted(optuna, "create_study")
     strategy = {"name": "optuna", "n": 30, "sampler": "RandomSampler"}
-    found = run(
+    trained = run(
         small(
             space={"lr": [0.1 / (1 + i) for i in range(30)]},
             strategy=strategy if drawn else {"name": "grid"},
@@ -580,25 +640,27 @@ def test_a_late_trial_costs_the_search_no_more_than_an_early_one(drawn, folder, 
         folder,
         workers=0,
     )
-    assert len(found) == 30
+    assert len(trained) == 30
     assert max(asked.values()) < 15, asked
 
 
-def death_of(claim: Claim, part: float = 0.0) -> None:
+def death_of(lease: Lease, part: float = 0.0) -> None:
     if part:
-        claim.goes_on(part)
+        lease.continues_from(part)
     me = leases._process()
-    assert Claims(claim._storage, "s").note_death(me["pid"], me["started"], "killed by SIGKILL")
+    assert Leases(lease._storage, "s").note_death(me["pid"], me["started"], "killed by SIGKILL")
 
 
-def test_deaths_count_from_the_last_that_left_something_to_go_on_from(storage):
+def test_deaths_count_from_the_last_that_left_something_to_go_on_from(
+    storage: optuna.storages.BaseStorage,
+) -> None:
     seen = []
     for part in (0.0, 0.0, 0.25, 0.25, 0.25):
-        claim = Claims(storage, "s").take("unit", ["a"])
-        seen.append(len(claim.deaths))
-        death_of(claim, part)
+        lease = Leases(storage, "s").take("unit", ["a"])
+        seen.append(len(lease.deaths))
+        death_of(lease, part)
     assert seen == [0, 1, 2, 1, 2]
-    assert len(Claims(storage, "s").take("unit", ["a"]).deaths) == 3
+    assert len(Leases(storage, "s").take("unit", ["a"]).deaths) == 3
 
 
 class Flaky:
@@ -614,7 +676,9 @@ class Flaky:
         return []
 
 
-def test_a_storage_that_comes_back_within_a_minute_is_waited_for(monkeypatch, clock):
+def test_a_storage_that_comes_back_within_a_minute_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, clock: dict[str, float]
+) -> None:
     monkeypatch.setattr(leases.time, "sleep", lambda s: clock.update(now=clock["now"] + s))
     error = optuna.exceptions.StorageInternalError("This is about something else.")
     error.__cause__ = OSError(errno.ECONNREFUSED, "Connection refused")
@@ -631,18 +695,18 @@ def test_a_storage_that_comes_back_within_a_minute_is_waited_for(monkeypatch, cl
 
 
 def test_what_a_worker_finished_while_the_storage_was_away_is_shown_later(
-    finished, folder, monkeypatch
-):
+    finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage = str(folder.parent / "journal.log")
 
-    def away(self, record):
+    def away(self: Lease, record: dict[str, Any]) -> None:
         raise StorageLost("storage x does not answer")
 
     with monkeypatch.context() as lost:
-        lost.setattr(Claim, "publish", away)
+        lost.setattr(Lease, "publish", away)
         with pytest.raises(StorageLost):
             run(small(space={**AXES, "batch_size": [16]}), folder / "one", workers=0)
-        assert len(list((folder / "one" / "trials").iterdir())) == 1  # it was written all the same
+        assert len(list((folder / "one" / "trials").iterdir())) == 1  # it was written even so
     run(small(), folder / "two", workers=0)  # all done, in a storage of its own
     run(small(), folder / "two", workers=0, storage=storage)
     monkeypatch.setattr(PopulationTraining, "run_epoch", lambda self: pytest.fail("trained"))
@@ -666,8 +730,12 @@ def test_what_a_worker_finished_while_the_storage_was_away_is_shown_later(
     ],
 )
 def test_a_false_trial_from_another_machine_is_trained_again(
-    finished, folder, changes, message, capsys
-):
+    finished: Path,
+    folder: Path,
+    changes: dict[str, Any] | None,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     storage = str(folder.parent / "journal.log")
     run(small(), folder / "one", workers=0, storage=storage)
     id = of(finished)[0]["id"]
@@ -681,7 +749,7 @@ def test_a_false_trial_from_another_machine_is_trained_again(
             )
             shared.set_study_user_attr(study._study_id, f"trial {id}", false)
     run(small(), folder / "two", workers=0, storage=storage)
-    assert f"a false trial {id} ({message}" in capsys.readouterr().out
+    assert f"an invalid trial {id} ({message}" in capsys.readouterr().out
     assert without_time(of(folder / "two")) == without_time(of(finished))
     assert not list(folder.rglob("x.json"))
 
@@ -689,7 +757,7 @@ def test_a_false_trial_from_another_machine_is_trained_again(
 # Other strategies, other models
 
 
-def test_the_second_round_starts_from_the_best_of_the_first(folder):
+def test_the_second_round_starts_from_the_best_of_the_first(folder: Path) -> None:
     again = small(space={**AXES, "max_epochs": [1]}, second_round={"best": 2, "max_epochs": 3})
     records = run(again, folder, workers=0)
     first = sorted((r for r in records if r["round"] == 0), key=lambda r: -r["val_acc"])
@@ -698,7 +766,7 @@ def test_the_second_round_starts_from_the_best_of_the_first(folder):
     assert [r["params"] for r in second] == [{**r["params"], "max_epochs": 3} for r in first[:2]]
 
 
-def test_refining_closes_in(folder):
+def test_refining_closes_in(folder: Path) -> None:
     axes = {"lr": [0.001, 0.01, 0.1], "hidden_units": [5, 20]}
     fixed = {"max_epochs": 1, "batch_size": 64}
     records = run(
@@ -712,7 +780,7 @@ def test_refining_closes_in(folder):
     assert all(params[name] in finer[name] for params in second for name in axes)
 
 
-def test_random_points_of_three_layers(folder):
+def test_random_points_of_three_layers(folder: Path) -> None:
     axes = {
         "hidden_units.1": [5, 6],
         "hidden_units.2": {"low": 4, "high": 9},
@@ -731,7 +799,7 @@ def test_random_points_of_three_layers(folder):
     assert len(checkpoint["hyper_parameters"]["hidden_units"]) == 2
 
 
-def test_optunas_samplers_draw_and_its_pruners_give_up(folder):
+def test_optunas_samplers_draw_and_its_pruners_give_up(folder: Path) -> None:
     axes = {"lr": {"low": 1e-6, "high": 0.1, "log": True}, "hidden_units": [5, 8]}
     strategy = {
         "name": "optuna",
@@ -761,7 +829,9 @@ def test_optunas_samplers_draw_and_its_pruners_give_up(folder):
     ("model", "args"),
     [("Perceptron", {"lr": 0.001}), ("ShallowNetwork", {"lr": 0.01, "optimizer": "adam"})],
 )
-def test_other_models_are_what_the_trainer_makes_of_them(folder, model, args):
+def test_other_models_are_what_the_trainer_makes_of_them(
+    folder: Path, model: str, args: dict[str, float]
+) -> None:
     axes = {name: [value] for name, value in args.items()}
     fixed = {"max_epochs": 2, "batch_size": 16}
     (record,) = run(small(model=model, space=axes, fixed=fixed), folder, workers=0)
@@ -775,13 +845,15 @@ def test_other_models_are_what_the_trainer_makes_of_them(folder, model, args):
     assert record["train_loss"] == pytest.approx(
         float(alone.callback_metrics["train/loss"]), rel=1e-4
     )
-    found = torch.load(folder / "checkpoints" / f"{record['id']}.ckpt", weights_only=True)
+    checkpoint = torch.load(folder / "checkpoints" / f"{record['id']}.ckpt", weights_only=True)
     for name, value in lone.state_dict().items():
-        torch.testing.assert_close(found["state_dict"][name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(checkpoint["state_dict"][name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("model", ["ShallowNetwork", "Perceptron"])
-def test_a_diverging_trial_is_a_row_with_its_reason(folder, model, capsys):
+def test_a_diverging_trial_is_a_row_with_its_reason(
+    folder: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     wanted = small(model=model, space={"lr": [0.001, 1e30]}, fixed={"max_epochs": 3})
     good, bad = run(wanted, folder, workers=0)
     assert good["state"] == "COMPLETE"
@@ -792,13 +864,13 @@ def test_a_diverging_trial_is_a_row_with_its_reason(folder, model, capsys):
     assert load_results(folder)["val_acc"].count() == 1
 
 
-def test_settings_of_the_data_are_axes_like_any_other(folder):
-    """Small networks together and others alone: each as one search with that setting has it."""
+def test_settings_of_the_data_are_axes_like_any_other(folder: Path) -> None:
+    """With each setting, the results are those of a search with that setting alone."""
     axes = {"data.normalization": ["unit", "mnist"], "hidden_units": [5, 8]}
     fixed = {"max_epochs": 1, "batch_size": 64}
-    found = run(small(space=axes, fixed=fixed), folder / "both", workers=0)
-    assert [r["params"]["data.normalization"] for r in found] == ["unit", "unit", "mnist", "mnist"]
-    for normalization, pair in (("unit", found[:2]), ("mnist", found[2:])):
+    both = run(small(space=axes, fixed=fixed), folder / "both", workers=0)
+    assert [r["params"]["data.normalization"] for r in both] == ["unit", "unit", "mnist", "mnist"]
+    for normalization, pair in (("unit", both[:2]), ("mnist", both[2:])):
         data = {"source": "digits", "normalization": normalization}
         search = small(space={"hidden_units": [5, 8]}, fixed=fixed, data=data)
         alone = run(search, folder / normalization, workers=0)
@@ -811,6 +883,17 @@ def test_settings_of_the_data_are_axes_like_any_other(folder):
     assert perceptrons[0]["curves"] != perceptrons[1]["curves"]
 
 
+def test_a_worker_reads_the_images_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not again for each trial of the Trainer."""
+    reads = []
+    read_digits = module.read_digits
+    monkeypatch.setattr(module, "read_digits", lambda: reads.append(1) or read_digits())
+    wanted = small(model="Perceptron", space={"lr": [0.001, 0.0005, 0.0001]}, fixed=FIXED)
+    records = run(wanted, folder, workers=0)
+    assert {record["state"] for record in records} == {"COMPLETE"}
+    assert len(reads) == 2  # the command, and its worker
+
+
 WIDE = """
 from mnist_lightning.models import Perceptron
 
@@ -821,7 +904,7 @@ class Wide(Perceptron):
 """
 
 
-def test_options_of_ones_own_class_are_axes(folder, monkeypatch):
+def test_options_of_ones_own_class_are_axes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those that it passes on to its base."""
     (folder.parent / "wide.py").write_text(WIDE)
     monkeypatch.syspath_prepend(folder.parent)
@@ -832,15 +915,17 @@ def test_options_of_ones_own_class_are_axes(folder, monkeypatch):
         run(small(model="wide.Wide", space={"momentm": [0.5]}, fixed=FIXED), folder)
 
 
-def test_a_search_where_all_fails_says_so(folder, capsys):
+def test_a_search_where_all_fails_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(small(space={"lr": [1e30]}, fixed={"max_epochs": 2}), folder, workers=0)
     assert "no trial succeeded" in capsys.readouterr().out
     assert not (folder / "checkpoints" / "best.ckpt").exists()
 
 
-def test_a_command_where_all_fails_exits_with_1(folder, capsys):
-    words = "search --model ShallowNetwork --space.lr [1e30] --fixed.max_epochs 2 --workers 1"
-    assert main([*words.split(), "--data.source", "digits"]) == 1
+def test_a_command_where_all_fails_exits_with_1(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = "search --model ShallowNetwork --space.lr [1e30] --fixed.max_epochs 2 --workers 1"
+    assert main([*argv.split(), "--data.source", "digits"]) == 1
     assert "no trial of 1 succeeded, the first: diverged" in capsys.readouterr().err
 
 
@@ -856,28 +941,30 @@ def test_a_command_where_all_fails_exits_with_1(folder, capsys):
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize("model", ["ShallowNetwork", "Perceptron"])
-def test_a_lack_of_memory_or_of_a_device_is_no_result(folder, model, error, monkeypatch):
-    """What can be trained is, and the same command trains the rest once there is room."""
+def test_a_lack_of_memory_or_of_a_device_is_no_result(
+    folder: Path, model: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other trials are trained, and the same command trains the rest once there is memory."""
     axes = {"lr": [0.002, 0.001], "batch_size": [16, 64]}
     wanted = small(model=model, space=axes, fixed={"max_epochs": 1})
 
     class Lacking:
-        def __init__(self, function):
+        def __init__(self, function: Callable[..., Any]) -> None:
             self.function = function
 
-        def __call__(self, *args, **kwargs):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
             if 16 in args or kwargs.get("batch_size") == 16:
                 raise error
             return self.function(*args, **kwargs)
 
-    def fit(self, trial, epoch_done):
+    def fit(search: Search, data: MNISTDataModule, trial: space.Trial, epoch_done: Any) -> Any:
         if trial.params["batch_size"] == 16:
             raise error
-        return Worker_fit(self, trial, epoch_done)
+        return whole_fit(search, data, trial, epoch_done)
 
-    Worker_fit = worker.Worker._fit
+    whole_fit = worker.fit
     with monkeypatch.context() as lacking:
-        lacking.setattr(worker.Worker, "_fit", fit)
+        lacking.setattr(worker, "fit", fit)
         lacking.setattr(worker, "PopulationTraining", Lacking(PopulationTraining))
         with pytest.raises(ValueError, match="was not trained") as caught:
             run(wanted, folder, workers=0)
@@ -899,8 +986,8 @@ def test_a_lack_of_memory_or_of_a_device_is_no_result(folder, model, error, monk
     ],
 )
 def test_a_trainer_or_device_that_is_not_there_is_refused_at_once(
-    folder, trainer_options, device, message
-):
+    folder: Path, trainer_options: dict[str, Any], device: str, message: str
+) -> None:
     wanted = one_trial(model="Perceptron", trainer=trainer_options)
     with pytest.raises(ValueError, match=message) as caught:
         run(wanted, folder, workers=0, device=device)
@@ -924,7 +1011,9 @@ class Poison(Perceptron):
 
 
 @pytest.mark.slow
-def test_a_trial_that_kills_its_workers_fails_after_three(folder, monkeypatch):
+def test_a_trial_that_kills_its_workers_fails_after_three(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the others are finished by the same command."""
     (folder.parent / "poison.py").write_text(POISON)
     monkeypatch.syspath_prepend(folder.parent)
@@ -936,17 +1025,17 @@ def test_a_trial_that_kills_its_workers_fails_after_three(folder, monkeypatch):
     assert (folder.parent / "deaths").read_text() == "xxx"
 
 
-def test_the_test_images_are_never_touched(folder, monkeypatch):
+def test_the_test_images_are_never_touched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = MNISTDataModule.setup
 
     class Untouchable:
-        def __init__(self, n):
+        def __init__(self, n: int) -> None:
             self.n = n
 
-        def __len__(self):
+        def __len__(self) -> int:
             return self.n
 
-    def without_test_images(self, stage=None):
+    def without_test_images(self: MNISTDataModule, stage: str | None = None) -> None:
         setup(self, stage)
         self.test_set = Untouchable(len(self.test_set))
 
@@ -962,7 +1051,9 @@ def test_the_test_images_are_never_touched(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
-def test_shipped_searches_are_what_they_say(config, monkeypatch, tmp_path):
+def test_shipped_searches_are_what_they_say(
+    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)  # found by their bare names
     first = config.read_text().splitlines()[0]
     assert first == f"# python -m mnist_lightning search --config {config.name}"
@@ -984,7 +1075,7 @@ def test_shipped_searches_are_what_they_say(config, monkeypatch, tmp_path):
         assert len(rounds(wanted, {})[0]) == counts[config.stem]
 
 
-def test_a_search_of_too_many_trials_is_refused_at_once(folder):
+def test_a_search_of_too_many_trials_is_refused_at_once(folder: Path) -> None:
     axes = {"lr": [i / 1e4 for i in range(1, 1001)], "hidden_units": list(range(1, 801))}
     with pytest.raises(ValueError, match="a search of 800,000 trials: at most 100,000"):
         small(space=axes, fixed={"max_epochs": 1}).check()
@@ -994,16 +1085,16 @@ def test_a_search_of_too_many_trials_is_refused_at_once(folder):
             small(space=drawn, fixed={"max_epochs": 1}, strategy={"name": name, "n": 10**6}).check()
 
 
-def test_the_values_of_a_large_grid_are_all_looked_at(folder):
+def test_the_values_of_a_large_grid_are_all_checked(folder: Path) -> None:
     axes = {"lr": [i / 1e4 for i in range(1, 101)], "hidden_units": [*range(1, 101), -7]}
     with pytest.raises(ValueError, match=r"refuses .*-7"):
         small(space=axes, fixed={"max_epochs": 1}).check()
 
 
-def test_flags_win_over_the_file(folder, capsys):
-    words = "search --config shallow_grid --data.source digits --workers 1 --name mine"
-    words += " --space.batch_size [64] --space.max_epochs [1] --space.lr [1e-1] --seeds [3]"
-    assert main(words.split()) == 0
+def test_flags_win_over_the_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = "search --config shallow_grid --data.source digits --workers 1 --name mine"
+    argv += " --space.batch_size [64] --space.max_epochs [1] --space.lr [1e-1] --seeds [3]"
+    assert main(argv.split()) == 0
     records = of(folder.parent / "lightning_logs" / "search" / "mine")
     assert [r["params"]["hidden_units"] for r in records] == [10, 25, 50, 100]
     assert {(r["params"]["lr"], r["seed"]) for r in records} == {(0.1, 3)}
@@ -1039,7 +1130,7 @@ def test_flags_win_over_the_file(folder, capsys):
         ({"second_round": {"best": 5}}, "second_round is"),
         ({"data": {"source": "digits", "image_size": 32}}, "must be 28"),
         ({"space": {"data.image_size": [28, 32]}}, "must be 28"),
-        ({"space": {"data.val_fraction": [0.1]}}, "the same validation images. Make a search for"),
+        ({"space": {"data.val_fraction": [0.1]}}, "the same validation images. Run a search for"),
         ({"space": {"data.split_seed": [0, 1]}}, "the same validation images"),
         ({"space": {"data.normalisation": ["unit"]}}, "did you mean data.normalization"),
         ({"space": {"data.normalization": ["none"]}}, "normalization must be one of unit"),
@@ -1048,7 +1139,9 @@ def test_flags_win_over_the_file(folder, capsys):
         ({"data": {"source": "digits", "split": "mine"}}, "split must be one of"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_trained(folder, changes, message):
+def test_what_cannot_work_is_refused_before_anything_is_trained(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         run(small(**{"space": {"lr": [0.1]}, "fixed": FIXED, **changes}), folder)
     assert len(str(caught.value).splitlines()) <= 2
@@ -1056,7 +1149,7 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(folder, changes,
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         ("--config shallow_gird", "did you mean shallow_grid"),
         ("--config ./nowhere.yaml", "no such file"),
@@ -1067,23 +1160,27 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(folder, changes,
         ("--space.lr [0.1]", "model"),
     ],
 )
-def test_a_command_that_cannot_be_understood_ends_in_a_line_or_two(folder, words, message, capsys):
-    assert main(["search", *words.split()]) != 0
+def test_a_command_that_cannot_be_understood_ends_in_a_line_or_two(
+    folder: Path, argv: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["search", *argv.split()]) != 0
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) <= 2
 
 
-def test_another_search_or_other_data_may_not_use_the_folder(finished, tmp_path):
+def test_another_search_or_other_data_may_not_use_the_folder(
+    finished: Path, tmp_path: Path
+) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
     before = of(copy)
     with pytest.raises(ValueError, match=r"another search: its space.lr is \[0.1, 0.01\], not"):
         run(small(space={**AXES, "lr": [0.2]}), copy)
     with pytest.raises(ValueError, match=r"data.split_seed is 0, not 1"):
         run(small(data={"source": "digits", "split_seed": 1}), copy)
-    about = json.loads((copy / "search.json").read_text())
-    about["data"]["checksum"] = "0" * 64
-    (copy / "search.json").write_text(json.dumps(about))
+    definition = json.loads((copy / "search.json").read_text())
+    definition["data"]["checksum"] = "0" * 64
+    (copy / "search.json").write_text(json.dumps(definition))
     with pytest.raises(ValueError, match=r"data\.checksum"):
         run(small(), copy)
     assert of(copy) == before
@@ -1092,8 +1189,8 @@ def test_another_search_or_other_data_may_not_use_the_folder(finished, tmp_path)
 @pytest.mark.parametrize("content", ["", '{"id": "', "[]", '{"id": "other"}'])
 @pytest.mark.parametrize("shown", [True, False], ids=["others have it", "nobody has it"])
 def test_a_damaged_trial_is_set_aside_and_the_others_stay(
-    finished, tmp_path, content, shown, capsys
-):
+    finished: Path, tmp_path: Path, content: str, shown: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
     victim = sorted((copy / "trials").iterdir())[0]
     kept = {file: file.read_bytes() for file in (copy / "trials").iterdir() if file != victim}
@@ -1110,8 +1207,8 @@ def test_a_damaged_trial_is_set_aside_and_the_others_stay(
     assert without_time(of(copy)) == without_time(of(finished))
 
 
-def test_any_flipped_bit_of_a_trial_is_noticed(finished, tmp_path):
-    """Also that of a digit, in what the figures of the trial do not contradict."""
+def test_any_flipped_bit_of_a_trial_is_noticed(finished: Path, tmp_path: Path) -> None:
+    """Also in a digit that no other figure of the trial contradicts."""
     copy = shutil.copytree(finished, tmp_path / "copy")
     file = sorted((copy / "trials").iterdir())[0]
     whole = file.read_bytes()
@@ -1144,7 +1241,12 @@ def empty(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, empty])
-def test_a_winner_with_damaged_weights_is_trained_again(finished, tmp_path, damage, capsys):
+def test_a_winner_with_damaged_weights_is_trained_again(
+    finished: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
     best = copy / "checkpoints" / "best.ckpt"
     winner = torch.load(best, weights_only=True)
@@ -1162,12 +1264,16 @@ def test_a_winner_with_damaged_weights_is_trained_again(finished, tmp_path, dama
 
 @pytest.mark.parametrize("damage", [flip, cut, empty])
 def test_a_damaged_state_is_set_aside_and_trained_from_the_start(
-    finished, folder, damage, monkeypatch, capsys
-):
+    finished: Path,
+    folder: Path,
+    damage: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setattr(worker, "SNAPSHOT_SECONDS", 0.0)
     run_epoch = PopulationTraining.run_epoch
 
-    def interrupted(self):
+    def interrupted(self: PopulationTraining) -> None:
         if self.epoch == 2:
             raise KeyboardInterrupt
         run_epoch(self)
@@ -1184,7 +1290,7 @@ def test_a_damaged_state_is_set_aside_and_trained_from_the_start(
     assert [file.name for file in (folder / "state").iterdir()] == [f"{state.name}.damaged"]
 
 
-def test_a_damaged_search_json_is_named(finished, tmp_path):
+def test_a_damaged_search_json_is_named(finished: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
     (copy / "search.json").write_text("{")
     with pytest.raises(ValueError, match=r"search\.json is damaged"):
@@ -1197,7 +1303,7 @@ def closed_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_an_unreachable_storage_is_named_without_its_password(folder, tmp_path):
+def test_an_unreachable_storage_is_named_without_its_password(folder: Path, tmp_path: Path) -> None:
     url = f"postgresql://me:secret@127.0.0.1:{closed_port()}/x"
     with pytest.raises(ValueError, match="postgresql://me@127") as caught:
         run(one_trial(), folder, storage=url)
@@ -1212,7 +1318,7 @@ def test_an_unreachable_storage_is_named_without_its_password(folder, tmp_path):
         run(one_trial(), folder, storage=str(tmp_path / "text.log"))
 
 
-def test_load_results_of_no_search_is_refused(tmp_path):
+def test_load_results_of_no_search_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not the folder of a search"):
         load_results(tmp_path)
 
@@ -1220,7 +1326,7 @@ def test_load_results_of_no_search_is_refused(tmp_path):
 # Nothing lost
 
 
-def start(folder: Path, *words: str, within: Sequence[str] = ()) -> subprocess.Popen:
+def start(folder: Path, *argv: str, within: Sequence[str] = ()) -> subprocess.Popen:
     command = [
         *within,
         sys.executable,
@@ -1231,7 +1337,7 @@ def start(folder: Path, *words: str, within: Sequence[str] = ()) -> subprocess.P
         "wanted.yaml",
     ]
     return subprocess.Popen(
-        [*command, "--folder", str(folder), *words],
+        [*command, "--folder", str(folder), *argv],
         cwd=folder.parent,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
         stdout=subprocess.PIPE,
@@ -1242,7 +1348,7 @@ def start(folder: Path, *words: str, within: Sequence[str] = ()) -> subprocess.P
 
 
 def kill(process: subprocess.Popen) -> None:
-    """The command and its workers, at once, without a word."""
+    """Kills the command and its workers with SIGKILL."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -1255,7 +1361,9 @@ WANTED = {
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments_and_resumed_nothing_is_lost_nor_done_twice(tmp_path):
+def test_killed_at_twenty_moments_and_resumed_nothing_is_lost_nor_done_twice(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED, sort_keys=False))
     generator = random.Random(0)
     folder = tmp_path / "killed"
@@ -1268,7 +1376,7 @@ def test_killed_at_twenty_moments_and_resumed_nothing_is_lost_nor_done_twice(tmp
         time.sleep(generator.uniform(0, 8))
         kill(process)
         for file in folder.glob("trials/[!.]*.json"):
-            record = json.loads(file.read_text())  # whole, whatever the moment
+            record = json.loads(file.read_text())  # whole at any moment
             stamp = file.stat().st_mtime_ns
             assert written.setdefault(record["id"], stamp) == stamp, "written twice"
     last = start(folder, "--workers", "2")
@@ -1277,13 +1385,13 @@ def test_killed_at_twenty_moments_and_resumed_nothing_is_lost_nor_done_twice(tmp
     for file in folder.glob("trials/[!.]*.json"):
         assert written.setdefault(file.stem, file.stat().st_mtime_ns) == file.stat().st_mtime_ns
     undisturbed = run(Search(name="u", **WANTED), tmp_path / "undisturbed", workers=0)
-    found = of(folder)
-    assert len(found) == len({record["id"] for record in found}) == 64
-    assert without_time(found) == without_time(undisturbed)
+    records = of(folder)
+    assert len(records) == len({record["id"] for record in records}) == 64
+    assert without_time(records) == without_time(undisturbed)
 
 
 @pytest.mark.slow
-def test_when_the_command_is_killed_its_workers_leave(tmp_path):
+def test_when_the_command_is_killed_its_workers_leave(tmp_path: Path) -> None:
     wanted = {**WANTED, "space": {**WANTED["space"], "max_epochs": [5000]}}
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted, sort_keys=False))
     process = start(tmp_path / "found", "--workers", "2")
@@ -1303,7 +1411,9 @@ def test_when_the_command_is_killed_its_workers_leave(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("to_all", [True, False], ids=["to all", "to the command"])
-def test_a_signal_leaves_a_clean_state(tmp_path, number, code, to_all):
+def test_a_signal_leaves_a_clean_state(
+    tmp_path: Path, number: int, code: int, to_all: bool
+) -> None:
     wanted = {**WANTED, "space": {**WANTED["space"], "max_epochs": [5000]}}
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted, sort_keys=False))
     process = start(tmp_path / "found", "--workers", "2")
@@ -1314,14 +1424,14 @@ def test_a_signal_leaves_a_clean_state(tmp_path, number, code, to_all):
     (os.killpg if to_all else os.kill)(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "the same command goes on" in output
+    assert "the same command continues" in output
     assert "Traceback" not in output
     assert (tmp_path / "found" / "results.json").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wait", [0.1, 0.8, 1.6])
-def test_ctrl_c_while_workers_import_prints_no_traceback(tmp_path, wait):
+def test_ctrl_c_while_workers_import_prints_no_traceback(tmp_path: Path, wait: float) -> None:
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED, sort_keys=False))
     process = start(tmp_path / "found", "--workers", "2")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -1333,11 +1443,11 @@ def test_ctrl_c_while_workers_import_prints_no_traceback(tmp_path, wait):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in output
-    assert "the same command goes on" in output
+    assert "the same command continues" in output
 
 
 @pytest.mark.slow
-def test_workers_killed_at_random_are_replaced(tmp_path):
+def test_workers_killed_at_random_are_replaced(tmp_path: Path) -> None:
     """One command, no rerun: each trial once, with the bits of an undisturbed search."""
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(WANTED, sort_keys=False))
     process = start(tmp_path / "found", "--workers", "3")
@@ -1361,16 +1471,15 @@ def test_workers_killed_at_random_are_replaced(tmp_path):
     assert without_time(of(tmp_path / "found")) == without_time(undisturbed)
 
 
-# What `two machines` of the tests below run: their own folder, a short lease, and a sleep in it.
+# What each of two machines runs below, in its own folder; one freezes for longer than its lease.
 MACHINE = """
 import os, signal, sys, time
 from pathlib import Path
 from mnist_lightning.search import leases
-from mnist_lightning.__main__ import main
-from mnist_lightning.population import PopulationTraining
+from mnist_lightning.training.population import PopulationTraining
 
 leases.HEARTBEAT_SECONDS, leases.STALE_SECONDS = 0.2, 2.0
-name, frozen, *words = sys.argv[1:]
+name, frozen, *argv = sys.argv[1:]
 process = leases._process
 leases._process = lambda: {**process(), "machine": name}
 run_epoch = PopulationTraining.run_epoch
@@ -1383,8 +1492,8 @@ def freeze_once(self):
 
 if frozen != "never":
     PopulationTraining.run_epoch = freeze_once
-from mnist_lightning.search import Progress, _crown, read, run
-search, place = read(words)
+from mnist_lightning.search.command import read, run
+search, place = read(argv)
 run(search, **{**place, "workers": 0})
 """
 
@@ -1399,13 +1508,15 @@ DRAWN = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", [WANTED, DRAWN], ids=["grid", "optuna"])
-def test_a_machine_that_was_frozen_beyond_its_lease_agrees_with_the_other(tmp_path, wanted):
+def test_a_machine_that_was_frozen_beyond_its_lease_agrees_with_the_other(
+    tmp_path: Path, wanted: dict[str, Any]
+) -> None:
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted, sort_keys=False))
 
     def machine(name: str, frozen: str) -> subprocess.Popen:
-        words = f"--config wanted.yaml --folder {name} --storage journal.log".split()
+        argv = f"--config wanted.yaml --folder {name} --storage journal.log".split()
         return subprocess.Popen(
-            [sys.executable, "-c", MACHINE, name, frozen, *words],
+            [sys.executable, "-c", MACHINE, name, frozen, *argv],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
             stdout=subprocess.PIPE,
@@ -1417,9 +1528,9 @@ def test_a_machine_that_was_frozen_beyond_its_lease_agrees_with_the_other(tmp_pa
     os.waitpid(one.pid, os.WUNTRACED)  # until it is stopped
     assert (tmp_path / "frozen").is_file()
     two = machine("two", "never")
-    found = tmp_path / "two" / "trials"
+    written = tmp_path / "two" / "trials"
     count = 6 if wanted is DRAWN else 64
-    while len(list(found.glob("[!.]*.json"))) < count - 1:
+    while len(list(written.glob("[!.]*.json"))) < count - 1:
         assert two.poll() is None
         time.sleep(0.1)
     os.kill(one.pid, signal.SIGCONT)
@@ -1472,12 +1583,12 @@ def two_machines(
 
 
 @pytest.mark.slow
-def test_two_machines_meet_in_a_journal_file(tmp_path):
+def test_two_machines_meet_in_a_journal_file(tmp_path: Path) -> None:
     two_machines(tmp_path, str(tmp_path / "journal.log"))
 
 
 @pytest.mark.slow
-def test_two_containers_with_one_hostname_share_the_trials(tmp_path):
+def test_two_containers_with_one_hostname_share_the_trials(tmp_path: Path) -> None:
     """Process namespaces of their own, as in two containers: neither sees the other's workers."""
     own = ["unshare", "--fork", "--pid", "--mount-proc"]
     if subprocess.run([*own, "true"], capture_output=True).returncode:
@@ -1486,7 +1597,7 @@ def test_two_containers_with_one_hostname_share_the_trials(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines_meet_at_optunas_grpc_proxy(tmp_path):
+def test_two_machines_meet_at_optunas_grpc_proxy(tmp_path: Path) -> None:
     port = closed_port()
     code = (
         "import optuna\n"
@@ -1509,10 +1620,10 @@ class Server(NamedTuple):
 
 
 @pytest.fixture
-def postgres():
+def postgres() -> Iterator[Server]:
     """A PostgreSQL server of our own, from the programs on this machine."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    initdb = str(found[-1]) if found else shutil.which("initdb")
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    initdb = str(installed[-1]) if installed else shutil.which("initdb")
     if not initdb:
         pytest.skip("needs the programs of a PostgreSQL server, as in Debian's package postgresql")
     # not below pytest's folder: it is closed to others, and the server refuses to run as root
@@ -1539,12 +1650,12 @@ def postgres():
 
 
 @pytest.mark.postgres
-def test_two_machines_meet_in_postgresql(tmp_path, postgres):
+def test_two_machines_meet_in_postgresql(tmp_path: Path, postgres: Server) -> None:
     two_machines(tmp_path, postgres.address)
 
 
 @pytest.mark.postgres
-def test_machines_wait_for_a_postgresql_that_is_restarted(tmp_path, postgres):
+def test_machines_wait_for_a_postgresql_that_is_restarted(tmp_path: Path, postgres: Server) -> None:
     def restart() -> None:
         postgres.stop()
         time.sleep(10)
@@ -1555,7 +1666,7 @@ def test_machines_wait_for_a_postgresql_that_is_restarted(tmp_path, postgres):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["frozen", "never_woken", "full"])
-def test_a_disturbed_search_finishes_each_trial_once(tmp_path, name):
+def test_a_disturbed_search_finishes_each_trial_once(tmp_path: Path, name: str) -> None:
     """The short version of benchmarks/searches.py."""
     (tmp_path / name).mkdir()
     calm = searches.undisturbed(tmp_path / "undisturbed")

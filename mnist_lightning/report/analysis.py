@@ -83,7 +83,7 @@ class Found:
         for row in self.complete.itertuples():
             scores[row.id] = space.Score(getattr(row, self.objective), row.val_loss)
         rounds = space.rounds(
-            **{name: self.about[name] for name in space.DEFINITION},
+            **{name: self.about[name] for name in space.GROWABLE},
             scores=scores,
             grown_from=self.about.get("grown_from", ()),
         )

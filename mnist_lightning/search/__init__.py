@@ -1,4 +1,4 @@
-"""Many trainings: what is tried, by which workers, and what came of it."""
+"""Many trainings: what is searched, which worker trains what, and the results."""
 
 from mnist_lightning.moved import former_names
 

@@ -1,264 +1,46 @@
-"""Run a search: trials in, results out; resumed, spread over workers and machines."""
+"""Run a search, or what is left of it, with workers on one machine or several."""
 
 import contextlib
 import dataclasses
-import itertools
-import math
-import multiprocessing
 import os
 import re
 import signal
 import statistics
-import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from mnist_lightning import console
+from mnist_lightning.checks import check_count
 from mnist_lightning.classes import allow_classes, class_path, naming, parser_settings
 from mnist_lightning.configs import SearchByName, check_named
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.files import printable, write_bytes
-from mnist_lightning.search import leases, space
-from mnist_lightning.search.leases import Claim, ClaimLost, Claims, open_storage, start_of
+from mnist_lightning.search import space
+from mnist_lightning.search.crew import Crew, stop, work_here
+from mnist_lightning.search.leases import Lease, LeaseLost, Leases, open_storage
 from mnist_lightning.search.plan import (
     OBJECTIVES,
     SMALL,
-    STRATEGIES,
     UNIT_BYTES,
     Search,
-    Unit,
+    WorkUnit,
     all_units,
-    check_count,
     digest,
-    networks,
     open_units,
     planned,
 )
-from mnist_lightning.search.results import Record, Results, score, sealed
-from mnist_lightning.search.space import Score
-from mnist_lightning.search.worker import (
-    ATTEMPTS,
-    Report,
-    Worker,
-    adopt,
-    fill_index,
-    make_trainer,
-    optuna_study,
-    sampler_and_pruner,
-)
+from mnist_lightning.search.progress import Progress
+from mnist_lightning.search.results import Record, Results, params_of, score, sealed
+from mnist_lightning.search.sampling import fill_index, optuna_study, sampler_and_pruner
+from mnist_lightning.search.space import STRATEGIES, Score
+from mnist_lightning.search.trainer import make_trainer
+from mnist_lightning.search.worker import adopt
 
 ROOT = Path("lightning_logs") / "search"
-SHOW_SECONDS = 1.0
-STOPS = {signal.SIGINT, signal.SIGTERM}
-
-
-def _work_here(
-    report: Report,
-    search: Search,
-    key: str,
-    path: Path,
-    storage: str | None,
-    device: str,
-    threads: int,
-) -> None:
-    meeting_point = open_storage(storage, path)
-    Worker(search, key, Results(path), meeting_point, device, threads, report).work()
-
-
-def _work_elsewhere(pipe: Connection, parent: int, *arguments: Any) -> None:
-    """``_work_here`` in a process of its own."""
-
-    def leave_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-    try:
-        signal.signal(signal.SIGTERM, _stop)
-        # held back while the modules were imported, where it would print a long traceback
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-        _work_here(lambda unit, part: pipe.send((unit, part)), *arguments)
-    except (KeyboardInterrupt, SystemExit):  # the Trainer turns the one into the other
-        os._exit(128 + signal.SIGTERM)  # not even a traceback of a thread
-    except Exception as error:
-        # as words: not every exception can be sent
-        wrong = isinstance(error, ValueError)
-        pipe.send(str(error) if wrong else f"a worker failed: {type(error).__name__}: {error}")
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
-
-
-class _Crew:
-    """The workers of this machine, each in a process of its own.
-
-    Args:
-        claims: of the search; a worker that dies leaves its unit to the others there.
-        arguments: of ``_work_here``, all but the first.
-    """
-
-    def __init__(self, claims: Claims, arguments: tuple[Any, ...]) -> None:
-        self.claims, self.arguments = claims, arguments
-        self._pipes: dict[Any, tuple[SpawnProcess, str | None]] = {}
-        self._idle_deaths = self._deaths_borne = 0  # since one last worked
-
-    def work(self, workers: int, progress: "Progress") -> list[str]:
-        """Runs workers until there is no more to do; a worker that its unit killed is replaced.
-
-        Returns:
-            Why some of them could not go on.
-        """
-        errors = []
-        self._deaths_borne = ATTEMPTS * workers
-        over = math.inf  # since when a worker has found nothing left to do
-        try:
-            for _ in range(workers):
-                self._hire()
-            # whoever is frozen by then has lost its unit, and is not waited for
-            while self._pipes and time.monotonic() - over < leases.STALE_SECONDS:
-                for pipe in cast(list[Connection], wait(list(self._pipes), timeout=0.5)):
-                    try:
-                        message = pipe.recv()
-                    except EOFError:
-                        process, started = self._pipes.pop(pipe)
-                        process.join()
-                        if process.exitcode:
-                            errors += self._bury(process, started)
-                        elif not errors:
-                            over = min(over, time.monotonic())
-                        continue
-                    if isinstance(message, str):
-                        errors.append(message)
-                    else:
-                        progress.note(*message)
-                        self._idle_deaths = 0
-                progress.show()
-        finally:
-            for process, _ in self._pipes.values():  # those left when this is interrupted
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(cast(int, process.pid), signal.SIGINT)
-            for process, _ in self._pipes.values():
-                process.join(10)
-                process.kill()
-        return errors
-
-    def _hire(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        # a pipe for each: a worker that is killed takes no lock with it
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_work_elsewhere, args=(sender, os.getpid(), *self.arguments), daemon=True
-        )
-        resource_tracker.ensure_running()  # its start, inside the next one, would unblock them
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # which a new process inherits
-        try:
-            process.start()
-            self._pipes[receiver] = process, start_of(cast(int, process.pid))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        sender.close()
-
-    def _bury(self, process: SpawnProcess, started: str | None) -> list[str]:
-        code = cast(int, process.exitcode)
-        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        if code == -signal.SIGKILL:
-            reason += ", as where memory runs out"
-        held_unit = self.claims.note_death(cast(int, process.pid), started, reason)
-        self._idle_deaths += not held_unit
-        # killed while it had no unit: not by one
-        if held_unit or (code < 0 and self._idle_deaths <= self._deaths_borne):
-            self._hire()
-            return []
-        return [f"a worker ended: {reason}"]
-
-
-class Progress:
-    """One line: trials done, the best so far, the time left."""
-
-    def __init__(self, search: Search, results: Results, images: int) -> None:
-        from tqdm import tqdm
-
-        self.search, self.results, self.images = search, results, images
-        self._plan()
-        self._best: float | None = None
-        self._scored = 0
-        self._said = self._shown = time.monotonic()
-        self._bar = tqdm(
-            total=self.total,
-            initial=self._done,
-            disable=not sys.stderr.isatty(),
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} trials, {elapsed}{postfix}",
-        )
-
-    def _plan(self) -> None:
-        """Looks what there is to do; again whenever a round ends."""
-        records = self.results.records()
-        self._done = len(records)
-        self.total = len({*records, *planned(self.search, records)})
-        left = open_units(self.search, records, self.images)
-        self._work = {unit.name: unit.work for unit in left}
-        self._part: dict[str, float] = {}
-        self._to_do = sum(self._work.values())  # since we came, and how much of it is done
-        self._worked = 0.0
-        self._started = time.monotonic()
-
-    def note(self, unit: str, part: float) -> None:
-        """A worker has done this part of its unit."""
-        work = self._work.get(unit, 0.0)
-        if unit in self._part:
-            self._worked += work * (part - self._part[unit])
-        else:
-            self._to_do -= work * part
-        self._part[unit] = part
-
-    def show(self) -> None:
-        """Shows how things stand, if it is time: with many trials, looking takes a while."""
-        if time.monotonic() - self._shown > SHOW_SECONDS:
-            self._show()
-
-    def _show(self) -> None:
-        self._shown = time.monotonic()
-        records = self.results.records()
-        done = len(records)
-        for record in itertools.islice(records.values(), self._scored, None):  # the new ones
-            if found := score(record, self.search.objective):
-                self._best = max(found.val_acc, self._best or 0.0)
-        self._scored = done
-        if done == self.total and done > self._done:
-            self._plan()
-        facts = self._facts()
-        self._bar.total, self._bar.n = self.total, done
-        self._bar.set_postfix_str(", ".join(facts))
-        if self._bar.disable and time.monotonic() - self._said > 30:
-            self._said = time.monotonic()
-            print(", ".join([f"{done}/{self.total} trials", *facts]), flush=True)
-
-    def _facts(self) -> list[str]:
-        facts = []
-        if self._best is not None:
-            facts.append(f"best trial {self._best:.4f}")
-        if self._worked:
-            left = (time.monotonic() - self._started) * (self._to_do / self._worked - 1)
-            facts.append(f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
-        return facts
-
-    def close(self) -> None:
-        """Leaves the bar as things stand."""
-        if not self._bar.disable:
-            self._show()
-        self._bar.close()
 
 
 def run(
@@ -268,100 +50,69 @@ def run(
     storage: str | None = None,
     device: str = "cpu",
 ) -> list[Record]:
-    """Runs a search, or what is left of it, or what it has grown by: see ``space.check_growth``.
+    """Runs a search: all of it, what is left, or what it has grown by (``space.check_growth``).
 
     Args:
         search: what to search.
         folder: for its results; by default ``lightning_logs/search/<name>``.
         workers: processes; by default one for each core, or one where all want the same GPU. 0
-            trains in this process, which then must not be killed by a trial.
+            trains in this process; a trial that crashes then ends the search.
         storage: where workers on several machines meet; see ``leases.open_storage``.
-        device: on which populations are trained.
+        device: for populations.
 
     Returns:
         All trials, as in ``results.json``.
 
     Raises:
-        ValueError: the search cannot work, or the folder is of another one.
-        KeyboardInterrupt: Ctrl-C; the same call goes on.
-        SystemExit: a signal handler's; the same.
+        ValueError: the search cannot work, or the folder holds another one.
+        KeyboardInterrupt: Ctrl-C; the same call continues.
+        SystemExit: of a signal handler; the same call continues.
     """
     search.check()
-    # what is unknown, or not on this machine, is found out now
+    _check_machine(search, device)
+    results = Results(folder or ROOT / search.name)
+    data = search.load_data()
+    images = len(data.train_set)
+    definition = search.definition(data)
+    known: Sequence[Mapping[str, Any]] = ()
+    if storage:
+        known = _history(open_storage(storage, results.path), search.name, definition)
+    search = dataclasses.replace(search, grown_from=tuple(results.open(definition, known)))
+    # named after the first definition, which workers of every later one know too
+    key = f"{search.name}-{digest(search.at(0).definition(data))}"
+    meeting_point = open_storage(storage, results.path)
+    leases = Leases(meeting_point, key)
+    if without_weights := results.heal():
+        leases.forget(without_weights)
+    if storage is not None:
+        _share_finished(search, results, leases, images)
+        study = optuna_study(search, meeting_point, key)
+        study.set_user_attr("definitions", [*search.grown_from, definition])
+    print(f"{search.name}: {search.model}, {data.describe()}")
+    if left := open_units(search, results.records(), images):
+        workers = _useful_workers(search, left, workers)
+        _say_plan(search, results.records(), left, max(workers, 1))
+        if search.sampled:
+            _fill_indices(search, results, meeting_point, key)
+        threads = max(1, (os.cpu_count() or 1) // max(workers, 1))
+        arguments = (search, key, results.path, storage, device, threads)
+        _train(Progress(search, results, images), leases, workers, arguments)
+    else:
+        print(f"holds all its {counted(len(results.records()), 'trial')}: nothing to train")
+    records = results.write_tables()
+    fill_index(search, meeting_point, key, records)
+    results.write_tensorboard(search.model)
+    if winner := _print_best(search, records):
+        _save_winner(search, results, winner)
+    return records
+
+
+def _check_machine(search: Search, device: str) -> None:
+    """Refuses a sampler, a Trainer or a device that is unknown, or not on this machine."""
     if search.sampled:
         sampler_and_pruner(search)
     if search.trainer or search.model_class not in SMALL:
         make_trainer(search, max_epochs=1)
-    _check_device(device)
-    results = Results(folder or ROOT / search.name)
-    data = search.load_data()
-    identity = search.identity(data)
-    known = _history(open_storage(storage, results.path), search.name, identity) if storage else ()
-    search = dataclasses.replace(search, grown_from=tuple(results.open(identity, known)))
-    # that of the first definition: workers that know no other one meet the others there
-    key = f"{search.name}-{digest(search.at(0).identity(data))}"
-    meeting_point = open_storage(storage, results.path)
-    claims = Claims(meeting_point, key)
-    images = len(data.train_set)
-    if without_weights := results.heal():
-        claims.forget(without_weights)
-    if storage is not None:
-        _agree(search, results, claims, images)
-        index = optuna_study(search, meeting_point, key)
-        index.set_user_attr("definitions", [*search.grown_from, identity])
-    print(f"{search.name}: {search.model}, {data.describe()}")
-    if left := open_units(search, results.records(), images):
-        if workers is None:
-            alone = not (left[0].together or search.model_class in SMALL)
-            # trainings that each want the whole GPU take turns
-            workers = 1 if alone and torch.cuda.is_available() else os.cpu_count() or 1
-        if search.second_round is None and search.strategy["name"] != "refine":
-            workers = min(workers, len(left))  # no further round will need more
-        _say_plan(search, results.records(), left, max(workers, 1))
-        if search.sampled:
-            # what the sampler learns from
-            for generation in range(len(search.grown_from) + 1):
-                past = search.at(generation)
-                drawn = [r for r in results.in_order() if r["number"] < past.strategy["n"]]
-                fill_index(past, meeting_point, key, drawn)
-        threads = max(1, (os.cpu_count() or 1) // max(workers, 1))
-        arguments = (search, key, results.path, storage, device, threads)
-        progress = Progress(search, results, images)
-        threads_before = torch.get_num_threads()
-        errors: list[str] = []
-        try:
-            if workers:
-                errors = _Crew(claims, arguments).work(workers, progress)
-            else:
-
-                def report(unit: str, part: float) -> None:
-                    progress.note(unit, part)
-                    progress.show()
-
-                _work_here(report, *arguments)
-        except (KeyboardInterrupt, SystemExit) as stop:
-            progress.close()
-            done = len(results.write_tables())
-            print(f"\n{done} of {progress.total} trials are done; the same command goes on")
-            if isinstance(stop, SystemExit) and stop.code != 1:
-                raise
-            raise KeyboardInterrupt from None  # the Trainer makes of it an exit with 1
-        finally:
-            progress.close()
-            torch.set_num_threads(threads_before)
-        if errors and open_units(search, results.records(), images):
-            results.write_tables()
-            raise ValueError(f"{errors[0]} (what is finished stays; the same command goes on)")
-    else:
-        print(f"holds all its {counted(len(results.records()), 'trial')}: nothing to train")
-    found = results.write_tables()
-    fill_index(search, meeting_point, key, found)
-    results.write_tensorboard(search.model)
-    _crown(search, results, found)
-    return found
-
-
-def _check_device(device: str) -> None:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
@@ -371,11 +122,72 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device {device!r} is not on this machine; there is {there or 'cpu'}")
 
 
-def _history(storage: Any, name: str, identity: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """What this search grew from on other machines: nothing where none has it."""
+def _useful_workers(search: Search, left: Sequence[WorkUnit], workers: int | None) -> int:
+    """How many workers to start, where so many were asked for."""
+    if workers is None:
+        alone = not (left[0].together or search.model_class in SMALL)
+        # trainings that each want the whole GPU take turns
+        workers = 1 if alone and torch.cuda.is_available() else os.cpu_count() or 1
+    if search.second_round is None and search.strategy["name"] != "refine":
+        workers = min(workers, len(left))  # no later round will need more
+    return workers
+
+
+def _fill_indices(search: Search, results: Results, storage: Any, key: str) -> None:
+    """Gives Optuna the finished trials of every definition: samplers learn from them."""
+    for generation in range(len(search.grown_from) + 1):
+        past = search.at(generation)
+        drawn = [r for r in results.in_order() if r["number"] < past.strategy["n"]]
+        fill_index(past, storage, key, drawn)
+
+
+def _train(progress: Progress, leases: Leases, workers: int, arguments: tuple[Any, ...]) -> None:
+    """Trains what is left of a search.
+
+    Args:
+        progress: of the search.
+        leases: of the search.
+        workers: processes; 0 trains in this one.
+        arguments: of ``work_here``, all but the first.
+
+    Raises:
+        ValueError: workers could not continue.
+        KeyboardInterrupt: Ctrl-C.
+        SystemExit: a signal.
+    """
+    search, results = progress.search, progress.results
+    threads_before = torch.get_num_threads()
+    errors: list[str] = []
+    try:
+        if workers:
+            errors = Crew(leases, arguments).work(workers, progress)
+        else:
+
+            def on_progress(unit: str, part: float) -> None:
+                progress.note(unit, part)
+                progress.show()
+
+            work_here(on_progress, *arguments)
+    except (KeyboardInterrupt, SystemExit) as interruption:
+        progress.close()
+        done = len(results.write_tables())
+        print(f"\n{done} of {progress.total} trials are done; the same command continues")
+        if isinstance(interruption, SystemExit) and interruption.code != 1:
+            raise
+        raise KeyboardInterrupt from None  # the Trainer has made an exit with 1 of it
+    finally:
+        progress.close()
+        torch.set_num_threads(threads_before)
+    if errors and open_units(search, results.records(), progress.images):
+        results.write_tables()
+        raise ValueError(f"{errors[0]} (finished trials are kept; the same command continues)")
+
+
+def _history(storage: Any, name: str, definition: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The earlier definitions of this search on other machines; none if no machine has it."""
     for study in storage.get_all_studies():
         definitions = study.user_attrs.get("definitions")
-        known = isinstance(definitions, list) and definitions[-1:] == [identity]
+        known = isinstance(definitions, list) and definitions[-1:] == [definition]
         if known and study.study_name.startswith(f"{name}-"):
             return definitions[:-1]
     return ()
@@ -386,25 +198,25 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def _agree(search: Search, results: Results, claims: Claims, images: int) -> None:
+def _share_finished(search: Search, results: Results, leases: Leases, images: int) -> None:
     """Shows the units that are finished here to other machines, or adopts theirs.
 
-    A unit whose worker lost the storage is finished here, but nobody knows.
+    Other machines do not know of a unit whose worker lost the storage before it could tell them.
     """
     records = results.records()
     for unit in all_units(search, records, images):
         if not all(id in records for id in unit.ids):
             continue
-        claim = claims.take(unit.name, unit.ids)
-        if isinstance(claim, Claim):
-            with contextlib.suppress(ClaimLost):
-                claim.finish([sealed(records[id]) for id in unit.ids])
-        elif claim:
-            adopt(search, results, claims, unit, claim)
+        lease = leases.take(unit.name, unit.ids)
+        if isinstance(lease, Lease):
+            with contextlib.suppress(LeaseLost):
+                lease.finish([sealed(records[id]) for id in unit.ids])
+        elif lease:
+            adopt(search, results, leases, unit, lease)
 
 
 def _say_plan(
-    search: Search, records: Mapping[str, Record], left: Sequence[Unit], workers: int
+    search: Search, records: Mapping[str, Record], left: Sequence[WorkUnit], workers: int
 ) -> None:
     ids = planned(search, records)
     missing = sum(id not in records for id in ids)
@@ -413,28 +225,32 @@ def _say_plan(
         whole = len({*records, *ids})
         line = f"holds {counted(len(records), 'trial')} of {whole:,}; trains {missing:,}"
     if together := [unit for unit in left if unit.together]:
-        count = sum(len(networks(search, unit.trials)) for unit in together)
+        count = sum(len(unit.networks) for unit in together)
         line += f": {counted(count, 'network')} in {counted(len(together), 'population')}"
         if any("-part" in unit.name for unit in together):
             line += f", split to stay below {UNIT_BYTES >> 20} MiB each"
     print(f"{line}; {counted(workers, 'worker')}", flush=True)
 
 
-def _crown(search: Search, results: Results, records: Sequence[Record]) -> None:
-    """Names the best, and keeps the winner's checkpoint as ``best.ckpt``."""
+def _print_best(search: Search, records: Sequence[Record]) -> Record | None:
+    """Prints the best configurations; returns the winner, if a trial succeeded."""
     if failed := [record for record in records if record["state"] == "FAIL"]:
         first = " ".join(f"{failed[0]['id']}: {failed[0]['error']}".split())
         print(f"{len(failed)} failed, the first: {printable(first)}")
-    scored = [(found, r) for r in records if (found := score(r, search.objective))]
+    scored = [(one, r) for r in records if (one := score(r, search.objective))]
     if not scored:
         print("no trial succeeded")
-        return
+        return None
     ranked = sorted(scored, key=lambda pair: (-pair[0].val_acc, pair[0].val_loss))
-    # of several seeds, the best mean wins, and of its trials the best one
-    cells = space.ranking([({**r["params"], "seed": r["seed"]}, found) for found, r in scored])[:5]
-    best_of = [next(r for _, r in ranked if r["params"] == params) for params, _ in cells]
-    winner = best_of[0]
-    print(printable(_table(search, cells, best_of)))
+    # the best mean over the seeds wins, and within it the best trial
+    configurations = space.ranking([(params_of(r), one) for one, r in scored])[:5]
+    best_of = [next(r for _, r in ranked if r["params"] == params) for params, _ in configurations]
+    print(printable(_table(search, configurations, best_of)))
+    return best_of[0]
+
+
+def _save_winner(search: Search, results: Results, winner: Record) -> None:
+    """Saves the winner's checkpoint as ``best.ckpt``, and prints what can be done with it."""
     weights = results.checkpoints / f"{winner['id']}.ckpt"
     if not weights.is_file():
         print(f"\nwinner       {winner['id']}; its weights are on the machine that trained it")
@@ -453,25 +269,26 @@ def _crown(search: Search, results: Results, records: Sequence[Record]) -> None:
 
 def _table(
     search: Search,
-    cells: Sequence[tuple[Mapping[str, Any], Sequence[Score]]],
+    configurations: Sequence[tuple[Mapping[str, Any], Sequence[Score]]],
     best_of: list[Record],
 ) -> str:
-    """Configurations by the mean over their seeds, the best first.
+    """Configurations by their mean over the seeds, the best first.
 
     Args:
         search: the search.
-        cells: parameters and the scores of their seeds.
-        best_of: the best trial of each.
+        configurations: parameters and the scores of their seeds.
+        best_of: the best trial of each configuration.
     """
     rows = [(OBJECTIVES[search.objective], "n", "best trial", "configuration")]
-    shown = [name for name in cells[0][0] if name not in search.fixed] or list(cells[0][0])
-    for (params, scores), record in zip(cells, best_of, strict=True):
-        found = [score.val_acc for score in scores]
-        mean = f"{statistics.fmean(found):.4f}"
-        if len(found) > 1:
-            mean += f" ± {statistics.stdev(found):.4f}"
-        words = ", ".join(f"{name} {_rounded(params[name])}" for name in shown if name in params)
-        rows.append((mean, str(len(found)), record["id"], words))
+    names = list(configurations[0][0])
+    shown = [name for name in names if name not in search.fixed] or names
+    for (params, scores), record in zip(configurations, best_of, strict=True):
+        accuracies = [score.val_acc for score in scores]
+        mean = f"{statistics.fmean(accuracies):.4f}"
+        if len(accuracies) > 1:
+            mean += f" ± {statistics.stdev(accuracies):.4f}"
+        text = ", ".join(f"{name} {_rounded(params[name])}" for name in shown if name in params)
+        rows.append((mean, str(len(accuracies)), record["id"], text))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = (
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
@@ -492,18 +309,23 @@ def _parser() -> ArgumentParser:
     )
     add = parser.add_argument
     add("-c", "--config", action=SearchByName, help="A YAML file, or the name of a shipped one.")
-    add("--name", type=str | None, help="Of the search and its folder (default: the file's name).")
-    add("--model", type=str, required=True, help="Name of a class, like ShallowNetwork.")
-    add("--strategy", type=str | dict[str, Any], default="grid", help=f"{', '.join(STRATEGIES)}.")
-    add("--space", type=dict[str, Any], default={}, help="Axes by parameter; lists of values.")
-    add("--fixed", type=dict[str, Any], default={}, help="Parameters that all trials share.")
-    add("--seeds", type=list[int], default=[0], help="Each combination is trained with each.")
-    add("--second_round", type=dict[str, int] | None, help="{best: k, max_epochs: n}")
-    add("--objective", type=str, default="val_acc", help=f"{' or '.join(OBJECTIVES)}.")
-    skipped = {"batch_size", "eval_batch_size", "predict_dir"}
-    parser.add_class_arguments(MNISTDataModule, "data", skip=skipped, instantiate=False)
-    add("--trainer", type=dict[str, Any], default={}, help="For models that the Trainer trains.")
-    add("--folder", type=str | None, help="Default: lightning_logs/search/NAME.")
+    add(
+        "--name",
+        type=str | None,
+        help="The name of the search and its folder (default: the file's name).",
+    )
+    # the name alone is enough
+    add(
+        "--strategy",
+        type=str | dict[str, Any],
+        default="grid",
+        help=f"{', '.join(STRATEGIES)}; with options: {{name: random, n: 50}}.",
+    )
+    others = {"name", "strategy", "data", "grown_from"}
+    parser.add_class_arguments(Search, skip=others, instantiate=False)
+    others = {"batch_size", "eval_batch_size", "predict_dir"}
+    parser.add_class_arguments(MNISTDataModule, "data", skip=others, instantiate=False)
+    add("--folder", type=str | None, help="For the results (default: lightning_logs/search/NAME).")
     add("--workers", type=int | None, help="Processes (default: one for each core).")
     add(
         "--storage",
@@ -511,20 +333,25 @@ def _parser() -> ArgumentParser:
         help="Where workers on several machines meet: a journal file"
         " on a shared disk, postgresql://..., or grpc://host:port of Optuna's proxy.",
     )
-    add("--device", type=str, default="cpu", help="Where populations are trained.")
+    add(
+        "--device",
+        type=str,
+        default="cpu",
+        help="For small networks that are trained together: cpu, cuda, ...",
+    )
     return parser
 
 
 def read(argv: Sequence[str]) -> tuple[Search, dict[str, Any]]:
-    """The search that the words of a command line ask for, and the other arguments of ``run``.
+    """The search that a command line asks for, and the other arguments of ``run``.
 
     Raises:
-        ValueError: they, or the configuration that they name, cannot be understood.
+        ValueError: it, or the configuration that it names, cannot be understood.
     """
-    check_named([word.rpartition("=")[2] for word in argv], Path())
+    check_named([argument.rpartition("=")[2] for argument in argv], Path())
     try:
         with parser_settings():
-            allow_classes([])  # only the model's is imported, and not by the parser
+            allow_classes([])  # only the model's class is imported, and not by the parser
             settings = _parser().parse_args(list(argv))
     except (ArgumentError, TypeError) as error:
         if data := re.search(r'"data":\s+Unable to load config \'(.+?)\'', str(error)):
@@ -533,7 +360,8 @@ def read(argv: Sequence[str]) -> tuple[Search, dict[str, Any]]:
                 " --data.split, and no other data module"
             ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError("; ".join(lines[:2])) from error
+        reason = re.sub(r"<class '(?:[a-z]+\.)*(\w+)'>", r"\1", "; ".join(lines[:2]))
+        raise ValueError(reason.replace(":; ", ": ")) from error
     given = settings.as_dict()
     configs = given.pop("config") or []
     place = {key: given.pop(key) for key in ("folder", "workers", "storage", "device")}
@@ -551,10 +379,10 @@ def main(argv: Sequence[str]) -> int:
     """``python -m mnist_lightning search --config NAME [options]``.
 
     Raises:
-        ValueError: what was asked for cannot be understood, or cannot work, or no trial succeeded.
+        ValueError: the arguments are wrong, the search cannot work, or no trial succeeded.
     """
     search, place = read(argv)
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         records = run(search, **place)
     finally:

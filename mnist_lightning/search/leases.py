@@ -1,4 +1,4 @@
-"""Who trains what: workers on any number of machines agree through an Optuna storage."""
+"""Which worker trains what: workers on any number of machines agree through an Optuna storage."""
 
 import contextlib
 import errno
@@ -16,62 +16,64 @@ from pathlib import Path
 from typing import Any, cast
 
 import optuna
+from optuna.exceptions import DuplicatedStudyError
+from optuna.storages import GrpcStorageProxy, JournalStorage, RDBStorage, get_storage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import StudyDirection
 
-from mnist_lightning.console import require
-
-Record = dict[str, Any]
+from mnist_lightning.search.results import Record
 
 HEARTBEAT_SECONDS = 5.0
-# A worker that has shown no sign of life for so long is taken for dead; it may only be frozen.
+# A worker without a sign of life for so long counts as dead, though it may only be frozen.
 STALE_SECONDS = 60.0
-# A journal's lock is held for milliseconds; one that is older was left by a process that died.
+# A journal is locked for milliseconds; an older lock was left by a process that died.
 LOCK_SECONDS = 10
-# A storage that does not answer is asked again for so long, before a worker gives up.
+# A worker asks a storage that does not answer again for so long, then gives up.
 PATIENCE_SECONDS = 60.0
 
 
-class ClaimLost(Exception):
-    """Another worker has the unit now: this one was taken for dead. What it has is not written."""
+class LeaseLost(Exception):
+    """The unit now belongs to another worker, as this one seemed dead; its results do not count."""
 
 
 class StorageLost(ValueError):
     """The storage has not answered for ``PATIENCE_SECONDS``."""
 
 
-class Claims:
-    """Units of work, each taken by one worker at a time.
+class Leases:
+    """Leases of units of work, each held by one worker at a time.
 
-    Every Optuna storage lets exactly one caller create a study of a given name. A unit is taken by
-    creating the study ``<search>/<unit>/<attempt>``; where the worker who did so died, the next
-    attempt is free. Finished trials travel in it to machines that do not share the folder.
+    Every Optuna storage lets exactly one caller create a study of a given name. A worker takes a
+    unit by creating the study ``<search>/<unit>/<attempt>``; if that worker dies, the next attempt
+    is free. The study also carries finished trials to machines that do not share the folder.
 
     Args:
         storage: see ``open_storage``.
         search: a name that no other search in the storage has.
     """
 
-    def __init__(self, storage: "optuna.storages.BaseStorage", search: str) -> None:
+    def __init__(self, storage: optuna.storages.BaseStorage, search: str) -> None:
         self.storage, self.search = storage, search
         self._seen: dict[str, tuple[Any, float]] = {}
-        self._looked = time.monotonic()
+        self._last_check = time.monotonic()
 
-    def take(self, unit: str, ids: Sequence[str]) -> "Claim | dict[str, Record] | None":
-        """The unit's claim, now ours; its records by id, if it is finished; else ``None``.
+    def take(self, unit: str, ids: Sequence[str]) -> "Lease | dict[str, Record] | None":
+        """Takes a unit, if it is free.
 
         Args:
             unit: its name.
             ids: of its trials.
-        """
-        from optuna.exceptions import DuplicatedStudyError
-        from optuna.study import StudyDirection
 
+        Returns:
+            The lease; of a finished unit its records, by id; ``None`` if another worker has it.
+        """
         records: dict[str, Record] = {}
         deaths: list[str] = []
         furthest = -1.0
         for attempt in itertools.count():
             name = f"{self.search}/{unit}/{attempt}"
             try:
-                # not through optuna.create_study, which in a journal reads all names once more
+                # optuna.create_study would read all names of a journal once more
                 study_id = self.storage.create_new_study([StudyDirection.MAXIMIZE], name)
             except DuplicatedStudyError:
                 known = self._attributes(name)
@@ -82,18 +84,18 @@ class Claims:
                 if not over and not self._dead(name, known.get("owner")):
                     return None
                 if "died" in known:
-                    # only deaths since the last one that left something to go on from
+                    # only deaths since the last one that left some progress
                     if known.get("from", 0.0) > furthest:
                         furthest = known.get("from", 0.0)
                         deaths = []
                     deaths.append(known["died"])
             else:
                 self.storage.set_study_user_attr(study_id, "owner", {**_process(), "beat": 0})
-                if attempt:  # what the one before published until we took the unit from it
+                if attempt:  # the records that the worker before published until now
                     before = f"{self.search}/{unit}/{attempt - 1}"
                     records |= _published(self._attributes(before), ids)
                 follower = f"{self.search}/{unit}/{attempt + 1}"
-                return Claim(study_id, self.storage, follower, attempt > 0, records, deaths)
+                return Lease(study_id, self.storage, follower, attempt > 0, records, deaths)
         raise AssertionError("there is always a next attempt")
 
     def _attributes(self, study_name: str) -> dict[str, Any]:
@@ -102,14 +104,14 @@ class Claims:
     def _dead(self, name: str, owner: dict[str, Any] | None) -> bool:
         here = owner is not None and owner["machine"] == _process()["machine"]
         if owner and here and start_of(owner["pid"]) != owner["started"]:
-            crew = owner.get("crew")  # which will note how it died, so that deaths are counted
+            crew = owner.get("crew")  # if it lives, it notes the death itself, with the reason
             if crew is None or start_of(crew["pid"]) != crew["started"]:
                 return True
-        # by the observer's own clock: two machines need not agree on the time
+        # by the clock of this machine: the clocks of two machines may differ
         now = time.monotonic()
-        if now - self._looked > STALE_SECONDS / 2:
-            self._seen.clear()  # we were away ourselves, or the storage was
-        self._looked = now
+        if now - self._last_check > STALE_SECONDS / 2:
+            self._seen.clear()  # this worker was frozen itself, or the storage did not answer
+        self._last_check = now
         seen = self._seen.get(name)
         if seen is None or seen[0] != owner:
             self._seen[name] = (owner, now)
@@ -117,7 +119,7 @@ class Claims:
         return now - seen[1] > STALE_SECONDS
 
     def note_death(self, pid: int, started: str | None, reason: str) -> bool:
-        """Notes on the unit that a process of this machine held, that the process died.
+        """Notes the death of a process of this machine on the unit that it held.
 
         Returns:
             Whether it held one.
@@ -135,26 +137,26 @@ class Claims:
         return False
 
     def forget(self, ids: Collection[str]) -> None:
-        """Takes back what was published of these trials, so that they are trained again."""
+        """Withdraws the records of these trials, so that they are trained again."""
         for study in self.storage.get_all_studies():
             if study.study_name.startswith(f"{self.search}/"):
                 for id in _published(study.user_attrs, ids):
                     self.storage.set_study_user_attr(study._study_id, f"trial {id}", None)
 
 
-class Claim:
-    """A unit that is ours to train, until another worker takes us for dead.
+class Lease:
+    """The right to train a unit, until another worker takes this one for dead.
 
     Attributes:
-        had_before: whether another worker had it before.
-        records: of its trials that are finished already, by id.
-        deaths: how the workers ended that it killed without getting any further.
+        had_before: whether another worker had the unit before.
+        records: of its finished trials, by id.
+        deaths: how each worker ended that the unit has killed since the last progress.
     """
 
     def __init__(
         self,
         study_id: int,
-        storage: "optuna.storages.BaseStorage",
+        storage: optuna.storages.BaseStorage,
         follower: str,
         had_before: bool,
         records: dict[str, Record],
@@ -166,10 +168,10 @@ class Claim:
         self._lost = threading.Event()
 
     def check(self) -> None:
-        """Makes sure that the unit is still ours.
+        """Makes sure that the lease still holds.
 
         Raises:
-            ClaimLost: it is not.
+            LeaseLost: it does not.
         """
         with contextlib.suppress(KeyError):
             self._storage.get_study_id_from_name(self._follower)
@@ -177,31 +179,31 @@ class Claim:
         self.check_quickly()
 
     def check_quickly(self) -> None:
-        """As ``check``, but asks no storage: as of the last sign of life."""
+        """The same without asking the storage: what the last sign of life has found."""
         if self._lost.is_set():
-            raise ClaimLost
+            raise LeaseLost
 
-    def goes_on(self, part: float) -> None:
-        """Notes that training goes on from a state in which this part of it was done."""
+    def continues_from(self, part: float) -> None:
+        """Notes that training continues from a state in which this part of it was done."""
         self._storage.set_study_user_attr(self._study_id, "from", part)
 
     def publish(self, record: Record) -> None:
-        """Shows a finished trial to the others.
+        """Shows a finished trial to other machines.
 
         Raises:
-            ClaimLost: the unit is no longer ours, and the record does not count: another worker's
-                may differ from it, and others may have that one.
+            LeaseLost: another worker has the unit. The record does not count: other machines may
+                have that worker's, which may differ.
         """
         self._storage.set_study_user_attr(self._study_id, f"trial {record['id']}", record)
-        # Whoever takes the unit from now on reads the record first; whoever took it before has not.
+        # a worker that takes the unit from now on reads the record; one that took it before may not
         self.check()
         self._published.add(record["id"])
 
     def finish(self, records: Sequence[Record]) -> None:
-        """Notes what came out of the unit, so that nobody takes it again.
+        """Notes the unit as finished, with its records.
 
         Raises:
-            ClaimLost: it is no longer ours.
+            LeaseLost: another worker has the unit.
         """
         for record in records:
             if record["id"] not in self._published and self.records.get(record["id"]) != record:
@@ -213,14 +215,14 @@ class Claim:
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
-        """Shows signs of life while the unit is trained; releases it when that is cut off."""
+        """Shows signs of life while the unit is trained; frees the unit if that is interrupted."""
         over = threading.Event()
 
         def beat() -> None:
             number = 0
             while not over.wait(HEARTBEAT_SECONDS):
                 number += 1
-                with contextlib.suppress(Exception):  # a storage out of reach may come back
+                with contextlib.suppress(Exception):  # the storage may come back
                     self._storage.set_study_user_attr(
                         self._study_id, "owner", {**_process(), "beat": number}
                     )
@@ -239,16 +241,20 @@ class Claim:
             thread.join(HEARTBEAT_SECONDS)  # it may be waiting for the storage
 
 
+Claim, Claims = Lease, Leases  # names of before
+
+
 def _published(attributes: Mapping[str, Any], ids: Collection[str]) -> dict[str, Record]:
-    """Records among the attributes of a study, of these trials."""
-    found = {id: attributes.get(f"trial {id}") for id in ids}
-    return {id: record for id, record in found.items() if record is not None}
+    """The records of these trials among the attributes of a study."""
+    records = {id: attributes.get(f"trial {id}") for id in ids}
+    return {id: record for id, record in records.items() if record is not None}
 
 
 def _process() -> dict[str, Any]:
-    """Which process this is. A machine is one where a process number means the same to all.
+    """Which process this is, on which machine.
 
-    So containers are different machines, even those with one hostname.
+    On one machine, a process number means the same to all processes. So containers are different
+    machines, even with the same hostname.
     """
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     facts = [socket.gethostname()]
@@ -261,13 +267,13 @@ def _process() -> dict[str, Any]:
 
 
 def start_of(pid: int) -> str | None:
-    """When a process of this machine started; ``None`` where there is none.
+    """When a process of this machine started; ``None`` if there is none.
 
-    Without ``/proc`` only whether there is one: a number that was used again then counts as alive.
+    Without ``/proc`` only whether there is one: a process that reuses the number then counts as it.
     """
     if Path("/proc/self/stat").is_file():
         try:
-            # the command's name, in parentheses, may hold spaces: count from behind it
+            # the command's name, in parentheses, may hold spaces: count after it
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             return None
@@ -281,7 +287,7 @@ def start_of(pid: int) -> str | None:
     return "running"
 
 
-def open_storage(url: str | None, folder: Path) -> "optuna.storages.BaseStorage":
+def open_storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
     """The storage where workers meet.
 
     Args:
@@ -291,11 +297,8 @@ def open_storage(url: str | None, folder: Path) -> "optuna.storages.BaseStorage"
         folder: of the search.
 
     Raises:
-        ValueError: it cannot be reached, or Optuna is not installed.
+        ValueError: it cannot be reached.
     """
-    require("optuna", "a search")
-    import optuna
-
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     journal = folder / "journal.log"
@@ -306,7 +309,7 @@ def open_storage(url: str | None, folder: Path) -> "optuna.storages.BaseStorage"
         return patient
     except Exception as error:  # each backend has exceptions of its own
         if url is None and journal.is_file():
-            # ours alone, and no more than an index: the trials hold all that matters
+            # only an index of the trials, which nobody else uses: begin a new one
             os.replace(journal, folder / "journal.damaged")
             return open_storage(None, folder)
         place = _without_password(url or str(journal))
@@ -314,13 +317,13 @@ def open_storage(url: str | None, folder: Path) -> "optuna.storages.BaseStorage"
 
 
 class _Patient:
-    """A storage that is asked again where it does not answer: a database may be restarted.
+    """Asks a storage again if it does not answer: a database may be restarting.
 
-    What it is asked may have reached it before the answer was lost. All that is asked may be asked
-    twice, but for the creation of a study: that then looks like another's, with no sign of life.
+    A request may have arrived although its answer was lost. All requests can be repeated, except
+    the creation of a study: it then looks like that of another worker without a sign of life.
     """
 
-    def __init__(self, storage: "optuna.storages.BaseStorage", name: str) -> None:
+    def __init__(self, storage: optuna.storages.BaseStorage, name: str) -> None:
         self._storage, self._name = storage, name
 
     def __getattr__(self, attribute: str) -> Any:
@@ -344,7 +347,7 @@ class _Patient:
 
 
 def _may_come_back(error: BaseException) -> bool:
-    """Whether a storage's error says that it is out of reach, whatever the kind of storage."""
+    """Whether an error of any kind of storage says that it cannot be reached."""
     if isinstance(error, OSError):
         return True
     kinds = {kind.__name__ for kind in type(error).__mro__}
@@ -352,21 +355,18 @@ def _may_come_back(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """In a line, what is behind an error of a storage."""
+    """The cause of a storage's error, in one line."""
     if type(error).__name__ == "StorageInternalError" and error.__cause__:
-        error = error.__cause__  # its own text is about something else
+        error = error.__cause__  # the error's own text does not name the cause
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _connect(url: str) -> "optuna.storages.BaseStorage":
-    from optuna.storages import GrpcStorageProxy, JournalStorage, RDBStorage, get_storage
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
+def _connect(url: str) -> optuna.storages.BaseStorage:
     if "://" not in url:
-        # Its default lock is a link to the journal. A process that is killed may leave one, which
-        # leads nowhere from another folder or machine: the next would wait for it for ever.
+        # The default lock is a link to the journal. One that a killed process left leads nowhere
+        # from another folder or machine, and the next process would wait for it for ever.
         lock = JournalFileOpenLock(url, grace_period=LOCK_SECONDS)
         return JournalStorage(JournalFileBackend(url, lock))
     if url.startswith("grpc://"):
@@ -375,18 +375,18 @@ def _connect(url: str) -> "optuna.storages.BaseStorage":
         proxy.wait_server_ready(timeout=15)
         return proxy
     limit = {"connect_timeout": 15} if url.startswith("postgres") else {}
-    if find_spec("psycopg") is None:  # SQLAlchemy's first choice, but its forerunner will do
+    if find_spec("psycopg") is None:  # SQLAlchemy's default; psycopg2 will do
         url = url.replace("postgresql://", "postgresql+psycopg2://", 1)
     tries = 5
     while True:
         try:
-            # with the cache that Optuna gives a database
+            # with Optuna's cache for databases
             return get_storage(RDBStorage(url, engine_kwargs={"connect_args": limit}))
         except Exception as error:
             tries -= 1
             if not tries or "already exists" not in str(error):
                 raise
-            time.sleep(1)  # two machines make the tables at the same moment: one of them cannot
+            time.sleep(1)  # two machines made the tables at the same moment, and this one failed
 
 
 def _without_password(url: str | None) -> str:

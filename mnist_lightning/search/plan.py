@@ -1,9 +1,9 @@
 """What is searched, and the units of work that it makes.
 
 A unit is what one worker takes: networks that share their mini-batches and are trained together, or
-one training by itself. Which networks form a unit follows from the search alone, and from what it
-grew from: what a definition adds forms units of its own. So results are the same bits for any
-number of workers, interrupted or not, grown before or after.
+a single training. The units follow from the search and its earlier definitions alone; what a
+definition adds forms units of its own. So results are bit-identical for any number of workers,
+with and without interruptions, whenever the search grew.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 
+from mnist_lightning.checks import check_count
 from mnist_lightning.classes import import_class
 from mnist_lightning.console import suggest
 from mnist_lightning.data.module import MNISTDataModule
@@ -29,13 +30,13 @@ from mnist_lightning.models.multilayer import DeepNetwork, ShallowNetwork
 from mnist_lightning.nets import CLASSES, PIXELS
 from mnist_lightning.search import space
 from mnist_lightning.search.results import Record, score
-from mnist_lightning.search.space import DEFINITION, STRATEGIES, Trial
+from mnist_lightning.search.space import GROWABLE, STRATEGIES, Trial
 from mnist_lightning.training.population import Member, training_bytes
 
-# Networks trained together take at most this much memory, beside the images. Small enough that the
-# networks of one batch size can be shared out, large enough for the study's 16 of each.
+# Networks trained together take at most this much memory, beside the images. Small enough to spread
+# the networks of one batch size over workers, large enough for the study's 16 of each.
 UNIT_BYTES = 64 * 2**20
-SMALL = (ShallowNetwork, DeepNetwork)  # what population trains, with plain SGD
+SMALL = (ShallowNetwork, DeepNetwork)  # populations can train them, with plain SGD
 
 OBJECTIVES = {
     "val_acc": "validation accuracy",
@@ -46,34 +47,37 @@ DATA_OF_ALL = [
     f"data.{name}" for name in ("name", "source", "data_dir", "split", "val_fraction", "split_seed")
 ]
 NO_RESULT = [f"data.{name}" for name in ("eval_batch_size", "predict_dir")]
-MOST_TRIALS = 100_000  # each is a file, and counted again and again
+MOST_TRIALS = 100_000  # each is a file, and files are counted often
 
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched. Two searches with equal fields, on the same data, have equal results.
+    """What is searched.
+
+    Two searches with equal fields, on the same data, have equal results.
 
     Args:
-        name: of the search, and of its folder.
-        model: name of a class in ``mnist_lightning.models``, or dotted path of a LightningModule
-            of your own, which logs a loss and an accuracy in its validation.
-        space: axes, by parameter: see ``mnist_lightning.space``. A parameter is ``max_epochs``,
-            ``batch_size``, an argument of the model, or ``data.normalization`` and what else
-            ``MNISTDataModule`` takes that leaves the validation images as they are.
-        strategy: ``{name: grid | random | refine | optuna}`` and its options.
+        name: the name of the search and of its folder.
+        model: a class of this package, like ShallowNetwork, or my_module.MyModel of your own, which
+            logs a loss and an accuracy in its validation.
+        space: axes by parameter, each a list of values, or {low: a, high: b, log: true} for the
+            strategies random and optuna. A parameter is max_epochs, batch_size, an argument of the
+            model, or a setting of the data like data.normalization that leaves the validation
+            images as they are.
+        strategy: {name: grid}, random, refine or optuna, and its options.
         fixed: parameters that all trials share.
-        seeds: each combination is trained with each of them.
-        second_round: ``{best: k, max_epochs: n}``: the best k are trained again for n epochs.
-        objective: ``val_acc`` is the validation accuracy after the last epoch, ``best_val_acc``
-            that of the best epoch. A trial's checkpoint holds the weights that reached it.
-        data: arguments of ``MNISTDataModule``, all but ``batch_size``.
+        seeds: each combination is trained with each seed.
+        second_round: {best: k, max_epochs: n} trains the best k again, for n epochs.
+        objective: val_acc is the validation accuracy after the last epoch, best_val_acc that of the
+            best epoch. A trial's checkpoint holds the weights that reached it.
+        data: arguments of MNISTDataModule, all but batch_size.
         trainer: arguments of the Trainer, for models that it trains.
-        grown_from: what its folder knows of earlier definitions; see ``space.check_growth``.
+        grown_from: earlier definitions that the folder holds; see ``space.check_growth``.
     """
 
     name: str
     model: str
-    space: Mapping[str, Any]
+    space: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     strategy: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "grid"})
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seeds: Sequence[int] = (0,)
@@ -87,13 +91,13 @@ class Search:
     def model_class(self) -> type[LightningModule]:
         module, _, name = self.model.rpartition(".")
         try:
-            found = import_class(self.model) if module else ARCHITECTURES.get(name)
+            model = import_class(self.model) if module else ARCHITECTURES.get(name)
         except ValueError:
-            found = None
-        of_kind = isinstance(found, type) and issubclass(found, LightningModule)
-        if not of_kind or found is Classifier:
+            model = None
+        of_kind = isinstance(model, type) and issubclass(model, LightningModule)
+        if not of_kind or model is Classifier:
             raise ValueError(f"no model {self.model!r}; {suggest(name, ARCHITECTURES)}")
-        return cast(type[LightningModule], found)
+        return cast(type[LightningModule], model)
 
     @property
     def sampled(self) -> bool:
@@ -101,37 +105,24 @@ class Search:
         return self.strategy["name"] == "optuna"
 
     def at(self, generation: int) -> "Search":
-        """The search as it was defined then, the newest definition being the last one."""
+        """The search as an earlier definition had it; the last generation is the newest one."""
         if generation == len(self.grown_from):
             return self
-        past = {name: self.grown_from[generation][name] for name in DEFINITION}
+        past = {name: self.grown_from[generation][name] for name in GROWABLE}
         return dataclasses.replace(self, **past, grown_from=self.grown_from[:generation])
 
     def check(self) -> None:
-        """Refuses what cannot work before anything is trained.
+        """Refuses what cannot work, before anything is trained.
 
         Raises:
-            ValueError: what is wrong, and what would be right.
+            ValueError: a setting is wrong.
         """
         if self.name in ("", ".", "..") or set("/\\\0") & set(self.name):
             raise ValueError(f"--name must be the name of a folder, not a path, got {self.name!r}")
-        options = dict(self.strategy)
-        strategy = options.pop("name", None)
-        if strategy not in STRATEGIES:
-            raise ValueError(f"no strategy {strategy!r}; {suggest(str(strategy), STRATEGIES)}")
-        known = STRATEGIES[strategy]
-        for option in space.unknown(options, list(known)):
-            raise ValueError(
-                f"strategy {strategy} has no option {option}; {suggest(option, known)}"
-            )
-        for option, default in known.items():
-            if default is ... and option not in options:
-                raise ValueError(f"strategy {strategy} needs {option}")
-            if option in ("n", "rounds") and option in options:
-                check_count(f"strategy.{option}", options[option])
-        space.check(self.space, ranges=strategy in ("random", "optuna"))
-        of_grid = strategy not in ("random", "optuna")
-        count = math.prod(map(len, self.space.values())) if of_grid else options["n"]
+        self._check_strategy()
+        draws = self.strategy["name"] in ("random", "optuna")
+        space.check(self.space, ranges=draws)
+        count = self.strategy["n"] if draws else math.prod(map(len, self.space.values()))
         if (count := count * len(self.seeds)) > MOST_TRIALS:
             raise ValueError(
                 f"a search of {count:,} trials: at most {MOST_TRIALS:,}. Shorter axes, or"
@@ -139,7 +130,7 @@ class Search:
             )
         both = sorted(self.space.keys() & self.fixed.keys())
         if both:
-            raise ValueError(f"{both[0]} is fixed and an axis: it can be one of the two")
+            raise ValueError(f"{both[0]} is fixed and an axis: it can only be one of them")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different numbers, got {list(self.seeds)}")
         if self.sampled and len(self.seeds) > 1:
@@ -155,6 +146,23 @@ class Search:
                 check_count(f"second_round.{option}", value)
         self._check_parameters()
 
+    def _check_strategy(self) -> None:
+        """Refuses an unknown strategy, and options that it does not have or lacks."""
+        options = dict(self.strategy)
+        strategy = options.pop("name", None)
+        if strategy not in STRATEGIES:
+            raise ValueError(f"no strategy {strategy!r}; {suggest(str(strategy), STRATEGIES)}")
+        known = STRATEGIES[strategy]
+        for option in space.unknown(options, list(known)):
+            raise ValueError(
+                f"strategy {strategy} has no option {option}; {suggest(option, known)}"
+            )
+        for option, default in known.items():
+            if default is ... and option not in options:
+                raise ValueError(f"strategy {strategy} needs {option}")
+            if option in ("n", "rounds") and option in options:
+                check_count(f"strategy.{option}", options[option])
+
     def _check_parameters(self) -> None:
         of_data = [f"data.{name}" for name in _arguments(MNISTDataModule)]
         known = ["max_epochs", "batch_size", *_arguments(self.model_class)]
@@ -169,7 +177,7 @@ class Search:
                 raise ValueError(f"{self.model} has no parameter {name}; {suggest(base, known)}")
         if "max_epochs" not in axes:
             raise ValueError("max_epochs is missing: an axis of the space, or fixed")
-        ends = {  # of a range, its two ends stand for all that lies between
+        ends = {  # of a range, check its two ends
             name: [axis["low"], axis["high"]] if isinstance(axis, Mapping) else axis
             for name, axis in self.space.items()
         }
@@ -178,7 +186,7 @@ class Search:
                 check_count(name, value)
         tried = set()
         combinations = space.grid(ends)
-        if len(combinations) > 1000:  # then each value of an axis, beside the others' first ones
+        if len(combinations) > 1000:  # then each value, with the first ones of the other axes
             first = combinations[0]
             combinations = [{**first, name: v} for name, axis in ends.items() for v in axis]
         for combination in combinations:
@@ -188,7 +196,7 @@ class Search:
                 tried.add(key)
                 if MNISTDataModule(**data).image_size != 28 and self.model_class in SMALL:
                     raise ValueError(
-                        f"{self.model} sees 28 x 28 pixels: data.image_size must be 28"
+                        f"{self.model} takes 28 x 28 pixels: data.image_size must be 28"
                     )
             arguments = self.model_args(params)
             key = json.dumps(arguments)
@@ -204,8 +212,8 @@ class Search:
             raise ValueError(f"{self.model} refuses {dict(arguments)}: {error}") from error
 
     def model_args(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The model's share of a trial's parameters, ``name.1, name.2 ...`` gathered in lists."""
-        found: dict[str, Any] = {}
+        """The model's arguments among a trial's parameters; ``name.1, name.2`` become a list."""
+        arguments: dict[str, Any] = {}
         lists: dict[str, dict[int, Any]] = {}
         for name, value in params.items():
             base, _, layer = name.partition(".")
@@ -214,26 +222,35 @@ class Search:
             if layer:
                 lists.setdefault(base, {})[int(layer)] = value
             elif name not in ("max_epochs", "batch_size", "seed"):
-                found[name] = value
+                arguments[name] = value
         for name, entries in lists.items():
             if sorted(entries) != list(range(1, len(entries) + 1)):
                 raise ValueError(f"axes {name}.N must count 1, 2, 3 ..., got {sorted(entries)}")
-            found[name] = [entries[layer] for layer in sorted(entries)]
-        return found
+            arguments[name] = [entries[layer] for layer in sorted(entries)]
+        return arguments
 
     def build(self, params: Mapping[str, Any]) -> LightningModule:
-        """A new model of a trial, with the weights of its seed."""
+        """A new model for a trial, with the initial weights of its seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(params["seed"])
             return self._build(self.model_args(params))
 
-    def data_module(self, params: Mapping[str, Any]) -> MNISTDataModule:
-        """The data as a trial sees it."""
-        settings = self.data_settings(params)
-        return MNISTDataModule(**{**settings, "batch_size": self.batch_size(params)})
+    def data_module(self, params: Mapping[str, Any], loaded: MNISTDataModule) -> MNISTDataModule:
+        """The data as a trial sees it.
+
+        Args:
+            params: of the trial.
+            loaded: see ``load_data``; its images are those of every trial.
+        """
+        # what source "auto" has become
+        settings = {**self.data_settings(params), "source": loaded.source}
+        data = MNISTDataModule(**{**settings, "batch_size": self.batch_size(params)})
+        for name in ("train_set", "val_set", "test_set", "checksum", "_loaded"):
+            setattr(data, name, getattr(loaded, name))
+        return data
 
     def data_settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of the data module, those that are axes among them, without ``batch_size``."""
+        """A trial's arguments of the data module, all but ``batch_size``."""
         own = {
             name.removeprefix("data."): value
             for name, value in params.items()
@@ -242,18 +259,18 @@ class Search:
         return {**self.data, **own}
 
     def batch_size(self, params: Mapping[str, Any]) -> int:
-        """A trial's, or the data module's default."""
+        """The trial's batch size, else the data module's default."""
         default = inspect.signature(MNISTDataModule.__init__).parameters["batch_size"].default
         return params.get("batch_size", default)
 
     def load_data(self) -> MNISTDataModule:
-        """The data, fetched, verified and split: the images are the same for all trials."""
+        """The data, fetched, verified and split; all trials have these images."""
         data = MNISTDataModule(**self.data)
         data.prepare_data()
         data.setup("fit")
         return data
 
-    def identity(self, data: MNISTDataModule) -> dict[str, Any]:
+    def definition(self, data: MNISTDataModule) -> dict[str, Any]:
         """All that the results depend on, as JSON types."""
         fields = {
             field.name: getattr(self, field.name)
@@ -261,11 +278,13 @@ class Search:
             if field.name not in ("name", "data", "grown_from")
         }
         facts = ("name", "source", "split", "val_fraction", "split_seed", "image_size")
-        about = {fact: getattr(data, fact) for fact in (*facts, "normalization", "checksum")}
-        return json.loads(json.dumps({**fields, "data": about}))
+        facts_of_data = {
+            fact: getattr(data, fact) for fact in (*facts, "normalization", "checksum")
+        }
+        return json.loads(json.dumps({**fields, "data": facts_of_data}))
 
     def hidden_units(self, params: Mapping[str, Any]) -> tuple[int, ...] | None:
-        """Sizes of the hidden layers where ``population`` can train the model, else ``None``."""
+        """Sizes of the hidden layers if a population can train the model, else ``None``."""
         if self.model_class not in SMALL:
             return None
         signature = inspect.signature(self.model_class.__init__)
@@ -277,72 +296,75 @@ class Search:
         return tuple(units) if isinstance(units, list | tuple) else (units,)
 
     def lr(self, params: Mapping[str, Any]) -> float:
-        """The learning rate, the model's default where the search does not say."""
+        """The trial's learning rate, else the model's default."""
         default = inspect.signature(self.model_class.__init__).parameters["lr"].default
         return float(params.get("lr", default))
 
 
 def _arguments(kind: type) -> list[str]:
-    """Names of what a class takes, also of what it passes on to its bases as ``**kwargs``."""
-    found: list[str] = []
+    """Names of a class's arguments, and of those that it passes to its bases as ``**kwargs``."""
+    names: list[str] = []
     for base in kind.__mro__:
         if "__init__" not in vars(base):
             continue
         parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        found += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(names))
 
 
 def _check_data_axis(name: str, known: Sequence[str]) -> None:
-    """Refuses what is no setting of the data, or none that trials may differ in."""
+    """Refuses a name that is no setting of the data, or a setting that trials must share."""
     if name not in known:
         raise ValueError(f"the data has no setting {name}; {suggest(name, known)}")
     if name in DATA_OF_ALL:
         raise ValueError(
-            f"{name} is no parameter of a trial: trials are compared on the same validation images."
-            f" Make a search for each value, with --{name} and --folder"
+            f"{name} cannot be an axis: trials are compared on the same validation images. Run a"
+            f" search for each value, with --{name} and --folder"
         )
     if name == "data.batch_size":
         raise ValueError("data.batch_size is called batch_size here")
     if name in NO_RESULT:
-        raise ValueError(f"{name} changes no result: give it once, with --{name}")
-
-
-def check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+        raise ValueError(f"{name} changes no result: set it for all trials, with --{name}")
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Trials that one worker trains together.
+class WorkUnit:
+    """Trials that one worker trains.
 
     Args:
         name: unique in the search.
         trials: empty where a sampler will draw the one trial.
-        together: whether they are networks of one population.
+        networks: those of one population, each with its trials; empty for a single training.
         work: estimated seconds on one core, for the order of units and the time left.
         number: of the trial that a sampler will draw.
-        generation: of the definition that it is drawn from.
+        generation: of the definition that the sampler draws from.
     """
 
     name: str
     trials: tuple[Trial, ...]
-    together: bool
+    networks: Mapping[Member, Sequence[Trial]]
     work: float
     number: int = -1
     generation: int = 0
 
     @property
+    def together(self) -> bool:
+        """Whether its trials are networks of one population."""
+        return bool(self.networks)
+
+    @property
     def ids(self) -> list[str]:
-        """Of its trials; known before they are drawn."""
+        """The ids of its trials, which are known before a sampler draws them."""
         return [trial.id for trial in self.trials] or [f"draw{self.number:04d}"]
 
 
-def units(search: Search, trials: Sequence[Trial], images: int) -> list[Unit]:
-    """What workers take, the longest first: independent of progress and of the number of workers.
+Unit = WorkUnit  # its name of before
+
+
+def units(search: Search, trials: Sequence[Trial], images: int) -> list[WorkUnit]:
+    """The units of a round, the longest first: independent of progress and number of workers.
 
     Args:
         search: the search.
@@ -350,11 +372,11 @@ def units(search: Search, trials: Sequence[Trial], images: int) -> list[Unit]:
         images: in the training set.
     """
     groups: dict[tuple[Any, ...], list[Trial]] = {}
-    found = []
+    made = []
     for trial in trials:
         if search.hidden_units(trial.params) is None:
-            # seconds that nobody knows; among each other they compare
-            found.append(Unit(trial.id, (trial,), False, float(trial.params["max_epochs"])))
+            # not seconds, which are unknown, but comparable among such units
+            made.append(WorkUnit(trial.id, (trial,), {}, float(trial.params["max_epochs"])))
         else:
             batch_size, seed = search.batch_size(trial.params), trial.params["seed"]
             data = json.dumps(search.data_settings(trial.params))
@@ -362,58 +384,56 @@ def units(search: Search, trials: Sequence[Trial], images: int) -> list[Unit]:
             groups.setdefault(key, []).append(trial)
     plain = json.dumps(dict(search.data))
     for (round, generation, batch_size, seed, data), group in groups.items():
-        parts = _split(search, group)
+        parts = _split(networks(search, group))
         for number, part in enumerate(parts):
+            in_part = tuple(trial for alike in part.values() for trial in alike)
             name = f"round{round}-batch{batch_size}-seed{seed}" + f"-part{number}" * (
                 len(parts) > 1
             )
-            if generation or data != plain:  # other trials have a unit of that name already
-                name += f"-{digest([trial.id for trial in part])}"
-            found.append(Unit(name, tuple(part), True, _cost(search, part, batch_size, images)))
-    return sorted(found, key=lambda unit: -unit.work)
+            if generation or data != plain:  # an earlier unit has this name
+                name += f"-{digest([trial.id for trial in in_part])}"
+            work = _cost(list(part), batch_size, images)
+            made.append(WorkUnit(name, in_part, part, work))
+    return sorted(made, key=lambda unit: -unit.work)
 
 
-def networks(search: Search, trials: Sequence[Trial]) -> dict[tuple[Any, ...], list[Trial]]:
-    """Trials of the same network, of which the longest training passes through the others."""
-    found: dict[tuple[Any, ...], list[Trial]] = {}
+def networks(search: Search, trials: Sequence[Trial]) -> dict[Member, list[Trial]]:
+    """Trials by their network; the longest training of a network passes through the others."""
+    by_network: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in trials:
         units = search.hidden_units(trial.params)
         assert units is not None
-        found.setdefault((len(units), units, search.lr(trial.params)), []).append(trial)
-    return dict(sorted(found.items()))
+        by_network.setdefault((len(units), units, search.lr(trial.params)), []).append(trial)
+    return {
+        Member(units, lr, max(trial.params["max_epochs"] for trial in group)): group
+        for (_, units, lr), group in sorted(by_network.items())
+    }
 
 
-def member(network: tuple[Any, ...], trials: Sequence[Trial]) -> Member:
-    _, units, lr = network
-    return Member(units, lr, max(trial.params["max_epochs"] for trial in trials))
-
-
-def _split(search: Search, trials: Sequence[Trial]) -> list[list[Trial]]:
+def _split(together: Mapping[Member, list[Trial]]) -> list[dict[Member, list[Trial]]]:
     """Networks of one batch size and seed in parts of about equal memory, each within the limit."""
-    found = networks(search, trials)
-    sizes = {key: training_bytes(member(key, group)) for key, group in found.items()}
+    sizes = {member: training_bytes(member) for member in together}
     count = math.ceil(sum(sizes.values()) / UNIT_BYTES)
-    parts: list[list[Trial]] = []
+    parts: list[dict[Member, list[Trial]]] = []
     filled, total = 0.0, sum(sizes.values()) / count
-    for key, group in found.items():
-        # neighbours in this order have like shapes, which stack
-        if not parts or filled + sizes[key] / 2 > total:
-            parts.append([])
+    for member, trials in together.items():
+        # neighbours in this order have similar shapes, which are stacked
+        if not parts or filled + sizes[member] / 2 > total:
+            parts.append({})
             filled = 0.0
-        parts[-1] += group
-        filled += sizes[key]
+        parts[-1][member] = trials
+        filled += sizes[member]
     return parts
 
 
-def _cost(search: Search, trials: Sequence[Trial], batch_size: int, images: int) -> float:
-    members = [member(key, group) for key, group in networks(search, trials).items()]
+def _cost(members: Sequence[Member], batch_size: int, images: int) -> float:
     epochs = max(m.max_epochs for m in members)
     products = sum(
         m.max_epochs * a * b
         for m in members
         for a, b in pairwise([PIXELS, *m.hidden_units, CLASSES])
     )
-    # forward, backward and update at 100 GFLOP/s, and what a step takes before it does anything
+    # forward, backward and update at 100 GFLOP/s, and the fixed cost of a step
     return images * (6 * products / 1e11 + epochs * 6e-5 / batch_size)
 
 
@@ -441,26 +461,26 @@ def planned(search: Search, records: Mapping[str, Record]) -> list[str]:
 
 
 def generation(search: Search, number: int) -> int:
-    """Of the definition that a sampler draws the trial of this number from."""
+    """Which definition a sampler draws the trial of this number from."""
     return sum(past["strategy"]["n"] <= number for past in search.grown_from)
 
 
 def digest(content: Any) -> str:
-    """Eight hexadecimal digits that follow from JSON types."""
+    """Eight hexadecimal digits that identify a content of JSON types."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
 
 
-def all_units(search: Search, records: Mapping[str, Record], images: int) -> list[Unit]:
+def all_units(search: Search, records: Mapping[str, Record], images: int) -> list[WorkUnit]:
     """Units of all rounds, up to the first that is not finished."""
     if search.sampled:
         return [
-            Unit(f"draw{i:04d}", (), False, 1.0, i, generation(search, i))
+            WorkUnit(f"draw{i:04d}", (), {}, 1.0, i, generation(search, i))
             for i in range(search.strategy["n"])
         ]
     return [unit for trials in rounds(search, records) for unit in units(search, trials, images)]
 
 
-def open_units(search: Search, records: Mapping[str, Record], images: int) -> list[Unit]:
-    """Units of the first round that is not finished, without those that are."""
-    found = all_units(search, records, images)
-    return [unit for unit in found if any(id not in records for id in unit.ids)]
+def open_units(search: Search, records: Mapping[str, Record], images: int) -> list[WorkUnit]:
+    """Units that are not finished, of all rounds up to the first that is not."""
+    whole = all_units(search, records, images)
+    return [unit for unit in whole if any(id not in records for id in unit.ids)]

@@ -1,16 +1,15 @@
-"""What a search leaves behind: a folder of trials, written so that no crash can damage them.
+"""The folder of a search: its trials, written so that no crash can damage them.
 
-search.json                 what was searched, on which data: another search is refused, one that
-                            it can grow to is added
-trials/<id>.json            one finished trial: the truth, written once, whole or not at all
-*.damaged                   damaged files, set aside; what they held is trained again
+search.json                 the definition: what is searched, on which data
+trials/<id>.json            one finished trial, written once; every other result follows from these
+*.damaged                   damaged files under a new name; what they held is trained again
 checkpoints/<id>.ckpt       its weights, an ordinary checkpoint; best.ckpt is the winner's
-state/<unit>.pt             where unfinished trainings stand, to go on to the bit
+state/<unit>.pt             the state of an unfinished population, which continues from it exactly
 results.json, results.csv   all trials, without their curves
-curves.json.gz              the curves, by trial: with search.json and results.json all that is kept
-                            of a search whose other files are gone
-tensorboard/                a few numbers a trial, and its hyper-parameters
-journal.log                 which worker trains what, where no --storage was named; see ``claims``
+curves.json.gz              the curves by trial; with search.json and results.json, enough to read
+                            the results where all other files are gone
+tensorboard/                a few numbers of each trial, and its parameters
+journal.log                 which worker trains what, unless --storage names a place; see ``leases``
 test.json                   each evaluation of the winner on the test images
 """
 
@@ -25,9 +24,7 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
-
-import pandas
+from typing import TYPE_CHECKING, Any, cast
 
 from mnist_lightning.console import require
 from mnist_lightning.files import (
@@ -42,18 +39,18 @@ from mnist_lightning.files import (
     write_json,
     write_text,
 )
+from mnist_lightning.metrics import CURVES
 from mnist_lightning.provenance import provenance
-from mnist_lightning.search.space import DEFINITION, Score, Trial, check_growth
+from mnist_lightning.search.space import GROWABLE, Score, Trial, check_growth
+
+if TYPE_CHECKING:
+    import pandas
 
 Record = dict[str, Any]
 
-# what happened in each epoch; the train loss is the mean over its mini-batches as they came
-CURVES = ("train_loss", "val_loss", "val_acc")
-# the columns of a table of trials that hold numbers whatever became of them
+# the columns of a table of trials that hold numbers, also where trials failed
 NUMBERS = (*CURVES, "best_val_acc", "best_epoch", "seconds")
-
-
-# of a trial's record; its seal is a checksum of the others
+# of a trial's record, beside its seal, a checksum of these
 FIELDS = {"id", "number", "round", "state", "seed", "params", "best_val_acc", "best_epoch"}
 FIELDS |= {"epochs", "seconds", "error", "curves", *CURVES}
 SEAL = "crc32"
@@ -73,13 +70,13 @@ class Results:
         self._records: dict[str, Record] = {}  # a finished trial never changes
 
     def open(
-        self, identity: Mapping[str, Any], grown_from: Sequence[Mapping[str, Any]] = ()
+        self, definition: Mapping[str, Any], grown_from: Sequence[Mapping[str, Any]] = ()
     ) -> list[dict[str, Any]]:
-        """Makes the folder, or checks that it is of the same search, or of one that it grew from.
+        """Makes the folder, or checks that it holds this search or one that can grow to it.
 
         Args:
-            identity: all that the results depend on, as JSON types.
-            grown_from: earlier definitions that others know; written where the folder is new.
+            definition: all that the results depend on, as JSON types.
+            grown_from: earlier definitions on other machines; written if the folder is new.
 
         Returns:
             Earlier definitions, the oldest first; see ``space.rounds``.
@@ -89,53 +86,53 @@ class Results:
         """
         for folder in (self.trials, self.checkpoints, self.state):
             folder.mkdir(parents=True, exist_ok=True)
-        about = self.path / "search.json"
-        if not about.is_file():
+        file = self.path / "search.json"
+        if not file.is_file():
             history = {"grown_from": list(grown_from)} if grown_from else {}
-            create_json(about, {**identity, **history, "provenance": provenance()})
+            create_json(file, {**definition, **history, "provenance": provenance()})
         remedy = (
-            "delete this file if the folder's trials are of this search, and it is written anew;"
-            " else choose another folder with --folder"
+            "delete it if the folder's trials are of this search: it is then written again;"
+            " otherwise choose another folder with --folder"
         )
-        held = read_json(about, remedy)
+        held = read_json(file, remedy)
         earlier = held.get("grown_from", [])
         if not isinstance(earlier, list) or not all(
-            isinstance(past, dict) and past.keys() >= set(DEFINITION) for past in earlier
+            isinstance(past, dict) and past.keys() >= set(GROWABLE) for past in earlier
         ):
-            raise ValueError(f"{about} is damaged (grown_from): {remedy}")
-        # with the order of axes: random points follow from it, and trials keep theirs
-        if json.dumps({key: held.get(key) for key in identity}) == json.dumps(identity):
+            raise ValueError(f"{file} is damaged (grown_from): {remedy}")
+        # also the order of the axes, on which random points depend
+        if json.dumps({key: held.get(key) for key in definition}) == json.dumps(definition):
             return earlier
         try:
-            grows = check_growth(held, identity)
+            grows = check_growth(held, definition)
         except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{about} is damaged: {remedy}") from error
+            raise ValueError(f"{file} is damaged: {remedy}") from error
         except ValueError as error:
             raise ValueError(
                 f"{self.path} holds another search: {error}. A search can grow (more values, seeds,"
                 " trials, epochs), not change or shrink: choose another folder with --folder"
             ) from error
-        past = {name: held[name] for name in DEFINITION}
+        past = {name: held[name] for name in GROWABLE}
         past |= {"numbers": self._numbers(), "provenance": held.get("provenance")}
-        held = {**held, **identity, "grown_from": [*earlier, past]}
-        write_json(about, {**held, "provenance": provenance()})
+        held = {**held, **definition, "grown_from": [*earlier, past]}
+        write_json(file, {**held, "provenance": provenance()})
         if grows:
             print(f"{self.path} grows: {', '.join(grows)}", flush=True)
         return held["grown_from"]
 
     def _numbers(self) -> int:
-        """How many numbers of trials are taken."""
+        """The lowest number that no trial has, nor any after it."""
         taken = [-1]
         for file in self.trials.glob("[!.]*.json"):
-            with contextlib.suppress(ValueError):  # damaged: trained again
+            with contextlib.suppress(ValueError):  # damaged: it is trained again
                 taken += [cast(Record, self.record(file.stem))["number"]]
         return 1 + max(taken)
 
     def heal(self) -> list[str]:
-        """Sets damaged files aside: trials, and checkpoints with their trials.
+        """Renames damaged trials, and damaged checkpoints, whose trials it deletes.
 
         Returns:
-            The trials whose weights are gone, which must be trained again.
+            The trials that it deleted, which must be trained again.
         """
         for file in sorted(self.trials.glob("[!.]*.json")):
             try:
@@ -143,7 +140,7 @@ class Results:
             except ValueError as error:
                 set_aside(file)
                 reason = str(error).rpartition(": ")[0]
-                print(printable(f"{reason}: set aside as {file.name}.damaged"), flush=True)
+                print(printable(f"{reason}: renamed to {file.name}.damaged"), flush=True)
         without_weights = []
         for id in list(self._records):
             weights = self.checkpoints / f"{id}.ckpt"
@@ -157,7 +154,7 @@ class Results:
                 del self._records[id]
                 without_weights.append(id)
                 aside = f"{weights.name}.damaged"
-                what = f"{error}: set aside as {aside}, trial {id} is trained again"
+                what = f"{error}: renamed to {aside}; trial {id} is trained again"
                 print(printable(what), flush=True)
         return without_weights
 
@@ -169,7 +166,7 @@ class Results:
         """
         file = self.trials / f"{id}.json"
         if id not in self._records and file.is_file():
-            remedy = "run the search again, which sets it aside and trains the trial again"
+            remedy = "run the search again, which renames it and trains the trial again"
             record = read_json(file, remedy)
             if wrong := fault(record, id):
                 raise ValueError(f"{file} is damaged ({wrong}): {remedy}")
@@ -178,7 +175,7 @@ class Results:
 
     def records(self) -> dict[str, Record]:
         """All trials finished so far, by id."""
-        # Often asked: of the thousands that are known already, no more than the names is read.
+        # This is called often: of trials that are known already, only the names are read.
         known = {f"{id}.json" for id in self._records}
         for name in set(os.listdir(self.trials)) - known:
             if name.endswith(".json") and not name.startswith("."):
@@ -190,37 +187,36 @@ class Results:
         return sorted(self.records().values(), key=lambda record: record["number"])
 
     def add(self, record: Record) -> None:
-        """Writes a finished trial; whoever finishes it first stays."""
+        """Writes a finished trial, unless another worker has written it before."""
         create_json(self.trials / f"{record['id']}.json", sealed(record))
 
     def adopt(self, record: Record) -> None:
-        """Writes a finished trial as the storage has it, so that all folders have it so."""
+        """Writes a finished trial of the storage; it replaces one that differs from it."""
         if self.record(record["id"]) != record:
             write_json(self.trials / f"{record['id']}.json", sealed(record))
             self._records[record["id"]] = record
 
     def write_tables(self) -> list[Record]:
         """Writes ``results.json``, ``results.csv`` and ``curves.json.gz``; returns the trials."""
-        found = self.in_order()
-        curves = {record["id"]: record["curves"] for record in found}
-        # without the time, so that equal results are equal files
+        records = self.in_order()
+        curves = {record["id"]: record["curves"] for record in records}
+        # without the time: equal results make equal files
         packed = gzip.compress(json.dumps(curves).encode(), mtime=0)
         write_bytes(self.path / "curves.json.gz", packed)
         write_json(
             self.path / "results.json",
-            [{k: v for k, v in record.items() if k != "curves"} for record in found],
+            [{k: v for k, v in record.items() if k != "curves"} for record in records],
         )
-        rows = [_flat(record) for record in found]
-
+        rows = [_flat(record) for record in records]
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
         table.writeheader()
         table.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
         write_text(self.path / "results.csv", text.getvalue())
-        return found
+        return records
 
     def write_tensorboard(self, model: str) -> None:
-        """Adds the trials to TensorBoard: whole curves of hundreds of runs make its page crawl."""
+        """Adds a few numbers of each trial to TensorBoard: whole curves would make it slow."""
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
@@ -230,10 +226,10 @@ class Results:
             folder = root / f"{record['number']:04d}-{record['id']}"
             if folder.is_dir() or record["state"] == "FAIL":
                 continue
-            cells = {"model": model, **record["params"], "seed": record["seed"]}
-            for name, value in cells.items():
-                cells[name] = value if isinstance(value, int | float) else str(value)
-            columns, start, end = hparams(cells, dict.fromkeys(metrics, 0.0))
+            settings = {"model": model, **params_of(record)}
+            for name, value in settings.items():
+                settings[name] = value if isinstance(value, int | float) else str(value)
+            columns, start, end = hparams(settings, dict.fromkeys(metrics, 0.0))
             if not root.is_dir():
                 with SummaryWriter(str(root)) as writer:
                     writer.file_writer.add_summary(columns)
@@ -247,7 +243,7 @@ class Results:
                         writer.add_scalar(metric, value, record["epochs"])
                     writer.file_writer.add_summary(end)
             except OSError as error:
-                shutil.rmtree(folder, ignore_errors=True)  # else it would count as written
+                shutil.rmtree(folder, ignore_errors=True)  # or it would count as written
                 reason = (error.strerror or str(error)).lower()
                 raise ValueError(
                     f"{folder} cannot be written: {reason}. Make room there."
@@ -268,9 +264,9 @@ def new_record(
         trial: what was trained.
         id: its name.
         curves: by name as in ``CURVES``, a number for each epoch.
-        seconds: it took; of networks trained together, its share.
+        seconds: that it took; of networks trained together, its share.
         state: ``COMPLETE``, ``PRUNED`` or ``FAIL``.
-        error: of a trial that failed, the reason. Its figures are left empty: they mean nothing.
+        error: why it failed. The figures of a failed trial mean nothing: they are left empty.
     """
     params = dict(trial.params)
     figures = dict.fromkeys((*CURVES, "best_val_acc", "best_epoch"))
@@ -289,12 +285,17 @@ def new_record(
         "epochs": len(curves["val_acc"]),
         "seconds": round(seconds, 3),
         "error": error,
-        # JSON has no word for what is not a number
+        # JSON knows neither infinity nor NaN
         "curves": {
             name: [value if math.isfinite(value) else None for value in curves[name]]
             for name in CURVES
         },
     }
+
+
+def params_of(record: Record) -> dict[str, Any]:
+    """What a trial was trained with, its seed among them, like ``Trial.params``."""
+    return {**record["params"], "seed": record["seed"]}
 
 
 def sealed(record: Record) -> Record:
@@ -303,7 +304,7 @@ def sealed(record: Record) -> Record:
 
 
 def unsealed(record: Record) -> Record:
-    """The record without its checksum; older ones have none."""
+    """The record without its checksum, which older ones do not have."""
     return {name: value for name, value in record.items() if name != SEAL}
 
 
@@ -312,9 +313,9 @@ def _checksum(record: Record) -> int:
 
 
 def fault(record: Any, id: str) -> str | None:
-    """What is wrong with a record that should be of this trial; ``None`` if nothing is.
+    """What is wrong with a record of a trial; ``None`` if nothing is.
 
-    Files get damaged, and other machines may send anything.
+    Files can be damaged, and other machines can send anything.
     """
     if not isinstance(record, dict) or record.get("id") != id:
         return f"not trial {id}"
@@ -336,7 +337,7 @@ def fault(record: Any, id: str) -> str | None:
         if not all(value is None or _is_number(value) for value in curve):
             return "a curve holds something else than numbers"
     if record.get("state") == "FAIL":
-        return None if isinstance(record.get("error"), str) else "it failed for no reason"
+        return None if isinstance(record.get("error"), str) else "it failed without a reason"
     if record.get("state") not in ("COMPLETE", "PRUNED"):
         return f"unknown state {record.get('state')!r}"
     accuracies = curves["val_acc"]
@@ -359,7 +360,7 @@ def _is_number(value: Any) -> bool:
 
 
 def score(record: Record, objective: str) -> Score | None:
-    """By which trials are ranked; ``None`` unless it was completed.
+    """What a trial is ranked by; ``None`` if it was not completed.
 
     Args:
         record: of the trial.
@@ -373,7 +374,7 @@ def score(record: Record, objective: str) -> Score | None:
 
 
 def search_folders(path: Path) -> list[Path]:
-    """The folder itself if it is that of a search, else those of searches directly in it.
+    """The folder itself if it holds a search, else the folders of searches directly in it.
 
     Raises:
         ValueError: there is none.
@@ -382,8 +383,8 @@ def search_folders(path: Path) -> list[Path]:
     folders = folders or sorted(file.parent for file in path.glob("*/search.json"))
     if not folders:
         raise ValueError(
-            f"{path} is not the folder of a search: it has no search.json, nor has a folder in it."
-            " Searches are in lightning_logs/search"
+            f"{path} is not the folder of a search: neither it nor a folder in it has a"
+            " search.json. Searches are in lightning_logs/search"
         )
     return folders
 
@@ -392,16 +393,16 @@ def load_results(*paths: str | os.PathLike[str]) -> "pandas.DataFrame":
     """The trials of searches as a table, a row each.
 
     Args:
-        paths: what ``report`` takes: folders of searches, finished or not, or folders that hold
+        paths: as ``report`` takes them: folders of searches, finished or not, or folders that hold
             several; also a ``results.json``.
 
     Returns:
-        Columns, all but those in brackets numbers; what a trial does not have is missing (NaN):
-        (``search``): its folder's name; (``id``), ``number``, ``round``, ``seed``;
-        (``state``): COMPLETE, PRUNED or FAIL; one for each parameter, like ``lr``;
+        Columns of numbers, except those in brackets; what a trial does not have is missing (NaN):
+        (``search``), the name of its folder; (``id``), ``number``, ``round``, ``seed``;
+        (``state``), which is COMPLETE, PRUNED or FAIL; one for each parameter, like ``lr``;
         ``train_loss``, ``val_loss`` and ``val_acc`` after the last epoch; ``best_val_acc`` and its
-        ``best_epoch``, from 1; ``epochs`` and ``seconds`` that it took; (``error``) of one that
-        failed; (``curves``): see ``load_curves``, which has them as numbers.
+        ``best_epoch``, counted from 1; the ``epochs`` and ``seconds`` that it took; (``error``),
+        why it failed; (``curves``), which ``load_curves`` has as numbers.
 
     Raises:
         ValueError: there is no search, a file is damaged, or pandas is not installed.
@@ -424,8 +425,8 @@ def load_curves(*paths: str | os.PathLike[str]) -> "pandas.DataFrame":
         paths: see ``load_results``.
 
     Returns:
-        Columns ``search`` and ``id``, as in ``load_results``; ``epoch``, from 1; ``train_loss``,
-        ``val_loss`` and ``val_acc``, numbers (NaN where a loss was no number).
+        Columns ``search`` and ``id``, as in ``load_results``; ``epoch``, counted from 1;
+        ``train_loss``, ``val_loss`` and ``val_acc``, NaN where a loss was not finite.
 
     Raises:
         ValueError: as ``load_results``.
@@ -462,8 +463,8 @@ def _records(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, Rec
 
 
 def _read_tables(folder: Path) -> list[Record]:
-    """The trials as ``write_tables`` left them, of a folder that may hold nothing else."""
-    remedy = "run the search again, which writes it anew"
+    """The trials as ``write_tables`` wrote them, in a folder that may hold nothing else."""
+    remedy = "run the search again, which writes it again"
     records = read_json(folder / "results.json", remedy, list)
     for record in records:
         if not isinstance(record, dict) or not _is_accuracy(record.get("val_acc")):
@@ -490,12 +491,12 @@ def _read_tables(folder: Path) -> list[Record]:
 
 
 def _is_accuracy(value: Any) -> bool:
-    """Of a finished trial, or none, of one that failed."""
+    """Whether it can be a trial's accuracy; a failed trial has none."""
     return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
 
 
 def _flat(record: Record) -> Record:
-    """A row: the parameters as columns of their own, without the curves."""
+    """A row of a table: a column for each parameter, no curves."""
     row: Record = {}
     for name, value in record.items():
         if name == "params":

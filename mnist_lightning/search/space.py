@@ -1,8 +1,8 @@
 """Which models a search trains: pure enumeration, without PyTorch.
 
-A space maps names of parameters to axes. An axis is a list of values, or a range
-``{low: 0.0001, high: 0.1, log: true}`` for the strategies that draw from it. The axis
-``hidden_units.2`` is the second entry of the list ``hidden_units``.
+A space maps names of parameters to axes. An axis is a list of values, or, for strategies that draw
+values, a range ``{low: 0.0001, high: 0.1, log: true}``. The axis ``hidden_units.2`` is the second
+entry of the list ``hidden_units``.
 """
 
 import hashlib
@@ -12,12 +12,15 @@ import math
 import random as random_numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import optuna
 
 Axis = Sequence[Any] | Mapping[str, Any]
 Space = Mapping[str, Axis]
 
-# name: its options, with their defaults; ... must be given
+# the options of each strategy, with their defaults; ... means that there is none
 STRATEGIES: dict[str, dict[str, Any]] = {
     "grid": {},
     "random": {"n": ..., "seed": 0},
@@ -31,8 +34,13 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         "pruner_args": {},
     },
 }
-# The part of a search that may grow: its definition. The rest of it never changes.
-DEFINITION = ("space", "strategy", "fixed", "seeds", "second_round")
+# The part of a search's definition that may grow. The rest of it never changes.
+GROWABLE = ("space", "strategy", "fixed", "seeds", "second_round")
+
+
+def options(strategy: Mapping[str, Any]) -> dict[str, Any]:
+    """A strategy's name and options, with the defaults of those that it leaves out."""
+    return {**STRATEGIES[strategy["name"]], **strategy}
 
 
 @dataclass(frozen=True)
@@ -40,10 +48,10 @@ class Trial:
     """One model to train.
 
     Args:
-        params: what tells it from the others, its ``seed`` among them.
+        params: its parameters, with its ``seed``.
         number: its place in the search, from 0.
         round: of the search, from 0.
-        generation: the definition that brought it, from 0: how often the search had grown.
+        generation: which definition added it: how often the search had grown before.
     """
 
     params: Mapping[str, Any]
@@ -53,13 +61,13 @@ class Trial:
 
     @property
     def id(self) -> str:
-        """Eight hexadecimal digits that follow from the parameters, whatever their order."""
+        """Eight hexadecimal digits that identify the parameters, in any order."""
         key = json.dumps(dict(self.params), sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest()[:8]
 
 
 class Score(NamedTuple):
-    """How good a trial is: the accuracy decides, of equal ones the loss."""
+    """How good a trial is: the accuracy decides, then the loss."""
 
     val_acc: float
     val_loss: float
@@ -70,10 +78,10 @@ def check(space: Space, ranges: bool = False) -> None:
 
     Args:
         space: as written by the user.
-        ranges: whether the strategy can draw from a range.
+        ranges: whether the strategy can draw from ranges.
 
     Raises:
-        ValueError: no axis, an axis without values or with one twice, a range that is none.
+        ValueError: there is no axis, an axis has no values or one twice, or a range is wrong.
     """
     if not space:
         raise ValueError("the space is empty: name at least one axis, like lr: [0.1, 0.01]")
@@ -81,7 +89,7 @@ def check(space: Space, ranges: bool = False) -> None:
         if isinstance(axis, Mapping):
             _check_range(name, axis, ranges)
         elif isinstance(axis, str) or not isinstance(axis, Sequence):
-            raise ValueError(f"axis {name} is {axis!r}: an axis is a list, a fixed value is not")
+            raise ValueError(f"axis {name} is {axis!r}: an axis is a list; a single value is fixed")
         elif not axis:
             raise ValueError(f"axis {name} has no values")
         elif twice := [value for i, value in enumerate(axis) if value in axis[:i]]:
@@ -93,18 +101,19 @@ def _check_range(name: str, axis: Mapping[str, Any], allowed: bool) -> None:
         raise ValueError(f"axis {name} is a range: this strategy needs a list of values")
     low: Any = axis.get("low")
     high: Any = axis.get("high")
-    numbers = all(
-        isinstance(end, int | float) and not isinstance(end, bool) and math.isfinite(end)
-        for end in (low, high)
-    )
+    numbers = all(_is_number(end) and math.isfinite(end) for end in (low, high))
     if not numbers or unknown(axis, ("low", "high", "log")) or not low < high:
         raise ValueError(f"axis {name} is {dict(axis)}: a range is {{low: a, high: b}} with a < b")
     if axis.get("log") and low <= 0:
         raise ValueError(f"axis {name} is a range with log: its low must be positive, got {low}")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def unknown(given: Mapping[str, Any], known: Sequence[str]) -> list[str]:
-    """The given names that are not known ones."""
+    """The given names that are not known."""
     return [name for name in given if name not in known]
 
 
@@ -114,25 +123,25 @@ def grid(space: Space) -> list[dict[str, Any]]:
 
 
 def random(space: Space, n: int, seed: int) -> list[dict[str, Any]]:
-    """``n`` different random combinations, or all where there are no more than ``n``.
+    """``n`` different random combinations, or all if there are no more than ``n``.
 
-    The first k of them are the same whatever ``n``.
+    The first ones are the same for every ``n``.
     """
     generator = random_numbers.Random(seed)
     size = math.prod(_values(axis) for axis in space.values())
-    found: dict[str, dict[str, Any]] = {}
+    combinations: dict[str, dict[str, Any]] = {}
     repeated = 0
-    # a range of floating point numbers may be so narrow that its draws soon repeat themselves
-    while len(found) < min(n, size) and (size < math.inf or repeated < 10_000):
+    # a range of floating point numbers may be so narrow that its draws repeat
+    while len(combinations) < min(n, size) and (size < math.inf or repeated < 10_000):
         params = {name: draw(axis, generator) for name, axis in space.items()}
         key = json.dumps(params)
-        repeated = repeated + 1 if key in found else 0
-        found[key] = params
-    return list(found.values())
+        repeated = repeated + 1 if key in combinations else 0
+        combinations[key] = params
+    return list(combinations.values())
 
 
 def _values(axis: Axis) -> float:
-    """How many different values an axis has."""
+    """The number of different values of an axis."""
     if not isinstance(axis, Mapping):
         return len(axis)
     low, high = axis["low"], axis["high"]
@@ -140,7 +149,7 @@ def _values(axis: Axis) -> float:
 
 
 def draw(axis: Axis, generator: random_numbers.Random) -> Any:
-    """One value of a list or range, all equally likely (equally in its logarithm with ``log``)."""
+    """A random value of an axis, uniform, or uniform in the logarithm with ``log``."""
     if not isinstance(axis, Mapping):
         return generator.choice(axis)
     low, high = axis["low"], axis["high"]
@@ -151,18 +160,34 @@ def draw(axis: Axis, generator: random_numbers.Random) -> Any:
     return _like([low, high], min(max(value, low), high))
 
 
+def distribution(axis: Axis) -> "optuna.distributions.BaseDistribution":
+    """The axis as Optuna has it."""
+    from optuna import distributions
+
+    if not isinstance(axis, Mapping):
+        return distributions.CategoricalDistribution([as_category(value) for value in axis])
+    low, high, log = axis["low"], axis["high"], axis.get("log", False)
+    if isinstance(low, int) and isinstance(high, int):
+        return distributions.IntDistribution(low, high, log)
+    return distributions.FloatDistribution(low, high, log)
+
+
+def as_category(value: Any) -> Any:
+    """A value as Optuna's categories have it, which are strings and numbers: a list as JSON."""
+    return json.dumps(value) if isinstance(value, list) else value
+
+
 def refine(space: Space, best: Mapping[str, Any]) -> dict[str, list[Any]]:
     """A finer space around the best point of a grid.
 
-    A numeric axis becomes the best value and the points halfway to its neighbours: halfway in the
-    logarithm where the axis grows by about the same factor from value to value. Any other axis
-    keeps its best value alone.
+    A numeric axis becomes the best value and the points halfway to its neighbours, halfway in the
+    logarithm if the values grow by about a constant factor. Another axis keeps only its best value.
     """
     return {name: _around(list(axis), best[name]) for name, axis in space.items()}
 
 
 def _around(axis: list[Any], best: Any) -> list[Any]:
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in axis):
+    if not all(map(_is_number, axis)):
         return [best]
     values = sorted(axis)
     at = values.index(best)
@@ -172,7 +197,7 @@ def _around(axis: list[Any], best: Any) -> list[Any]:
 
 
 def _geometric(values: Sequence[float]) -> bool:
-    """Whether sorted values look more evenly spaced in their logarithm than as they are."""
+    """Whether sorted values are more evenly spaced in their logarithm."""
     if values[0] <= 0 or len(values) < 3:
         return values[0] > 0 and values[-1] >= 10 * values[0]
 
@@ -184,40 +209,70 @@ def _geometric(values: Sequence[float]) -> bool:
 
 
 def _like(axis: Sequence[Any], value: float) -> int | float:
-    """The value as a whole number on an axis of whole numbers, else with six digits."""
+    """The value as a whole number if all of the axis are, else with six digits."""
     whole = all(isinstance(v, int) for v in axis)
     return round(value) if whole else float(f"{value:.6g}")
 
 
 def best(scored: Sequence[tuple[Mapping[str, Any], Score]], k: int = 1) -> list[dict[str, Any]]:
-    """The ``k`` parameter sets with the highest accuracy, mean over their seeds.
+    """The ``k`` configurations with the highest accuracy, mean over their seeds.
 
     Args:
-        scored: parameters (with their ``seed``) and score, in the order of enumeration. Of equal
-            accuracies the lower loss wins, of equal losses the earlier parameters.
+        scored: parameters, with their ``seed``, and scores, in the order of enumeration. With equal
+            accuracies the lower loss wins, with equal losses the earlier configuration.
         k: how many.
 
     Returns:
         Parameters without ``seed``, the best first.
     """
-    return [cell for cell, _ in ranking(scored)[:k]]
+    return [params for params, _ in ranking(scored)[:k]]
 
 
 def ranking(
     scored: Sequence[tuple[Mapping[str, Any], Score]],
 ) -> list[tuple[dict[str, Any], list[Score]]]:
-    """All parameter sets with the scores of their seeds, in the order of ``best``."""
-    cells: dict[str, tuple[dict[str, Any], list[Score]]] = {}
+    """All configurations with the scores of their seeds, in the order of ``best``."""
+    configurations: dict[str, tuple[dict[str, Any], list[Score]]] = {}
     for params, score in scored:
-        cell = {name: value for name, value in params.items() if name != "seed"}
-        key = json.dumps(cell, sort_keys=True)
-        cells.setdefault(key, (cell, []))[1].append(score)
+        without_seed = {name: value for name, value in params.items() if name != "seed"}
+        key = json.dumps(without_seed, sort_keys=True)
+        configurations.setdefault(key, (without_seed, []))[1].append(score)
 
-    def rank(cell: tuple[dict[str, Any], list[Score]]) -> tuple[float, float]:
-        accuracies, losses = zip(*cell[1], strict=True)
+    def rank(configuration: tuple[dict[str, Any], list[Score]]) -> tuple[float, float]:
+        accuracies, losses = zip(*configuration[1], strict=True)
         return -math.fsum(accuracies) / len(accuracies), math.fsum(losses) / len(losses)
 
-    return sorted(cells.values(), key=rank)
+    return sorted(configurations.values(), key=rank)
+
+
+class _Trials:
+    """The trials of a search so far: each once, numbered in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[str, Trial] = {}
+        self.next_number = 0
+
+    def add(
+        self,
+        combinations: Sequence[Mapping[str, Any]],
+        seeds: Sequence[int],
+        round: int,
+        generation: int,
+    ) -> list[Trial]:
+        """Adds each combination with each seed; returns the trials that are new."""
+        new = []
+        for params in combinations:
+            for seed in seeds:
+                trial = Trial({**params, "seed": seed}, self.next_number, round, generation)
+                if self.by_id.setdefault(trial.id, trial) is trial:
+                    new.append(trial)
+                    self.next_number += 1
+        return new
+
+    def best(self, scores: Mapping[str, Score | None], k: int = 1) -> list[dict[str, Any]]:
+        """The ``k`` best configurations, given the scores of all trials by id."""
+        scored = ((trial.params, scores[id]) for id, trial in self.by_id.items())
+        return best([(params, score) for params, score in scored if score is not None], k)
 
 
 def rounds(
@@ -229,71 +284,52 @@ def rounds(
     scores: Mapping[str, Score | None] | None = None,
     grown_from: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[list[Trial]]:
-    """The rounds of a search, each the trials that the rounds before did not have.
+    """The rounds of a search: in each, the trials that no earlier round had.
 
-    The first round of a search that has grown holds the first round of each earlier definition,
-    in the order in which they came: trials keep their numbers. Later rounds follow from the
-    newest definition alone.
+    If a search has grown, its first round holds the first rounds of all earlier definitions, the
+    oldest first, so that trials keep their numbers. Later rounds follow from the newest definition
+    alone.
 
     Args:
         space: as ``check`` accepts it.
         strategy: ``{name: grid}``, ``{name: random, n: ..., seed: ...}`` or
             ``{name: refine, rounds: ...}``.
-        seeds: every combination is trained with each.
+        seeds: every combination is trained with each of them.
         fixed: parameters that all trials share.
         second_round: ``{best: k, max_epochs: n}`` trains the best k again, for n epochs.
         scores: of finished trials by id; ``None`` is a trial that failed.
-        grown_from: earlier definitions, the oldest first: see ``check_growth``. Their ``numbers``
-            are how many numbers of trials were taken when the next one came.
+        grown_from: earlier definitions, the oldest first: see ``check_growth``. ``numbers`` of each
+            is the lowest number that was free when the next definition came.
 
     Yields:
-        As far as the scores reach: the first round that is not finished is the last one.
+        The rounds up to the first that is not finished.
     """
     scores = scores or {}
-    strategy = {**STRATEGIES[strategy["name"]], **strategy}
+    strategy = options(strategy)
     newest = {"space": space, "strategy": strategy, "fixed": fixed or {}, "seeds": seeds}
-    known: dict[str, Trial] = {}
-    next_number = 0
-
-    def new(
-        combinations: Sequence[Mapping[str, Any]], seeds: Sequence[int], round: int, generation: int
-    ) -> list[Trial]:
-        nonlocal next_number
-        fresh = []
-        for params in combinations:
-            for seed in seeds:
-                trial = Trial({**params, "seed": seed}, next_number, round, generation)
-                if known.setdefault(trial.id, trial) is trial:
-                    fresh.append(trial)
-                    next_number += 1
-        return fresh
-
-    def ranked(k: int) -> list[dict[str, Any]]:
-        scored = ((trial.params, scores[id]) for id, trial in known.items())
-        return best([(params, score) for params, score in scored if score is not None], k)
-
+    trials = _Trials()
     first: list[Trial] = []
     combinations: list[dict[str, Any]] = []
     for generation, definition in enumerate([*grown_from, newest]):
         combinations = _first(definition, combinations)
-        first += new(combinations, definition["seeds"], 0, generation)
-        next_number = max(next_number, definition.get("numbers", 0))
+        first += trials.add(combinations, definition["seeds"], 0, generation)
+        trials.next_number = max(trials.next_number, definition.get("numbers", 0))
     yield first
     number, generation = 0, len(grown_from)
     for number in range(strategy.get("rounds", 1)):
         if number:
             combinations = [{**(fixed or {}), **params} for params in grid(space)]
-            yield new(combinations, seeds, number, generation)
-        if not known.keys() <= scores.keys() or not (winner := ranked(1)):
+            yield trials.add(combinations, seeds, number, generation)
+        if not trials.by_id.keys() <= scores.keys() or not (winner := trials.best(scores)):
             return
         if strategy["name"] == "refine":
             space = refine(space, winner[0])
     if second_round:
         again = [
-            {**cell, "max_epochs": second_round["max_epochs"]}
-            for cell in ranked(second_round["best"])
+            {**params, "max_epochs": second_round["max_epochs"]}
+            for params in trials.best(scores, second_round["best"])
         ]
-        yield new(again, seeds, number + 1, generation)
+        yield trials.add(again, seeds, number + 1, generation)
 
 
 def _first(definition: Mapping[str, Any], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -301,14 +337,14 @@ def _first(definition: Mapping[str, Any], before: Sequence[dict[str, Any]]) -> l
 
     Args:
         definition: of the search.
-        before: those of the definition that it grew from. A random search keeps them, and draws
-            from its space as many as are missing.
+        before: the combinations of the definition that it grew from. A random search keeps them
+            and draws only the missing ones from its space.
     """
-    strategy, fixed = definition["strategy"], definition["fixed"]
+    strategy, fixed = options(definition["strategy"]), definition["fixed"]
     if strategy["name"] != "random":
         return [{**fixed, **params} for params in grid(definition["space"])]
     n = strategy["n"]
-    drawn = random(definition["space"], n, strategy.get("seed", 0))
+    drawn = random(definition["space"], n, strategy["seed"])
     all_of_them = [*before, *({**fixed, **params} for params in drawn)]
     return list({json.dumps(p, sort_keys=True): p for p in all_of_them}.values())[:n]
 
@@ -316,23 +352,23 @@ def _first(definition: Mapping[str, Any], before: Sequence[dict[str, Any]]) -> l
 def check_growth(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """Refuses a search that another one cannot grow to.
 
-    What grows: an axis (more values, a wider range), a fixed parameter that becomes an axis with
-    its value on it, the seeds, the number of trials or rounds, and the second round. All trials of
-    the old search are trials of the new one. A parameter that no trial has named cannot become an
-    axis, for nobody knows its value in the trials that are there.
+    These can grow: an axis (more values, a wider range), a fixed parameter (to an axis that has its
+    value), the seeds, the number of trials or rounds, and the second round. Every trial of the old
+    search is then a trial of the new one. A parameter that was neither fixed nor an axis cannot
+    become an axis: the old trials do not say which value they had.
 
     Args:
-        held: what the folder holds, see ``Search.identity``.
-        asked: what is asked for.
+        held: the definition in the folder, see ``Search.definition``.
+        asked: the new definition.
 
     Returns:
         Names of what grows.
 
     Raises:
-        ValueError: the first difference that is no growth.
+        ValueError: the first difference that is not growth.
     """
     for key, value in asked.items():
-        if key not in DEFINITION and _differ(held.get(key), value):
+        if key not in GROWABLE and _differ(held.get(key), value):
             raise ValueError(difference(key, held.get(key), value))
     grows = [
         *_check_parameters_grow(held, asked),
@@ -341,8 +377,8 @@ def check_growth(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
     if "strategy.n" not in grows and "n" in asked["strategy"] and grows:
         n = asked["strategy"]["n"]
         raise ValueError(
-            f"its {grows[0]} would grow, but trials are drawn from it only with more than"
-            f" {n} of them: strategy.n"
+            f"its {grows[0]} would grow, but new values are drawn only with more than {n} trials:"
+            " raise strategy.n"
         )
     if not set(held["seeds"]) <= set(asked["seeds"]):
         raise ValueError(difference("seeds", held["seeds"], asked["seeds"]))
@@ -360,7 +396,7 @@ def _check_parameters_grow(held: Mapping[str, Any], asked: Mapping[str, Any]) ->
         for search in (held, asked)
     )
     for name, axis in old.items():
-        if name not in new or not _holds(new[name], axis):
+        if name not in new or not holds(new[name], axis):
             homes = ["space" if name in search["space"] else "fixed" for search in (held, asked)]
             values = [
                 search[home].get(name) for search, home in zip((held, asked), homes, strict=True)
@@ -372,27 +408,25 @@ def _check_parameters_grow(held: Mapping[str, Any], asked: Mapping[str, Any]) ->
             raise ValueError(reason)
     for name in new:
         if name not in old:
-            raise ValueError(f"it leaves {name} to its default, so that its trials do not name it")
+            raise ValueError(f"it leaves {name} to its default, which its trials do not state")
     return [f"space.{name}" for name, axis in new.items() if _differ(axis, old[name])]
 
 
-def _holds(axis: Axis, other: Axis) -> bool:
+def holds(axis: Axis, other: Axis) -> bool:
     """Whether an axis has all the values of another."""
     if not isinstance(axis, Mapping):
-        words = [_text(value) for value in axis]
-        return not isinstance(other, Mapping) and all(_text(value) in words for value in other)
+        texts = [_text(value) for value in axis]
+        return not isinstance(other, Mapping) and all(_text(value) in texts for value in other)
     if isinstance(other, Mapping):
         same = bool(axis.get("log")) == bool(other.get("log"))
         return same and axis["low"] <= other["low"] and other["high"] <= axis["high"]
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in other)
-    return numbers and all(axis["low"] <= value <= axis["high"] for value in other)
+    return all(_is_number(value) and axis["low"] <= value <= axis["high"] for value in other)
 
 
 def _check_strategy_grows(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     if held["name"] != asked["name"]:
         raise ValueError(difference("strategy.name", held["name"], asked["name"]))
-    old = {**STRATEGIES[held["name"]], **held}
-    new = {**STRATEGIES[asked["name"]], **asked}
+    old, new = options(held), options(asked)
     counts = [name for name in ("n", "rounds") if name in old and name in new]
     for name in new:
         if old.get(name) != new[name] and not (name in counts and new[name] > old[name]):
@@ -401,7 +435,7 @@ def _check_strategy_grows(held: Mapping[str, Any], asked: Mapping[str, Any]) -> 
 
 
 def difference(key: str, held: Any, asked: Any) -> str:
-    """Where two values differ, as deep as can be said in a line."""
+    """How two values differ, in a line; of dictionaries, the first entry that differs."""
     if isinstance(held, dict) and isinstance(asked, dict):
         for name in [*asked, *held]:
             if _differ(held.get(name), asked.get(name)):
@@ -410,10 +444,10 @@ def difference(key: str, held: Any, asked: Any) -> str:
 
 
 def _differ(one: Any, other: Any) -> bool:
-    """Whether two values of JSON types differ, as the parameters of two trials do."""
+    """Whether two values of JSON types make different trials."""
     return _text(one) != _text(other)
 
 
 def _text(value: Any) -> str:
-    """As JSON: 1 and 1.0 make different trials."""
+    """The value as JSON, in which 1 and 1.0 differ."""
     return json.dumps(value, sort_keys=True)

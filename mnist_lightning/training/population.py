@@ -1,4 +1,4 @@
-"""Trainings of many networks on the same mini-batches, on top of ``stacked``."""
+"""Trains many networks on the same mini-batches, epoch by epoch, with ``stacked``."""
 
 import math
 from collections.abc import Sequence
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from mnist_lightning.data.sampling import epoch_order
+from mnist_lightning.metrics import CURVES
 from mnist_lightning.nets import CLASSES, PIXELS, mlp
 from mnist_lightning.training.stacked import BLOCK_ROWS, Population
 
 
 class Member(NamedTuple):
-    """What tells the networks of a training apart."""
+    """In what the networks of a training differ."""
 
     hidden_units: tuple[int, ...]
     lr: float
@@ -24,11 +25,11 @@ class Member(NamedTuple):
 class PopulationTraining:
     """Trains networks on the same mini-batches, epoch by epoch, and validates after each epoch.
 
-    Every network starts from the weights, and visits the images in the order, that it would have
-    alone with the same seed. Its updates are those it would make alone, up to rounding: how sums
-    round depends on which networks are stacked together. So until the first network stops, nothing
-    depends on anyone's ``max_epochs``, to the bit. Then the others are stacked anew, and their
-    later updates differ by rounding from those they would have made beside it.
+    Every network has the initial weights and the order of images that it would have alone with the
+    same seed. Its updates are those it would make alone, up to rounding, which depends on the
+    networks that are stacked together. So until the first network stops, results are bit-identical
+    for all values of ``max_epochs``. Then the others are stacked again, and their later updates
+    differ by rounding from those beside the network that stopped.
 
     Args:
         members: the networks.
@@ -40,13 +41,11 @@ class PopulationTraining:
     Attributes:
         epoch: how many epochs are done.
         curves: ``train_loss``, ``val_loss`` and ``val_acc``, each a list for each member with a
-            number for each epoch. The train loss is the mean over the epoch's mini-batches as they
-            came, before each update.
-        failed: for each member ``None``, or why its numbers mean nothing any more.
-        best_epoch: for each member the first epoch, counted from 1, of its highest ``val_acc``.
+            number for each epoch. The train loss is the mean over the epoch's mini-batches, each
+            before its update.
+        failed: for each member ``None``, or why its numbers have no meaning from then on.
+        best_epoch: for each member the first epoch, counted from 1, with its highest ``val_acc``.
     """
-
-    CURVES = ("train_loss", "val_loss", "val_acc")
 
     def __init__(
         self,
@@ -61,7 +60,7 @@ class PopulationTraining:
         self.members, self.batch_size, self.seed = list(members), batch_size, seed
         self.epoch = 0
         self.curves: dict[str, list[list[float]]] = {
-            name: [[] for _ in self.members] for name in self.CURVES
+            name: [[] for _ in self.members] for name in CURVES
         }
         self.failed: list[str | None] = [None for _ in self.members]
         self.best_epoch = [0 for _ in self.members]
@@ -74,8 +73,8 @@ class PopulationTraining:
         self._populate(networks)
         self._train, self._val = ((self.population.arrange(x), y) for x, y in (train, val))
         columns = torch.arange(1, 1 + self._train[0].shape[1], device=train[0].device)
-        # for each image, how many leading columns hold all of it
-        self._lit = torch.cat(
+        # for each image, how many leading columns hold all that is not zero
+        self._nonzero_columns = torch.cat(
             [((rows != 0) * columns).amax(1) for rows in self._train[0].split(1024)]
         )
 
@@ -86,14 +85,14 @@ class PopulationTraining:
 
     @property
     def done(self) -> bool:
-        """Whether no network is left that has epochs to go and finite weights."""
+        """Whether every network has failed or trained all its epochs."""
         return not any(
             member.max_epochs > self.epoch and failed is None
             for member, failed in zip(self.members, self.failed, strict=True)
         )
 
     def parameters(self, member: int) -> list[Tensor]:
-        """Weights and biases after the last epoch done, for networks that trained in it."""
+        """Weights and biases of a network that trained in the last epoch."""
         return self.population.parameters(self._training.index(member))
 
     def best_parameters(self, member: int) -> list[Tensor]:
@@ -101,7 +100,7 @@ class PopulationTraining:
         return self._best[member]
 
     def run_epoch(self) -> None:
-        """One more epoch of training, and one validation."""
+        """Trains one epoch and validates."""
         left = [m for m in self._training if self.members[m].max_epochs > self.epoch]
         if left != self._training:  # the others have done their epochs
             self._populate({m: self.parameters(m) for m in left})
@@ -111,9 +110,9 @@ class PopulationTraining:
         block = self.batch_size * max(1, BLOCK_ROWS // self.batch_size)
         total = torch.zeros(len(left), dtype=torch.float64, device=rows.device)
         for images in order.split(block):
-            lit = int(self._lit[images].max())
+            nonzero_columns = int(self._nonzero_columns[images].max())
             loss, _ = self.population.train_block(
-                rows[images], labels[images], self.batch_size, lit
+                rows[images], labels[images], self.batch_size, nonzero_columns
             )
             total += loss.sum(1)
         val_loss, correct = self.population.evaluate(*self._val)
@@ -126,14 +125,14 @@ class PopulationTraining:
     def _note(self, m: int, train_loss: float, val_loss: float, val_acc: float) -> None:
         if not (math.isfinite(train_loss) and math.isfinite(val_loss)) and not self.failed[m]:
             self.failed[m] = f"diverged: the loss is not finite in epoch {self.epoch}"
-        for name, value in zip(self.CURVES, (train_loss, val_loss, val_acc), strict=True):
+        for name, value in zip(CURVES, (train_loss, val_loss, val_acc), strict=True):
             self.curves[name][m].append(value)
         best = self.curves["val_acc"][m][self.best_epoch[m] - 1] if self.best_epoch[m] else -1.0
         if not self.failed[m] and val_acc > best:
             self.best_epoch[m], self._best[m] = self.epoch, self.parameters(m)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that ``load_state_dict`` needs to go on, to the bit."""
+        """What ``load_state_dict`` needs to continue exactly."""
         return {
             "epoch": self.epoch,
             "curves": self.curves,
@@ -144,21 +143,21 @@ class PopulationTraining:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back, or on, to a state of a training with the same arguments."""
+        """Continues from a state of a training with the same arguments."""
         self.epoch, self.curves, self.failed = state["epoch"], state["curves"], state["failed"]
         self.best_epoch, self._best = state["best_epoch"], state["best"]
         self._populate(state["networks"])
 
 
 def initial_parameters(hidden_units: Sequence[int], seed: int) -> list[Tensor]:
-    """Weights and biases of a network built right after seeding; keeps the global random state."""
+    """Weights and biases of a network made after seeding; the global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return [p.detach() for p in mlp(hidden_units).parameters()]
 
 
 def training_bytes(member: Member) -> int:
-    """Memory that a member needs in a training: weights, their best state, what a block keeps."""
+    """Bytes that a member needs in a training: weights, the best weights, buffers of a block."""
     sizes = [PIXELS, *member.hidden_units, CLASSES]
     weights = sum((a + 1) * b for a, b in pairwise(sizes))
     return 4 * (2 * weights + 8 * BLOCK_ROWS * sum(sizes[1:]))

@@ -1,13 +1,13 @@
 """Many small networks trained at once, as one stacked tensor program.
 
-The networks are multilayer perceptrons of any depth and width, trained by plain SGD; those of a
-population see the same mini-batches, each with its own learning rate. Every one of them gets the
-updates it would get alone: the arithmetic below is that of ``loss.backward(); optimizer.step()``
-written out by hand and reordered, so results differ by rounding only. Three ideas make it fast.
+The networks are multilayer perceptrons of any depth and width, trained by plain SGD. Those of a
+population train on the same mini-batches, each with its own learning rate. Each gets the updates
+it would get alone: the arithmetic is that of ``loss.backward(); optimizer.step()``, written out and
+reordered, so results differ only by rounding. Three ideas make it fast.
 
 Stacking. The first layers of all networks lie side by side in one matrix, and one product serves
 them all. Deeper layers are batched products over networks of one shape; narrow layers are padded
-to a common width, with zeros that stay zero and that no other network ever sees.
+to a common width, with zeros that stay zero and have no effect.
 
 Blocks. Nearly all the work is in the first layer, whose input does not depend on the weights. For a
 block of k mini-batches X_0 .. X_(k-1), let D_s be the gradient of mini-batch s with respect to the
@@ -15,11 +15,11 @@ first layer's output, times lr / B. Then ``W_t = W_0 - sum_(s<t) X_s' D_s``, so 
 
     X_t W_t = X_t W_0 - sum_(s<t) (X_t X_s') D_s,
 
-and W is read once and written once per block, by two large products that run at the speed of the
-processor instead of that of the memory. The k x k blocks ``X_t X_s'`` serve all networks.
+and W is read once and written once per block, by two large products, whose speed is limited by the
+processor and not by memory. The k x k blocks ``X_t X_s'`` serve all networks.
 
-Dark pixels. Columns are sorted by how often they are lit. What follows a block's last lit pixel is
-zero times something, and is left out.
+Zero columns. Columns are sorted by how often they are non-zero. Those after the last one that is
+non-zero anywhere in a block contribute nothing to the products, and are left out.
 
 Unit 0 of every layer but the last is the constant 1: biases are the first column of a weight matrix
 (the first row of the first one) and need no code.
@@ -30,9 +30,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Rows of a block: enough for the two large products to reach the processor's speed, few enough that
-# correcting for earlier mini-batches stays cheap. Of 32, 64, 128 and 256, the fastest at each batch
-# size from 4 to 128.
+# Rows of a block: enough for the two large products to reach the processor's speed, few enough to
+# keep the corrections for earlier mini-batches cheap. The fastest of 32, 64, 128 and 256 at each
+# batch size from 4 to 128.
 BLOCK_ROWS = 128
 # Up to this width, networks of one depth share padded batched products (an operation costs more
 # than the arithmetic on zeros); wider ones are stacked only with networks of exactly their shape.
@@ -47,7 +47,7 @@ class Population:
             ``nn.Sequential(nn.Linear, nn.ReLU, ..., nn.Linear).parameters()``. They are copied.
         lr: for each network its learning rate.
         pixel_order: a permutation of the input's columns, those most often non-zero first; see
-            ``population.pixel_order``. It decides about speed only.
+            ``population.pixel_order``. It changes speed, not results.
 
     Raises:
         ValueError: no network, or networks with different inputs or classes.
@@ -97,7 +97,7 @@ class Population:
 
     @torch.inference_mode()
     def load(self, member: int, parameters: Sequence[Tensor], lr: float) -> None:
-        """Puts other weights, biases and another learning rate in the place of a network's own.
+        """Replaces the weights, biases and learning rate of a network.
 
         Args:
             member: which network.
@@ -109,7 +109,7 @@ class Population:
         stack.lr[position] = lr
 
     def arrange(self, x: Tensor) -> Tensor:
-        """Images as ``train_block`` and ``evaluate`` want them.
+        """Images as ``train_block`` and ``evaluate`` take them.
 
         Args:
             x: floating point, shape ``(n, inputs)``.
@@ -123,16 +123,17 @@ class Population:
 
     @torch.inference_mode()
     def train_block(
-        self, rows: Tensor, labels: Tensor, batch_size: int, lit: int | None = None
+        self, rows: Tensor, labels: Tensor, batch_size: int, nonzero_columns: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """One SGD update of every network for each of some consecutive mini-batches.
 
         Args:
             rows: arranged images, shape ``(n, 1 + inputs)``; each ``batch_size`` consecutive rows
-                are a mini-batch, and so are those that remain.
+                are a mini-batch, and so are the remaining ones.
             labels: int64, shape ``(n,)``.
             batch_size: images in a mini-batch.
-            lit: leading columns of ``rows`` beyond which all is zero; by default, all of them.
+            nonzero_columns: how many leading columns of ``rows`` hold all that is not zero; by
+                default, all of them.
 
         Returns:
             The cross entropy summed over each mini-batch and the number of correct answers in it,
@@ -143,10 +144,10 @@ class Population:
             last = len(rows) - whole * batch_size
             parts = [(rows[:-last], labels[:-last], batch_size)] if whole else []
             parts.append((rows[-last:], labels[-last:], last))
-            results = [self.train_block(*part, lit) for part in parts]
+            results = [self.train_block(*part, nonzero_columns) for part in parts]
             losses, hits = zip(*results, strict=True)
             return torch.cat(losses, 1), torch.cat(hits, 1)
-        x = rows[:, :lit]
+        x = rows[:, :nonzero_columns]
         gram = None
         if whole > 1:
             gram = self._grams.get((whole, batch_size)) or self._grams.setdefault(
@@ -179,7 +180,7 @@ class Population:
 
 
 class _Gram:
-    """Inner products of the rows of a block, and those a mini-batch needs: with all before it."""
+    """Inner products of the rows of a block; of each mini-batch, those with all rows before it."""
 
     def __init__(self, like: Tensor, batches: int, size: int) -> None:
         self.values = like.new_empty(batches * size, batches * size)
@@ -200,7 +201,7 @@ class _Stack:
         lr: Sequence[float],
         order: Tensor | slice,
     ) -> None:
-        # neighbours of equal first width move in one copy between the compact and padded layouts
+        # networks of equal first width side by side: one copy moves them between the layouts
         ranks = sorted(range(len(members)), key=lambda i: [w.shape[0] for w in parameters[i][::2]])
         self.members = [members[i] for i in ranks]
         parameters = [parameters[i] for i in ranks]
@@ -219,13 +220,10 @@ class _Stack:
             (blocks.index(b), len(blocks) - blocks[::-1].index(b), b) for b in sorted(set(blocks))
         ]
         self.padded = len(self.runs) > 1
-        self.rows = max(
-            64, 2**18 // sum(blocks)
-        )  # evaluated at once: what a processor's cache holds
-
-        self.first = like.new_zeros(
-            1 + like.shape[1], sum(blocks)
-        )  # (1 + inputs, all first layers)
+        # rows evaluated at once: as many as a processor's cache holds
+        self.rows = max(64, 2**18 // sum(blocks))
+        # (1 + inputs, all first layers)
+        self.first = like.new_zeros(1 + like.shape[1], sum(blocks))
         widths = [max(column) for column in zip(*self.sizes, strict=True)]
         self.layers = [  # (M, units, 1 + units before)
             like.new_zeros(len(members), widths[i] + (i < self.depth), 1 + widths[i - 1])
@@ -233,7 +231,7 @@ class _Stack:
         ]
         for m, network in enumerate(parameters):
             self.load(m, network, order)
-        self._plans: dict[tuple[int, int], _Plan] = {}
+        self._workspaces: dict[tuple[int, int], _Workspace] = {}
 
     def load(self, m: int, network: Sequence[Tensor], order: Tensor | slice) -> None:
         """Copies the parameters of network ``m`` into the stack."""
@@ -260,10 +258,10 @@ class _Stack:
         block = self.first[:, self.columns[m]][:, -self.sizes[m][0] :]
         weight = torch.empty_like(block[1:].T, memory_format=torch.contiguous_format)
         weight[:, order] = block[1:].T
-        found = [weight, block[0].clone()]
+        tensors = [weight, block[0].clone()]
         for i in range(self.depth):
-            found += [view.clone() for view in self._views(i, m)]
-        return found
+            tensors += [view.clone() for view in self._views(i, m)]
+        return tensors
 
     def pad(self, compact: Tensor, padded: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Views of the same values in ``(n, columns)`` and ``(n, M, width)``, run by run."""
@@ -287,42 +285,44 @@ class _Stack:
     def train_block(self, x: Tensor, labels: Tensor, batch_size: int, gram: _Gram | None) -> Tensor:
         """Trains on a block; returns the logits before each update, ``(k, M, B, classes)``."""
         batches = len(x) // batch_size
-        plan = self._plans.get((batches, batch_size))
-        if plan is None:
-            plan = self._plans[batches, batch_size] = _Plan(self, batches, batch_size)
+        workspace = self._workspaces.get((batches, batch_size))
+        if workspace is None:
+            workspace = _Workspace(self, batches, batch_size)
+            self._workspaces[batches, batch_size] = workspace
         first = self.first[: x.shape[1]]
-        torch.mm(x, first, out=plan.compact_z)
-        for compact, padded in plan.runs_of_z:
+        torch.mm(x, first, out=workspace.compact_z)
+        for compact, padded in workspace.runs_of_z:
             padded.copy_(compact)
-        # the gradient (softmax - one-hot) is scaled by lr / B here, so all that follow from it are
+        # the gradient (softmax - one-hot) is scaled by lr / B here, and with it all later ones
         step = self.lr / batch_size
-        one_hot = step.new_zeros(batches, 1, batch_size, plan.logits.shape[3])
+        one_hot = step.new_zeros(batches, 1, batch_size, workspace.logits.shape[3])
         one_hot.scatter_(3, labels.view(batches, 1, -1, 1), 1)
-        torch.mul(one_hot, -step, out=plan.targets)
+        torch.mul(one_hot, -step, out=workspace.targets)
         for t in range(batches):
             if t and gram:
-                plan.z[t].addmm_(gram.before[t], plan.d_before[t], alpha=-1)
-            for a, weight, out in plan.forward[t]:
+                workspace.z[t].addmm_(gram.before[t], workspace.d_before[t], alpha=-1)
+            for a, weight, out in workspace.forward[t]:
                 torch.bmm(a.relu_(), weight, out=out)
-            torch.softmax(plan.class_major[t], 0, out=plan.softmax)
-            torch.addcmul(plan.targets[t], plan.probability, step, out=plan.delta[t])
-            for delta, delta_t, layer, a, update, da, da_units, a_units, below in plan.backward[t]:
+            torch.softmax(workspace.class_major[t], 0, out=workspace.softmax)
+            torch.addcmul(workspace.targets[t], workspace.probability, step, out=workspace.delta[t])
+            for views in workspace.backward[t]:
+                delta, delta_t, layer, a, update, da, da_units, a_units, below = views
                 torch.bmm(delta, layer, out=da)
-                # not baddbmm_: for small layers it adds image by image onto the weights, rounding
-                # each time, where autograd rounds once an update
+                # not baddbmm_: for small layers it adds image by image to the weights and rounds
+                # each time, while autograd rounds once an update
                 torch.bmm(delta_t, a, out=update)
                 layer.sub_(update)
                 torch.ops.aten.threshold_backward.grad_input(da_units, a_units, 0, grad_input=below)
-        for compact, padded in plan.runs_of_d:
+        for compact, padded in workspace.runs_of_d:
             compact.copy_(padded)
-        first.addmm_(x.T, plan.compact_d, alpha=-1)
-        return plan.logits
+        first.addmm_(x.T, workspace.compact_d, alpha=-1)
+        return workspace.logits
 
 
-class _Plan:
-    """Buffers of a stack for blocks of k mini-batches of B rows, and the views a step needs.
+class _Workspace:
+    """Buffers of a stack for blocks of k mini-batches of B rows, and the views that a step needs.
 
-    A step on narrow networks takes 30 microseconds: making views anew would take as long again.
+    A step on narrow networks takes 30 microseconds; making the views in each would double that.
     """
 
     def __init__(self, stack: _Stack, batches: int, size: int) -> None:
@@ -337,7 +337,7 @@ class _Plan:
         self.z = z.view(batches, size, -1).unbind()
         self.d_before = [d[: t * size] for t in each]
 
-        # unit 0 is constant: its column of every delta below stays 0, and so it stays 1
+        # unit 0 is constant: its column of every delta below stays 0, so the unit stays 1
         first_a = z.view(batches, size, m, width).transpose(1, 2)  # (k, M, B, H + 1)
         first_d = d.view(batches, size, m, width).transpose(1, 2)
         outputs = [new(m, size, layer.shape[1]) for layer in stack.layers[:-1]]
@@ -387,9 +387,9 @@ class _Plan:
 def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """``(k, M, B, classes), (k, B)`` -> summed cross entropy and correct answers, both (M, k).
 
-    An answer whose score ties with the highest counts as correct.
+    An answer whose score equals the highest counts as correct.
     """
-    scores = logits.permute(3, 0, 1, 2).contiguous()  # class by class: see _Plan.class_major
+    scores = logits.permute(3, 0, 1, 2).contiguous()  # see _Workspace.class_major
     scores -= scores.amax(0)
     answer = scores.gather(0, labels[None, :, None].expand(1, *scores.shape[1:]))[0]
     loss = scores.exp_().sum(0).log_() - answer
