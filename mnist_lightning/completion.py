@@ -21,18 +21,18 @@ _mnist_lightning() {
 complete -o default -F _mnist_lightning mnist-lightning""",
     "zsh": """
 _mnist_lightning() {
-    local -a found
-    found=(${(f)"$("${(Q)words[1]}" completion --words "${(@)words[2,CURRENT]}" 2>/dev/null)"})
-    if (( $#found )); then compadd -a found; else _files; fi
+    local -a candidates
+    candidates=(${(f)"$("${(Q)words[1]}" completion --words "${(@)words[2,CURRENT]}" 2>/dev/null)"})
+    if (( $#candidates )); then compadd -a candidates; else _files; fi
 }
 (( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
 compdef _mnist_lightning mnist-lightning""",
     "fish": """
 function _mnist_lightning
     set -l words (commandline -opc)
-    set -l found ($words[1] completion --words $words[2..] (commandline -ct) 2>/dev/null)
-    if set -q found[1]
-        printf '%s\\n' $found
+    set -l candidates ($words[1] completion --words $words[2..] (commandline -ct) 2>/dev/null)
+    if set -q candidates[1]
+        printf '%s\\n' $candidates
     else
         __fish_complete_path (commandline -ct)
     end
@@ -82,22 +82,22 @@ def options() -> list[Option]:
     return [Option(name, commands.split(), values.split()) for name, commands, values in rows]
 
 
-def candidates(words: Sequence[str]) -> list[str]:
-    """What can stand in place of the last word.
+def candidates(argv: Sequence[str]) -> list[str]:
+    """What can replace the last argument.
 
     Args:
-        words: after the program's name, the last one being typed, maybe empty. Bash gives
-            ``--option=value`` as three words.
+        argv: after the program's name; the last argument is being typed and may be empty. Bash
+            gives ``--option=value`` as three arguments.
     """
-    *before, current = [word for word in words if word != "="] or [""]
-    if words[-1:] == ["="]:
+    *before, current = [argument for argument in argv if argument != "="] or [""]
+    if argv[-1:] == ["="]:
         before, current = [*before, current], ""
     if not before:
         commands = next(option.commands for option in options() if option.name == "--help")
         return _fitting([*commands, "--help", "--version"], current)
     option, equals, value = current.partition("=")
     if equals and option.startswith("--"):
-        return [f"{option}={found}" for found in _fitting(_values(before[0], option), value)]
+        return [f"{option}={fitting}" for fitting in _fitting(_values(before[0], option), value)]
     if before[-1].startswith("-") and (values := _values(before[0], before[-1])):
         return _fitting(values, current)
     if before[0] == "configs":
@@ -110,8 +110,8 @@ def candidates(words: Sequence[str]) -> list[str]:
     return []
 
 
-def _fitting(words: list[str], start: str) -> list[str]:
-    return [word for word in words if word.startswith(start)]
+def _fitting(names: list[str], start: str) -> list[str]:
+    return [name for name in names if name.startswith(start)]
 
 
 def _values(command: str, option: str) -> list[str]:

@@ -36,7 +36,7 @@ class Finding(NamedTuple):
     level: str
     """``ok``, ``warning`` or ``error``."""
     what: str
-    found: str
+    result: str
     remedy: str = ""
     """In words; a command has a line of its own."""
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     levels = []
     for finding in findings():
         levels.append(finding.level)
-        print(f"{finding.level:<9}{finding.what:<13}{finding.found}", flush=True)
+        print(f"{finding.level:<9}{finding.what:<13}{finding.result}", flush=True)
         for line in finding.remedy.splitlines():
             command = line.startswith(shlex.quote(sys.executable))  # to be pasted: on one line
             for part in [line] if command else textwrap.wrap(line, 76, break_long_words=False):
@@ -118,22 +118,22 @@ def _packages() -> Iterator[Finding]:
     }
     within = 0
     for requirement in [*needed, *(r for texts in extras.values() for r in texts)]:
-        found = _version(requirement.name)
-        if found is None:
+        installed = _version(requirement.name)
+        if installed is None:
             if requirement in needed:
                 yield Finding("error", requirement.name, "not installed", _install(requirement))
-        elif requirement.name == "lightning" and found in MALWARE:
+        elif requirement.name == "lightning" and installed in MALWARE:
             pass  # said below
-        elif finding := _out_of_range(requirement, found):
+        elif finding := _out_of_range(requirement, installed):
             yield finding
         else:
             within += 1
     for name in ("lightning", "pytorch-lightning"):
-        if (found := _version(name)) in MALWARE:
+        if (installed := _version(name)) in MALWARE:
             yield Finding(
                 "error",
                 name,
-                f"{found} is malware: it steals credentials when it is imported",
+                f"{installed} is malware: it steals credentials when it is imported",
                 "delete this environment without starting Python in it again, make another, and"
                 " replace all passwords, tokens and keys that this machine holds",
             )
@@ -144,14 +144,14 @@ def _packages() -> Iterator[Finding]:
         yield Finding("ok", extra, said, _install(*missing) if missing else "")
 
 
-def _out_of_range(requirement: "Requirement", found: str) -> Finding | None:
+def _out_of_range(requirement: "Requirement", installed: str) -> Finding | None:
     from packaging.specifiers import SpecifierSet
 
-    if requirement.specifier.contains(found, prereleases=True):
+    if requirement.specifier.contains(installed, prereleases=True):
         return None
     bounds = SpecifierSet(",".join(str(s) for s in requirement.specifier if s.operator != "!="))
-    level = "warning" if bounds.contains(found, prereleases=True) else "error"
-    said = f"{found} is not within {requirement.specifier}"
+    level = "warning" if bounds.contains(installed, prereleases=True) else "error"
+    said = f"{installed} is not within {requirement.specifier}"
     return Finding(level, requirement.name, said, _install(requirement))
 
 
@@ -159,8 +159,8 @@ def _install(*requirements: "Requirement") -> str:
     return _pip("install", *(f"{r.name}{r.specifier}" for r in requirements))
 
 
-def _pip(*words: str) -> str:
-    return shlex.join([sys.executable, "-m", "pip", *words])
+def _pip(*arguments: str) -> str:
+    return shlex.join([sys.executable, "-m", "pip", *arguments])
 
 
 def _torch() -> Iterator[Finding]:
@@ -279,8 +279,8 @@ def _threads() -> Iterator[Finding]:
     cores, said = _cores(), os.environ.get("OMP_NUM_THREADS")
     limit = _container_cores()
     usable = cores if limit is None else min(cores, max(1, round(limit)))
-    found = f"{cores} cores" if limit is None else f"{cores} cores, {limit:g} for this container"
-    found += f", OMP_NUM_THREADS={said}" if said is not None else ""
+    result = f"{cores} cores" if limit is None else f"{cores} cores, {limit:g} for this container"
+    result += f", OMP_NUM_THREADS={said}" if said is not None else ""
     remedy = ""
     if said is not None and not said.isdecimal():
         remedy = f"OMP_NUM_THREADS must be a number: set it to {usable}, or unset it"
@@ -288,7 +288,7 @@ def _threads() -> Iterator[Finding]:
         remedy = f"more threads than cores wait for each other: set OMP_NUM_THREADS to {usable}"
     elif said is None and usable < cores:
         remedy = f"convolutions would start {cores} threads: set OMP_NUM_THREADS to {usable}"
-    yield Finding("warning" if remedy else "ok", "threads", found, remedy)
+    yield Finding("warning" if remedy else "ok", "threads", result, remedy)
 
 
 def _cores() -> int:

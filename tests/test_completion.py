@@ -86,10 +86,10 @@ def _parsed() -> dict[str, tuple[list[str], list[str]]]:
         "completion": _of_main(completion.main),
     }
     assert parsers.keys() == COMMANDS.keys()
-    found: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    parsed: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
 
     def note(command: str, option: str, hint: Any) -> None:
-        commands, values = found.setdefault(option, ({}, {}))
+        commands, values = parsed.setdefault(option, ({}, {}))
         commands[command] = None
         values.update(dict.fromkeys(_values(hint)))
 
@@ -109,8 +109,8 @@ def _parsed() -> dict[str, tuple[list[str], list[str]]]:
             if command != "inspect":
                 note(command, "--trust", None)
     for option in ("--model", "--model.help"):
-        found[option][1].update(dict.fromkeys(ARCHITECTURES))
-    return {option: (list(found[option][0]), list(found[option][1])) for option in sorted(found)}
+        parsed[option][1].update(dict.fromkeys(ARCHITECTURES))
+    return {option: (list(parsed[option][0]), list(parsed[option][1])) for option in sorted(parsed)}
 
 
 def test_options_are_those_of_the_parsers() -> None:

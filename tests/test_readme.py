@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mnist_lightning.report import analysis
-from mnist_lightning.report.analysis import Found
+from mnist_lightning.report.analysis import SearchResult
 from mnist_lightning.report.published import PUBLISHED
 
 ROOT = Path(__file__).parent.parent
@@ -19,8 +19,8 @@ README = " ".join((ROOT / "README.md").read_text().split())  # wherever its line
 
 
 @cache
-def searches() -> dict[str, Found]:
-    return {found.name: found for found in analysis.read(ROOT / "lightning_logs" / "study")}
+def searches() -> dict[str, SearchResult]:
+    return {search.name: search for search in analysis.read(ROOT / "lightning_logs" / "study")}
 
 
 @cache
@@ -43,15 +43,15 @@ def times(ours: str, theirs: str) -> float:
 
 def cell(search: str, **setting: Any) -> list[float]:
     """Mean and standard deviation over seeds of the validation accuracy, and their number."""
-    cells = searches()[search].cells
+    rows = searches()[search].configurations
     for name, value in setting.items():
-        cells = cells[cells[name.replace("__", ".")] == value]
-    (row,) = cells.itertuples()
+        rows = rows[rows[name.replace("__", ".")] == value]
+    (row,) = rows.itertuples()
     return [row.acc, row.sd, row.n]
 
 
 def best(*names: str) -> float:
-    return max(searches()[name].cells["acc"].iloc[0] for name in names)
+    return max(searches()[name].configurations["acc"].iloc[0] for name in names)
 
 
 def shallow_agreement() -> list[int]:

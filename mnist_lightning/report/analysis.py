@@ -1,7 +1,8 @@
 """The numbers of a report: pandas in, pandas out. Nothing here draws, and nothing needs PyTorch.
 
-A *trial* is one training. A *cell* is one setting of the parameters: the mean of its trials over
-their seeds. Accuracies are of validation images, by the search's objective, unless called test.
+A *trial* is one training. A *configuration* is one setting of the parameters; its numbers are the
+means of its trials over the seeds. Accuracies are validation accuracies, by the search's objective,
+unless they are called test.
 """
 
 import itertools
@@ -27,7 +28,7 @@ MANY = 8  # an axis with more values than this is shown in four groups of equal 
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """A search as its folder holds it, finished or not.
 
     Args:
@@ -99,11 +100,11 @@ class Found:
         """Trials by what became of them."""
         states = self.trials["state"].value_counts() if len(self.trials) else {}
         names = {"finished": "COMPLETE", "failed": "FAIL", "pruned": "PRUNED"}
-        found = {name: int(states.get(state, 0)) for name, state in names.items()}
-        return {**found, "to go": max(0, self.planned - len(self.trials))}
+        counted = {name: int(states.get(state, 0)) for name, state in names.items()}
+        return {**counted, "to go": max(0, self.planned - len(self.trials))}
 
     @cached_property
-    def cells(self) -> pd.DataFrame:
+    def configurations(self) -> pd.DataFrame:
         """A row for each setting, the best first.
 
         Columns: ``round``, the parameters, ``n`` seeds, ``acc`` and its standard deviation ``sd``
@@ -135,8 +136,12 @@ class Found:
 
     @property
     def first_round(self) -> pd.DataFrame:
-        """Cells of the round that covers the space evenly."""
-        return self.cells[self.cells["round"] == 0] if len(self.cells) else self.cells
+        """Configurations of the round that covers the space evenly."""
+        return (
+            self.configurations[self.configurations["round"] == 0]
+            if len(self.configurations)
+            else self.configurations
+        )
 
     def best_trials(self, of: str, count: int = 3) -> pd.DataFrame:
         """Whole trials from the ``best``, ``median`` or ``worst`` end, of the first seed."""
@@ -147,14 +152,17 @@ class Found:
         return trials.iloc[max(0, start) : max(0, start) + count]
 
 
-def read(path: Path) -> list[Found]:
+Found = SearchResult  # its name before
+
+
+def read(path: Path) -> list[SearchResult]:
     """The search in a folder, or all the searches in the folders below it.
 
     Raises:
         ValueError: there is none, or a file of one is damaged.
     """
     return [
-        Found(
+        SearchResult(
             folder,
             read_json(folder / "search.json", "restore it, or move it away"),
             load_results(folder),
@@ -192,48 +200,50 @@ def value_text(value: Any) -> str:
     return str(value)
 
 
-def correlations(found: Found) -> pd.DataFrame:
+def correlations(search: SearchResult) -> pd.DataFrame:
     """Pearson's correlation of each axis that is a number with the accuracy of the first round.
 
     Returns:
         Index: the axes. ``mean`` and ``sd`` over the seeds.
     """
-    axes = numeric_axes(found)
-    first = found.complete[found.complete["round"] == 0]
+    axes = numeric_axes(search)
+    first = search.complete[search.complete["round"] == 0]
     by_seed = {
-        seed: trials[axes].corrwith(trials[found.objective])
+        seed: trials[axes].corrwith(trials[search.objective])
         for seed, trials in first.groupby("seed")
     }
     table = pd.DataFrame(by_seed, index=axes)
     return pd.DataFrame({"mean": table.mean(axis=1), "sd": table.std(axis=1)})
 
 
-def correlation_matrix(found: Found) -> pd.DataFrame:
-    """Pearson's correlations among the axes and the accuracy, over the cells of the first round."""
-    return found.first_round[[*numeric_axes(found), "acc"]].corr()
+def correlation_matrix(search: SearchResult) -> pd.DataFrame:
+    """Pearson's correlations among the axes and the accuracy, over the first round."""
+    return search.first_round[[*numeric_axes(search), "acc"]].corr()
 
 
-def numeric_axes(found: Found) -> list[str]:
+def numeric_axes(search: SearchResult) -> list[str]:
     """Those of the axes that hold numbers."""
-    return [axis for axis in found.axes if pd.api.types.is_numeric_dtype(found.complete[axis])]
+    return [axis for axis in search.axes if pd.api.types.is_numeric_dtype(search.complete[axis])]
 
 
-def marginals(found: Found) -> pd.DataFrame:
-    """For each value of each axis, over the cells of the first round: how good they are.
+def marginals(search: SearchResult) -> pd.DataFrame:
+    """For each value of each axis, over the configurations of the first round: how good they are.
 
     Returns:
-        Columns ``axis``, ``value``, ``cells``, ``mean``, ``median`` and ``best`` accuracy. The best
-        is what the value allows; the mean is how much it forgives.
+        Columns ``axis``, ``value``, ``configurations`` (how many), ``mean``, ``median`` and
+        ``best`` accuracy.
     """
-    cells = found.first_round
+    configurations = search.first_round
     rows = []
-    for axis in found.axes:
-        for value, acc in cells["acc"].groupby(groups(cells[axis]), observed=True):
+    for axis in search.axes:
+        for value, acc in configurations["acc"].groupby(
+            groups(configurations[axis]), observed=True
+        ):
             rows.append(
                 {
                     "axis": axis,
                     "value": value,
-                    "cells": len(acc),
+                    "configurations": len(acc),
                     "mean": acc.mean(),
                     "median": acc.median(),
                     "best": acc.max(),
@@ -242,14 +252,14 @@ def marginals(found: Found) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def interaction(found: Found, row: str, column: str) -> pd.DataFrame:
-    """Mean accuracy of the first round's cells, by the values of two axes."""
-    cells = found.first_round
-    keys = [groups(cells[row]).rename(row), groups(cells[column]).rename(column)]
-    return cells["acc"].groupby(keys, observed=True).mean().unstack()
+def interaction(search: SearchResult, row: str, column: str) -> pd.DataFrame:
+    """Mean accuracy of the first round's configurations, by the values of two axes."""
+    configurations = search.first_round
+    keys = [groups(configurations[row]).rename(row), groups(configurations[column]).rename(column)]
+    return configurations["acc"].groupby(keys, observed=True).mean().unstack()
 
 
-def variance_shares(found: Found) -> pd.Series:
+def variance_shares(search: SearchResult) -> pd.Series:
     """Shares of the variance of the accuracy over a full grid, by parameter and pair of them.
 
     The functional analysis of variance, exact since the grid is complete (Hutter et al. 2014,
@@ -260,11 +270,15 @@ def variance_shares(found: Found) -> pd.Series:
         Index: ``a`` and ``a × b``, the largest share first. Empty where there is no full grid of
         two parameters or more.
     """
-    cells, axes = found.first_round, found.axes
-    sizes = [cells[axis].nunique() for axis in axes] if len(cells) else []
-    if found.about["strategy"]["name"] != "grid" or len(axes) < 2 or math.prod(sizes) != len(cells):
+    configurations, axes = search.first_round, search.axes
+    sizes = [configurations[axis].nunique() for axis in axes] if len(configurations) else []
+    if (
+        search.about["strategy"]["name"] != "grid"
+        or len(axes) < 2
+        or math.prod(sizes) != len(configurations)
+    ):
         return pd.Series(dtype=float)
-    values = cells.sort_values(axes)["acc"].to_numpy().reshape(sizes)
+    values = configurations.sort_values(axes)["acc"].to_numpy().reshape(sizes)
     values = values - values.mean()
     everything = (values**2).mean()
     shares: dict[str, float] = {}
@@ -280,24 +294,26 @@ def variance_shares(found: Found) -> pd.Series:
     return pd.Series(shares).sort_values(ascending=False)
 
 
-def importance(found: Found) -> pd.Series:
-    """Optuna's fANOVA over the cells of the first round: shares that add up to one.
+def importance(search: SearchResult) -> pd.Series:
+    """Optuna's fANOVA over the configurations of the first round: shares that add up to one.
 
     Returns:
-        Index: the axes, the most important first. Empty for fewer than ten cells.
+        Index: the axes, the most important first. Empty for fewer than ten configurations.
     """
-    cells = found.first_round
-    if len(cells) < 10 or len(found.axes) < 2:
+    configurations = search.first_round
+    if len(configurations) < 10 or len(search.axes) < 2:
         return pd.Series(dtype=float)
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize")
     distributions: dict[str, Any] = {
-        axis: optuna.distributions.CategoricalDistribution(sorted(cells[axis].unique().tolist()))
-        if cells[axis].nunique() <= MANY
-        else _range(cells[axis])
-        for axis in found.axes
+        axis: optuna.distributions.CategoricalDistribution(
+            sorted(configurations[axis].unique().tolist())
+        )
+        if configurations[axis].nunique() <= MANY
+        else _range(configurations[axis])
+        for axis in search.axes
     }
     study.add_trials(
         [
@@ -307,8 +323,11 @@ def importance(found: Found) -> pd.Series:
                 value=acc,
             )
             for row, acc in zip(
-                (list(zip(found.axes, r, strict=True)) for r in cells[found.axes].to_numpy(object)),
-                cells["acc"],
+                (
+                    list(zip(search.axes, r, strict=True))
+                    for r in configurations[search.axes].to_numpy(object)
+                ),
+                configurations["acc"],
                 strict=True,
             )
         ]
@@ -326,9 +345,9 @@ def _range(column: pd.Series) -> Any:
     return optuna.distributions.FloatDistribution(low, high, log=log)
 
 
-def travelled(cells: pd.DataFrame) -> pd.Series:
+def total_lr(configurations: pd.DataFrame) -> pd.Series:
     """Learning rate times number of updates for each training image: how far a training can go."""
-    return cells["lr"] * cells["max_epochs"] / cells["batch_size"]
+    return configurations["lr"] * configurations["max_epochs"] / configurations["batch_size"]
 
 
 def rank_correlation(a: pd.Series, b: pd.Series) -> float:
@@ -336,19 +355,22 @@ def rank_correlation(a: pd.Series, b: pd.Series) -> float:
     return float(a.rank().corr(b.rank()))
 
 
-def batch_and_rate(found: Found) -> dict[str, float]:
+def batch_and_rate(search: SearchResult) -> dict[str, float]:
     """What a batch eight times as large costs: alone, and with about as much more learning rate.
 
     Returns:
         ``alone`` and ``together``: mean change of the accuracy from (b, lr) to (8 b, lr) and to
-        (8 b, 10 lr), over all pairs of cells that the grid has of both kinds; ``pairs``.
+        (8 b, 10 lr), over all pairs of configurations that the grid has of both kinds; ``pairs``.
         Empty where there are none.
     """
     needed = {"batch_size", "lr"}
-    if not needed <= set(found.axes):
+    if not needed <= set(search.axes):
         return {}
-    names = [axis for axis in found.params]
-    acc = {tuple(cell[names]): cell["acc"] for _, cell in found.first_round.iterrows()}
+    names = [axis for axis in search.params]
+    acc = {
+        tuple(configuration[names]): configuration["acc"]
+        for _, configuration in search.first_round.iterrows()
+    }
     at_batch, at_lr = names.index("batch_size"), names.index("lr")
     alone, together = [], []
     for key, value in acc.items():
@@ -402,21 +424,24 @@ def stopping(curves: Mapping[str, Sequence[float | None]], patience: int = PATIE
     }
 
 
-def stopped(found: Found) -> pd.DataFrame:
+def stopped(search: SearchResult) -> pd.DataFrame:
     """``stopping`` for each complete trial, next to its ``id`` and ``epochs``."""
-    rows = [stopping(curves) for curves in found.complete["curves"]]
-    table = pd.DataFrame(rows, index=found.complete.index)
-    return pd.concat([found.complete[["id", "epochs"]], table], axis=1)
+    rows = [stopping(curves) for curves in search.complete["curves"]]
+    table = pd.DataFrame(rows, index=search.complete.index)
+    return pd.concat([search.complete[["id", "epochs"]], table], axis=1)
 
 
-def capacity(found: Found) -> pd.Series | None:
-    """Weights and biases of the network of each cell, where it is a multilayer perceptron."""
-    cells = found.cells
-    widths = [name for name in found.params if name.partition(".")[0] == "hidden_units"]
-    if not widths or found.model not in ("ShallowNetwork", "DeepNetwork"):
+def capacity(search: SearchResult) -> pd.Series | None:
+    """Number of weights and biases of each configuration, for multilayer perceptrons only."""
+    configurations = search.configurations
+    widths = [name for name in search.params if name.partition(".")[0] == "hidden_units"]
+    if not widths or search.model not in ("ShallowNetwork", "DeepNetwork"):
         return None
-    sizes = [pd.Series(PIXELS, cells.index), *(cells[name] for name in sorted(widths))]
-    sizes.append(pd.Series(CLASSES, cells.index))
+    sizes = [
+        pd.Series(PIXELS, configurations.index),
+        *(configurations[name] for name in sorted(widths)),
+    ]
+    sizes.append(pd.Series(CLASSES, configurations.index))
     return sum((a + 1) * b for a, b in itertools.pairwise(sizes))  # type: ignore[return-value]
 
 
@@ -431,24 +456,24 @@ def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, f
     return middle - half, middle + half
 
 
-def tested(found: Found) -> dict[str, Any] | None:
+def tested(search: SearchResult) -> dict[str, Any] | None:
     """The first evaluation on the whole test set; one on a part of it is no test of the winner.
 
     Returns:
         ``acc``, ``low`` and ``high``, ``images``, and the ``record`` itself.
     """
-    record = next(filter(evaluations.is_whole, found.tests), None)
+    record = next(filter(evaluations.is_whole, search.tests), None)
     if record is None:
         return None
-    images = record.get("images") or _sizes(found)["test"]
+    images = record.get("images") or _sizes(search)["test"]
     acc = record["test/acc"]
     low, high = wilson(round(acc * images), images)
     return {"acc": acc, "low": low, "high": high, "images": images, "record": record}
 
 
-def _sizes(found: Found) -> dict[str, int]:
+def _sizes(search: SearchResult) -> dict[str, int]:
     """Images to validate and to test, as the named split has them."""
-    data = found.about["data"]
+    data = search.about["data"]
     study = data["split"] == "study"
     if data["source"] == "digits":
         pool, test = 1797, 180 if study else 256
@@ -457,46 +482,46 @@ def _sizes(found: Found) -> dict[str, int]:
     return {"val": round((pool - test) * data["val_fraction"]), "test": test}
 
 
-def spread(found: Found, acc: float) -> float | None:
+def spread(search: SearchResult, acc: float) -> float | None:
     """Standard deviation between seeds around an accuracy; none where each setting has one seed.
 
-    Pooled over the cells whose error rate is within a factor of 1.5: of two or three seeds a single
-    cell's own says little, and bad models spread more than good ones.
+    Pooled over the configurations whose error rate is within a factor of 1.5: the standard
+    deviation of two or three seeds says little, and bad models spread more than good ones.
     """
-    cells = found.cells
-    near = (1 - cells["acc"]).between((1 - acc) / 1.5, (1 - acc) * 1.5)
-    alike = cells[(cells["n"] > 1) & near]
+    configurations = search.configurations
+    near = (1 - configurations["acc"]).between((1 - acc) / 1.5, (1 - acc) * 1.5)
+    alike = configurations[(configurations["n"] > 1) & near]
     if alike.empty:
         return None
     weights = alike["n"] - 1
     return float(np.sqrt((alike["sd"] ** 2 * weights).sum() / weights.sum()))
 
 
-def repeats_the_study(found: Found) -> bool:
+def repeats_the_study(search: SearchResult) -> bool:
     """Whether a search covers one of the study's own grids, on its images."""
-    values = {name: [value] for name, value in found.about["fixed"].items()}
-    values |= {name: axis for name, axis in found.about["space"].items() if isinstance(axis, list)}
-    grids = [grid for model, grid in GRIDS if model == found.model]
-    return _on_its_images(found) and any(
+    values = {name: [value] for name, value in search.about["fixed"].items()}
+    values |= {name: axis for name, axis in search.about["space"].items() if isinstance(axis, list)}
+    grids = [grid for model, grid in GRIDS if model == search.model]
+    return _on_its_images(search) and any(
         all(set(axis) <= set(values.get(name, ())) for name, axis in grid.items())
         and f"hidden_units.{len(grid) + 1}" not in values  # a further layer
         for grid in grids
     )
 
 
-def _on_its_images(found: Found) -> bool:
-    data = found.about["data"]
+def _on_its_images(search: SearchResult) -> bool:
+    data = search.about["data"]
     return (data["name"], data["source"], data["split"]) == ("MNIST", "mnist", "study")
 
 
-def comparable(searches: Sequence[Found]) -> list[Found]:
+def comparable(searches: Sequence[SearchResult]) -> list[SearchResult]:
     """Searches to hold against the study: those on its images, where one of them repeats it."""
     if not any(map(repeats_the_study, searches)):
         return []
-    return [found for found in searches if _on_its_images(found)]
+    return [search for search in searches if _on_its_images(search)]
 
 
-def against_the_study(searches: Sequence[Found]) -> pd.DataFrame:
+def against_the_study(searches: Sequence[SearchResult]) -> pd.DataFrame:
     """Each published figure beside ours; of searches of one model, that model's figures.
 
     ``noise`` is the half width of the 95 % interval of the difference that chance alone makes: the
@@ -509,11 +534,11 @@ def against_the_study(searches: Sequence[Found]) -> pd.DataFrame:
         where a figure is missing, or ours was measured on another setting), ``search``, ``note``.
     """
     table = pd.DataFrame([_repeat(published, searches) for published in PUBLISHED])
-    models = {found.model for found in searches}
+    models = {search.model for search in searches}
     return table[table["model"].isin(models)] if len(models) == 1 else table
 
 
-def _repeat(published: Published, searches: Sequence[Found]) -> dict[str, Any]:
+def _repeat(published: Published, searches: Sequence[SearchResult]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "where": published.where,
         "model": published.model,
@@ -523,58 +548,58 @@ def _repeat(published: Published, searches: Sequence[Found]) -> dict[str, Any]:
         **dict.fromkeys(("repeated", "sd", "n", "difference", "noise", "within", "search")),
         "note": "not measured",
     }
-    for found in searches:
-        if found.model != published.model or found.complete.empty:
+    for search in searches:
+        if search.model != published.model or search.complete.empty:
             continue
-        if measured := _measured(published, found):
+        if measured := _measured(published, search):
             difference = measured["repeated"] - published.value
             noise, same = measured.pop("noise"), measured.pop("same_setting")
             # of another setting, what chance explains is not the question
             within = bool(abs(difference) <= noise) if same and noise is not None else None
             row |= {**measured, "difference": difference, "noise": noise, "within": within}
-            row["search"] = found.name
+            row["search"] = search.name
             break
     return row
 
 
-def _measured(published: Published, found: Found) -> dict[str, Any] | None:
+def _measured(published: Published, search: SearchResult) -> dict[str, Any] | None:
     """``repeated``, ``sd``, ``n``, ``noise``, ``note`` and whether it is the ``same_setting``."""
     if published.metric == "correlation":
-        if found.about["strategy"]["name"] != "grid" or not found.finished:
+        if search.about["strategy"]["name"] != "grid" or not search.finished:
             return None  # of half a grid it would say something else
-        table, axis = correlations(found), published.params["axis"]
+        table, axis = correlations(search), published.params["axis"]
         if axis not in table.index:
             return None
         mean, sd = table.loc[axis]
-        n = found.complete["seed"].nunique()
+        n = search.complete["seed"].nunique()
         # published with two digits
         noise = None if n == 1 else 0.005 + 1.96 * sd * math.sqrt(1 + 1 / n)
-        found_again = {"repeated": mean, "sd": sd, "n": n, "noise": noise}
-        return {**found_again, "same_setting": True, "note": ""}
-    cell = _cell(published.params, found)
-    if cell is None:
+        measured = {"repeated": mean, "sd": sd, "n": n, "noise": noise}
+        return {**measured, "same_setting": True, "note": ""}
+    configuration = _configuration(published.params, search)
+    if configuration is None:
         return None
-    sizes, p = _sizes(found), published.value
-    seeds = spread(found, cell["acc"])
+    sizes, p = _sizes(search), published.value
+    seeds = spread(search, configuration["acc"])
     same, note = True, ""
     if published.metric == "test_acc":
-        test = tested(found)
+        test = tested(search)
         if test is None:
             return None
         n, value, images = 1, test["acc"], test["images"]
-        winner = found.cells.iloc[0]
-        same = all(winner.get(name) == cell[name] for name in found.params)
+        winner = search.configurations.iloc[0]
+        same = all(winner.get(name) == configuration[name] for name in search.params)
         if not same:
-            note = f"our winner: {setting_text(dict(winner[found.params]))}"
+            note = f"our winner: {setting_text(dict(winner[search.params]))}"
     else:
-        n, value, images = int(cell["n"]), cell["acc"], sizes["val"]
+        n, value, images = int(configuration["n"]), configuration["acc"], sizes["val"]
     if published.model == "ResNet18":  # the study's was larger, and trained otherwise
         same = False
-        note = f"ours: {found.about['data']['image_size']} pixels, " + setting_text(
-            {k: v for k, v in cell[found.params].items() if k != "regime"}
+        note = f"ours: {search.about['data']['image_size']} pixels, " + setting_text(
+            {k: v for k, v in configuration[search.params].items() if k != "regime"}
         )
     variance = 2 * p * (1 - p) / images + (seeds or 0.0) ** 2 * (1 + 1 / n)
-    sd = cell["sd"] if published.metric == "val_acc" and n > 1 else None
+    sd = configuration["sd"] if published.metric == "val_acc" and n > 1 else None
     return {
         "repeated": value,
         "sd": sd,
@@ -585,26 +610,26 @@ def _measured(published: Published, found: Found) -> dict[str, Any] | None:
     }
 
 
-def _cell(params: Mapping[str, Any], found: Found) -> pd.Series | None:
-    """The cell with these parameters; one that the search leaves unsaid does not count."""
-    widths = [name for name in found.params if name.startswith("hidden_units.")]
-    if any(name not in found.params for name in params) or len(widths) != len(
+def _configuration(params: Mapping[str, Any], search: SearchResult) -> pd.Series | None:
+    """The configuration with these parameters; one that the search leaves unsaid does not count."""
+    widths = [name for name in search.params if name.startswith("hidden_units.")]
+    if any(name not in search.params for name in params) or len(widths) != len(
         [name for name in params if name.startswith("hidden_units.")]
     ):
         return None
-    cells = found.cells
-    rows = (cells[list(params)] == pd.Series(params)).all(axis=1)
-    return cells[rows].iloc[0] if rows.any() else None
+    configurations = search.configurations
+    rows = (configurations[list(params)] == pd.Series(params)).all(axis=1)
+    return configurations[rows].iloc[0] if rows.any() else None
 
 
-def by_rank(found: Found, count: int = 5) -> tuple[float, float]:
+def by_rank(search: SearchResult, count: int = 5) -> tuple[float, float]:
     """Mean accuracy of the best and of the worst few trials of each seed, mean over the seeds.
 
     What was picked for being the worst of hundreds tends to do better when it is trained again.
     Ranks can be compared all the same.
     """
     ordered = [
-        trials.sort_values() for _, trials in found.complete.groupby("seed")[found.objective]
+        trials.sort_values() for _, trials in search.complete.groupby("seed")[search.objective]
     ]
     best = float(np.mean([trials.tail(count).mean() for trials in ordered]))
     return best, float(np.mean([trials.head(count).mean() for trials in ordered]))
@@ -619,8 +644,8 @@ def setting_text(params: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value_text(value)}" for name, value in words.items())
 
 
-def best_found(searches: Sequence[Found]) -> pd.DataFrame:
-    """For each model the study's best, and the best cell of all our searches of it.
+def best_found(searches: Sequence[SearchResult]) -> pd.DataFrame:
+    """For each model the study's best, and the best configuration of all our searches of it.
 
     Returns:
         Columns ``model``, ``published`` and ``published_test`` accuracy, ``acc``, ``sd``, ``n``,
@@ -630,29 +655,35 @@ def best_found(searches: Sequence[Found]) -> pd.DataFrame:
     rows = []
     for model in dict.fromkeys(p.model for p in PUBLISHED):
         known = [p for p in PUBLISHED if p.model == model]
-        candidates = [found for found in searches if found.model == model and len(found.cells)]
+        candidates = [
+            search for search in searches if search.model == model and len(search.configurations)
+        ]
         if not candidates:
             continue
-        found = max(candidates, key=lambda f: f.cells["acc"].iloc[0])
-        cell, test = found.cells.iloc[0], tested(found) or {}
+        search = max(candidates, key=lambda f: f.configurations["acc"].iloc[0])
+        configuration, test = search.configurations.iloc[0], tested(search) or {}
         rows.append(
             {
                 "model": model,
                 "published": max(p.value for p in known if p.metric == "val_acc"),
                 "published_test": max(p.value for p in known if p.metric == "test_acc"),
-                **{"acc": cell["acc"], "sd": cell["sd"], "n": int(cell["n"])},
+                **{
+                    "acc": configuration["acc"],
+                    "sd": configuration["sd"],
+                    "n": int(configuration["n"]),
+                },
                 "test": test.get("acc"),
                 "low": test.get("low"),
                 "high": test.get("high"),
-                "search": found.name,
-                "setting": setting_text(dict(cell[found.params])),
+                "search": search.name,
+                "setting": setting_text(dict(configuration[search.params])),
             }
         )
     return pd.DataFrame(rows)
 
 
-def efficiency(searches: Sequence[Found]) -> pd.DataFrame:
-    """Searches of the same model, as many layers, side by side: what was found, at what cost.
+def efficiency(searches: Sequence[SearchResult]) -> pd.DataFrame:
+    """Searches of the same model, as many layers, side by side: what each found, at what cost.
 
     Costs are for one seed.
 
@@ -662,21 +693,21 @@ def efficiency(searches: Sequence[Found]) -> pd.DataFrame:
         ``share_of_cost``, ``short_of_best`` against the costliest one of the model.
     """
     rows = []
-    for found in searches:
-        if found.complete.empty:
+    for search in searches:
+        if search.complete.empty:
             continue
-        trials, networks = found.complete, found.networks
+        trials, networks = search.complete, search.networks
         seeds = trials["seed"].nunique()
-        layers = sum(name.startswith("hidden_units.") for name in found.params)
+        layers = sum(name.startswith("hidden_units.") for name in search.params)
         rows.append(
             {
-                "model": f"{found.model}, {layers} layers" if layers else found.model,
-                "search": found.name,
+                "model": f"{search.model}, {layers} layers" if layers else search.model,
+                "search": search.name,
                 "trials": len(trials) / seeds,
                 "networks": len(networks) / seeds,
                 "epochs": networks["epochs"].sum() / seeds,
                 "seconds": networks["seconds"].sum() / seeds,
-                "best": trials.groupby("seed")[found.objective].max().mean(),
+                "best": trials.groupby("seed")[search.objective].max().mean(),
             }
         )
     table = pd.DataFrame(rows)

@@ -115,16 +115,16 @@ def _legend(axes: Axes, title: str | None = None, **where: Any) -> None:
         axes.legend(title=title, **where)
 
 
-def panel(cells: pd.DataFrame, x: str, colour: str | None, y: str = "acc") -> Figure:
+def panel(configurations: pd.DataFrame, x: str, colour: str | None, y: str = "acc") -> Figure:
     """A column against a parameter, coloured by another; the lines join the means."""
     figure, axes = _axes("", label(x), label(y))
-    by = groups(cells[colour]) if colour else groups(pd.Series("", cells.index))
-    many = cells[x].nunique() > MANY
-    places = cells[x] if many else groups(cells[x]).cat.codes
+    by = groups(configurations[colour]) if colour else groups(pd.Series("", configurations.index))
+    many = configurations[x].nunique() > MANY
+    places = configurations[x] if many else groups(configurations[x]).cat.codes
     shades = list(by.cat.categories)
     for i, shade in enumerate(shades):
         chosen = by == shade
-        at, values = places[chosen], cells[y][chosen]
+        at, values = places[chosen], configurations[y][chosen]
         # side by side, or the last colour would hide the others
         shift = 0 if many else 0.6 * ((i + 0.5) / len(shades) - 0.5)
         axes.plot(
@@ -143,9 +143,9 @@ def panel(cells: pd.DataFrame, x: str, colour: str | None, y: str = "acc") -> Fi
             [], [], MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], label=str(shade)
         )
     if many:
-        _log_if_wide(axes, cells[x])
+        _log_if_wide(axes, configurations[x])
     else:
-        names = groups(cells[x]).cat.categories
+        names = groups(configurations[x]).cat.categories
         axes.set_xticks(range(len(names)), names)
     if y == "gap":  # a few networks are far off
         axes.set_yscale("symlog", linthresh=0.1)
@@ -268,12 +268,12 @@ def curves(trial: Mapping[str, Any], stop: Mapping[str, Any], title: str) -> Fig
 
 
 def scatter(x: pd.Series, y: pd.Series, colour: pd.Series | None, titles: Sequence[str]) -> Figure:
-    """One number against another, a dot a cell.
+    """One number against another, a dot for each configuration.
 
     Args:
-        x: of each cell.
+        x: of each configuration.
         y: likewise.
-        colour: a category of each cell, or none.
+        colour: a category of each configuration, or none.
         titles: of the figure, of x, of y, of the colours.
     """
     title, x_title, y_title, colour_title = titles
@@ -303,9 +303,9 @@ def confusion(counts: Sequence[Sequence[int]], title: str) -> Figure:
     return heat(wrong, title, digits=0)
 
 
-def mistakes(found: Sequence[Mapping[str, Any]], columns: int = 10, rows: int = 4) -> Figure:
+def mistakes(records: Sequence[Mapping[str, Any]], columns: int = 10, rows: int = 4) -> Figure:
     """Images that were taken for another digit, the surest mistakes first: label → prediction."""
-    shown = found[: columns * rows]
+    shown = records[: columns * rows]
     lines = -(-len(shown) // columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2 * SIZE[0], 0.9 * lines), layout="constrained")

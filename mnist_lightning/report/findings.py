@@ -1,25 +1,27 @@
-"""What searches found, in plain words and in one short table: written from the numbers alone."""
+"""What searches search, in plain words and in one short table: written from the numbers alone."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from mnist_lightning.report import analysis
-from mnist_lightning.report.analysis import Found
+from mnist_lightning.report.analysis import SearchResult
 from mnist_lightning.report.published import PUBLISHED
 
-COUNTS = 0.002  # a difference in accuracy below is within two standard deviations over seeds
+MEANINGFUL_DIFFERENCE = (
+    0.002  # a difference in accuracy below is within two standard deviations over seeds
+)
 
 
-def in_words(searches: Sequence[Found]) -> list[str]:
+def in_words(searches: Sequence[SearchResult]) -> list[str]:
     """What the numbers say, in plain words.
 
     Of searches that repeat the study, where it holds and where it does not; of others, first of all
-    what they found.
+    what they search.
     """
     compared_with_it = analysis.comparable(searches)
-    others = [found for found in searches if all(found is not one for one in compared_with_it)]
-    said = [text for found in others for text in _own(found)]
+    others = [search for search in searches if all(search is not one for one in compared_with_it)]
+    said = [text for search in others for text in _own(search)]
     held = analysis.against_the_study(compared_with_it)
     known = held[held["repeated"].notna()]
     best = {row.model: row for row in analysis.best_found(compared_with_it).itertuples()}
@@ -41,11 +43,11 @@ def in_words(searches: Sequence[Found]) -> list[str]:
                 worst = rows.loc[rows["difference"].abs().idxmax()]
                 text += f" ({worst['setting']})."
         said.append(text)
-    for found in searches:
-        said += _lessons(found)
+    for search in searches:
+        said += _lessons(search)
     said += _depth(searches)
     compared = analysis.efficiency(searches)
-    grids = {found.name for found in searches if found.about["strategy"]["name"] == "grid"}
+    grids = {search.name for search in searches if search.about["strategy"]["name"] == "grid"}
     for row in compared.itertuples() if len(compared) else ():
         if row.share_of_cost < 1 and row.search not in grids:
             gain = "more" if row.short_of_best < 0 else "less"
@@ -77,52 +79,52 @@ def in_words(searches: Sequence[Found]) -> list[str]:
     return said
 
 
-def _own(found: Found) -> list[str]:
+def _own(search: SearchResult) -> list[str]:
     """Of a search that is not the study's: its best setting, and which parameter matters most."""
-    if found.complete.empty:
+    if search.complete.empty:
         return []
-    best, test = found.cells.iloc[0], analysis.tested(found)
-    names = found.axes or found.params
+    best, test = search.configurations.iloc[0], analysis.tested(search)
+    names = search.axes or search.params
     spread = f" ± {best['sd']:.4f}" if best["n"] > 1 else ""
     text = (
-        f"**The best of {found.name}:** {analysis.setting_text(dict(best[names]))}, with"
+        f"**The best of {search.name}:** {analysis.setting_text(dict(best[names]))}, with"
         f" {best['acc']:.4f}{spread} on validation (n={int(best['n'])})"
     )
     text += f", {test['acc']:.4f} on test." if test else "."
-    return [text, *_what_matters(found)]
+    return [text, *_what_matters(search)]
 
 
-def _what_matters(found: Found) -> list[str]:
-    shares, which = analysis.variance_shares(found), "of the variance of the accuracy on this grid"
+def _what_matters(search: SearchResult) -> list[str]:
+    shares, which = analysis.variance_shares(search), "of the variance of the accuracy on this grid"
     if shares.empty:
-        shares, which = analysis.importance(found), "of the variance of the accuracy (fANOVA)"
+        shares, which = analysis.importance(search), "of the variance of the accuracy (fANOVA)"
     if len(shares) and shares.notna().all():
         (name, share), *others = shares.head(3).items()
         rest = ", ".join(f"{other} {100 * part:.0f} %" for other, part in others if part >= 0.005)
         text = f"{name} explains {100 * share:.0f} % {which}" + (f"; then {rest}" if rest else "")
-        return [f"**What matters most in {found.name}:** {text}."]
-    if not found.axes:
+        return [f"**What matters most in {search.name}:** {text}."]
+    if not search.axes:
         return []
-    means = analysis.marginals(found).groupby("axis", sort=False)["mean"]
+    means = analysis.marginals(search).groupby("axis", sort=False)["mean"]
     spans = (means.max() - means.min()).sort_values(ascending=False)
     return [
-        f"**What matters most in {found.name}:** {spans.index[0]}: between its best and its worst"
+        f"**What matters most in {search.name}:** {spans.index[0]}: between its best and its worst"
         f" value the mean accuracy differs by {spans.iloc[0]:.4f}."
     ]
 
 
-def _lessons(found: Found) -> list[str]:
+def _lessons(search: SearchResult) -> list[str]:
     """Of a grid over learning rates and batch sizes: why small batches seem to win."""
     said: list[str] = []
-    cells = found.first_round
+    configurations = search.first_round
     five = {
         end: [p.value for p in PUBLISHED if p.where == f"table 2.1, {end} five"]
         for end in ("best", "worst")
     }
-    whole = found.model == "ShallowNetwork" and len(cells) == 384
-    if whole and found.finished and analysis.repeats_the_study(found):
-        best, worst = analysis.by_rank(found)
-        held = analysis.against_the_study([found])
+    whole = search.model == "ShallowNetwork" and len(configurations) == 384
+    if whole and search.finished and analysis.repeats_the_study(search):
+        best, worst = analysis.by_rank(search)
+        held = analysis.against_the_study([search])
         again = held[held["where"] == "table 2.1, worst five"]
         said.append(
             "**The best and the worst, by rank and by setting.** The five best of a seed have"
@@ -132,11 +134,11 @@ def _lessons(found: Found) -> list[str]:
             f" {int((again['difference'] > 0).sum())} of {len(again)} of them more than there: who"
             " is picked for being the worst of 384 owes some of it to luck."
         )
-    pairs = analysis.batch_and_rate(found)
-    if pairs and "max_epochs" in found.axes:
-        alone = analysis.rank_correlation(cells["lr"], cells["acc"])
-        batch = analysis.rank_correlation(cells["batch_size"], cells["acc"])
-        far = analysis.rank_correlation(analysis.travelled(cells), cells["acc"])
+    pairs = analysis.batch_and_rate(search)
+    if pairs and "max_epochs" in search.axes:
+        alone = analysis.rank_correlation(configurations["lr"], configurations["acc"])
+        batch = analysis.rank_correlation(configurations["batch_size"], configurations["acc"])
+        far = analysis.rank_correlation(analysis.total_lr(configurations), configurations["acc"])
         because = pairs["alone"] < 0 and abs(pairs["together"]) < abs(pairs["alone"]) / 2
         headline = (
             "Small mini-batches win mostly because the learning rate stays the same"
@@ -144,13 +146,13 @@ def _lessons(found: Found) -> list[str]:
             else "Mini-batch and learning rate"
         )
         said.append(
-            f"**{headline}.** In {found.name}, eight times the mini-batch changes the accuracy by"
+            f"**{headline}.** In {search.name}, eight times the mini-batch changes the accuracy by"
             f" {pairs['alone']:+.4f} in the mean of {pairs['pairs']} pairs; with ten times the"
             f" learning rate beside it, by {pairs['together']:+.4f}. The rank correlation of the"
             f" accuracy is {alone:.2f} with the learning rate, {batch:.2f} with the mini-batch, and"
             f" {far:.2f} with learning rate times epochs over mini-batch, how far a training goes."
         )
-        marginals = analysis.marginals(found)
+        marginals = analysis.marginals(search)
         rows = marginals[marginals["axis"] == "batch_size"]
         if len(rows) > 1:
             mean, best = (rows[name].iloc[0] - rows[name].iloc[-1] for name in ("mean", "best"))
@@ -159,19 +161,19 @@ def _lessons(found: Found) -> list[str]:
                 f" {rows['value'].iloc[0]} to {rows['value'].iloc[-1]} the mean accuracy changes by"
                 f" {-mean:+.4f}, the best one by {-best:+.4f}."
             )
-    grid = found.about["strategy"]["name"] == "grid"
-    if grid and found.finished and (edges := _edges(found)):
+    grid = search.about["strategy"]["name"] == "grid"
+    if grid and search.finished and (edges := _edges(search)):
         said.append(
-            f"**The best is at the edge ({found.name}).** {', '.join(edges)}. What lies beyond,"
+            f"**The best is at the edge ({search.name}).** {', '.join(edges)}. What lies beyond,"
             " this search cannot say."
         )
-    if grid and len(found.complete) > 20:
-        stopped = analysis.stopped(found)
+    if grid and len(search.complete) > 20:
+        stopped = analysis.stopped(search)
         past = (stopped["lowest"] < stopped["epochs"]).mean()
         share = stopped["saved"].sum() / stopped["epochs"].sum()
         cost = stopped["cost"].mean()
         said.append(
-            f"**Overfitting and early stopping ({found.name}).** In {100 * past:.0f} % of the"
+            f"**Overfitting and early stopping ({search.name}).** In {100 * past:.0f} % of the"
             " trials the validation loss was lowest before the last epoch. Stopping"
             f" {analysis.PATIENCE} epochs after it would have saved {100 * share:.0f} % of all"
             f" epochs; the weights kept are {abs(cost):.4f}"
@@ -180,13 +182,17 @@ def _lessons(found: Found) -> list[str]:
     return said
 
 
-def _edges(found: Found) -> list[str]:
+def _edges(search: SearchResult) -> list[str]:
     """Axes whose outermost of three values or more is the best, by a difference that counts."""
-    said, cells = [], found.first_round
-    for axis in analysis.numeric_axes(found):
-        best = cells.groupby(axis)["acc"].max()  # in the order of the values
+    said, configurations = [], search.first_round
+    for axis in analysis.numeric_axes(search):
+        best = configurations.groupby(axis)["acc"].max()  # in the order of the values
         gain = best.max() - best.drop(best.idxmax()).max()
-        if len(best) > 2 and best.idxmax() in (best.index[0], best.index[-1]) and gain > COUNTS:
+        if (
+            len(best) > 2
+            and best.idxmax() in (best.index[0], best.index[-1])
+            and gain > MEANINGFUL_DIFFERENCE
+        ):
             said.append(f"{axis} {best.idxmax():g} is better than any other by {gain:.4f}")
     return said
 
@@ -195,27 +201,29 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _depth(searches: Sequence[Found]) -> list[str]:
+def _depth(searches: Sequence[SearchResult]) -> list[str]:
     """Whether further layers helped."""
     by_layers: dict[int, Any] = {}
-    for found in searches:
-        if found.model not in ("ShallowNetwork", "DeepNetwork") or found.complete.empty:
+    for search in searches:
+        if search.model not in ("ShallowNetwork", "DeepNetwork") or search.complete.empty:
             continue
-        layers = max(1, sum(name.startswith("hidden_units.") for name in found.params))
-        cell = found.cells.iloc[0]
-        if layers not in by_layers or cell["acc"] > by_layers[layers][0]["acc"]:
-            by_layers[layers] = (cell, found)
+        layers = max(1, sum(name.startswith("hidden_units.") for name in search.params))
+        configuration = search.configurations.iloc[0]
+        if layers not in by_layers or configuration["acc"] > by_layers[layers][0]["acc"]:
+            by_layers[layers] = (configuration, search)
     if len(by_layers) < 2:
         return []
     words = "; ".join(
-        f"{layers} hidden layer{'s' * (layers > 1)}: {cell['acc']:.4f}"
-        f" ({analysis.setting_text(dict(cell[found.params]))})"
-        for layers, (cell, found) in sorted(by_layers.items())
+        f"{layers} hidden layer{'s' * (layers > 1)}: {configuration['acc']:.4f}"
+        f" ({analysis.setting_text(dict(configuration[search.params]))})"
+        for layers, (configuration, search) in sorted(by_layers.items())
     )
     headline = "Depth"
     if 1 in by_layers:
-        deeper = max(cell["acc"] for layers, (cell, _) in by_layers.items() if layers > 1)
-        if deeper - by_layers[1][0]["acc"] < COUNTS:
+        deeper = max(
+            configuration["acc"] for layers, (configuration, _) in by_layers.items() if layers > 1
+        )
+        if deeper - by_layers[1][0]["acc"] < MEANINGFUL_DIFFERENCE:
             headline = "Depth brings no improvement here"
     return [
         f"**{headline}.** The best on validation: {words}. They differ in learning rate, mini-batch"
@@ -223,7 +231,7 @@ def _depth(searches: Sequence[Found]) -> list[str]:
     ]
 
 
-def results_table(searches: Sequence[Found]) -> str:
+def results_table(searches: Sequence[SearchResult]) -> str:
     """The table of the project's README: of each published table its first row, and the rest."""
     held = analysis.against_the_study(searches)
     first = held[(held["metric"] != "val_acc") | ~held.duplicated(["where", "metric"])]

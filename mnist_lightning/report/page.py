@@ -1,4 +1,4 @@
-"""``python -m mnist_lightning report FOLDER...``: what searches found, as one page.
+"""``python -m mnist_lightning report FOLDER...``: what searches search, as one page.
 
 Reads what they left, computes (``analysis``), draws (``figures``), writes:
 
@@ -27,7 +27,7 @@ from mnist_lightning.provenance import provenance
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mnist_lightning.report.analysis import Found
+    from mnist_lightning.report.analysis import SearchResult
 
 
 # The digits that a reader can use; columns that are not named here are shown as they are.
@@ -141,13 +141,13 @@ class Block:
 class Section:
     """A search on the page."""
 
-    found: "Found"
+    search: "SearchResult"
     facts: list[tuple[str, str]]
     blocks: list[Block]
 
     @property
     def name(self) -> str:
-        return self.found.name
+        return self.search.name
 
 
 def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print) -> None:
@@ -167,17 +167,17 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
 
     from mnist_lightning.report import analysis, findings
 
-    searches = [found for folder in folders for found in analysis.read(folder)]
-    names = [found.name for found in searches]
+    searches = [search for folder in folders for search in analysis.read(folder)]
+    names = [search.name for search in searches]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two searches are called {twice[0]}: rename the folder of one of them")
-    for found in searches:
-        say(f"{found.name}: {counts_text(found)}")
+    for search in searches:
+        say(f"{search.name}: {counts_text(search)}")
     overall = _overall(searches)
     sections = []
-    for found in searches:
-        sections.append(Section(found, _facts(found), _blocks(found)))
-        say(f"{found.name}: {sum(len(b.drawings) for b in sections[-1].blocks)} figures")
+    for search in searches:
+        sections.append(Section(search, _facts(search), _blocks(search)))
+        say(f"{search.name}: {sum(len(b.drawings) for b in sections[-1].blocks)} figures")
     said = findings.in_words(searches)
     tables, pictures = out / "tables", out / "figures"
     try:
@@ -208,10 +208,10 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
         overall=overall,
         sections=sections,
         findings=said,
-        unfinished=[found.name for found in searches if not found.finished],
+        unfinished=[search.name for search in searches if not search.finished],
         counts=counts_text,
         provenance=provenance(),
-        origins=[(found.name, found.about["provenance"]) for found in searches],
+        origins=[(search.name, search.about["provenance"]) for search in searches],
     )
     write_text(out / "index.html", page)
     write_text(out / "README.md", _readme(searches, overall, sections, said))
@@ -229,24 +229,24 @@ def _bold(text: str) -> Any:
     )
 
 
-def counts_text(found: "Found") -> str:
+def counts_text(search: "SearchResult") -> str:
     """How far a search is, in words."""
-    counts = found.counts()
+    counts = search.counts()
     words = [f"{count:,} {what}" for what, count in counts.items() if count or what == "finished"]
-    return f"{', '.join(words)}" + ("" if found.finished else " – not finished yet")
+    return f"{', '.join(words)}" + ("" if search.finished else " – not finished yet")
 
 
-def _facts(found: "Found") -> list[tuple[str, str]]:
+def _facts(search: "SearchResult") -> list[tuple[str, str]]:
     from mnist_lightning.report.analysis import setting_text, value_text
 
-    about, data, origin = found.about, found.about["data"], found.about["provenance"]
+    about, data, origin = search.about, search.about["data"], search.about["provenance"]
     started, *grew = [each["provenance"]["time"] for each in [*about.get("grown_from", ()), about]]
     shown = {
         "image_size": f"{data['image_size']} pixels",
         "normalization": f"normalization {data['normalization']}",
     }
     # what is an axis is told as one
-    seen = [text for name, text in shown.items() if f"data.{name}" not in found.params]
+    seen = [text for name, text in shown.items() if f"data.{name}" not in search.params]
     strategy = dict(about["strategy"])
     name = strategy.pop("name")
     options = ", ".join(f"{k} {v}" for k, v in strategy.items())
@@ -259,11 +259,11 @@ def _facts(found: "Found") -> list[tuple[str, str]]:
         )
         for axis, values in about["space"].items()
     )
-    seconds = float(found.networks["seconds"].sum()) if len(found.complete) else 0.0
+    seconds = float(search.networks["seconds"].sum()) if len(search.complete) else 0.0
     code = origin["code"]
     facts = [
-        ("trials", counts_text(found)),
-        ("model", found.model),
+        ("trials", counts_text(search)),
+        ("model", search.model),
         ("searched", axes),
         ("fixed", setting_text(about["fixed"])),
         ("strategy", f"{name}{f' ({options})' if options else ''}"),
@@ -279,7 +279,7 @@ def _facts(found: "Found") -> list[tuple[str, str]]:
                 ]
             ),
         ),
-        ("ranked by", "val_acc after the last epoch" if found.objective == "val_acc" else "best"),
+        ("ranked by", "val_acc after the last epoch" if search.objective == "val_acc" else "best"),
         ("trained for", _duration(seconds) + " of one core"),
         ("started", started),
         ("grew", ", ".join(grew)),
@@ -294,7 +294,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _overall(searches: Sequence["Found"]) -> list[Block]:
+def _overall(searches: Sequence["SearchResult"]) -> list[Block]:
     """What is said of all searches together."""
     from mnist_lightning.report import analysis
 
@@ -333,87 +333,91 @@ def _overall(searches: Sequence["Found"]) -> list[Block]:
     return blocks
 
 
-def _blocks(found: "Found") -> list[Block]:
+def _blocks(search: "SearchResult") -> list[Block]:
     """What is said of one search."""
-    if found.complete.empty:
-        failed = found.trials[found.trials["state"] == "FAIL"] if len(found.trials) else []
+    if search.complete.empty:
+        failed = search.trials[search.trials["state"] == "FAIL"] if len(search.trials) else []
         return [Block("No trial has finished yet")] + (
-            [Block("Failed", tables=[_failed(found)])] if len(failed) else []
+            [Block("Failed", tables=[_failed(search)])] if len(failed) else []
         )
     return [
-        *_ranking(found),
-        *_panels(found),
-        *_dependence(found),
-        *_training(found),
-        *_test(found),
+        *_ranking(search),
+        *_panels(search),
+        *_dependence(search),
+        *_training(search),
+        *_test(search),
     ]
 
 
-def _shown(cells: "pd.DataFrame", found: "Found") -> "pd.DataFrame":
-    """Cells without the columns that say nothing here."""
-    dropped = ["round"] if cells["round"].nunique() == 1 else []
-    if found.trials["seed"].nunique() == 1:
+def _shown(configurations: "pd.DataFrame", search: "SearchResult") -> "pd.DataFrame":
+    """Configurations without the columns that say nothing here."""
+    dropped = ["round"] if configurations["round"].nunique() == 1 else []
+    if search.trials["seed"].nunique() == 1:
         dropped += ["sd", "n"]
-    dropped += [name for name in found.about["fixed"] if found.cells[name].nunique() == 1]
-    return cells.drop(columns=dropped)
+    dropped += [
+        name for name in search.about["fixed"] if search.configurations[name].nunique() == 1
+    ]
+    return configurations.drop(columns=dropped)
 
 
-def _failed(found: "Found") -> Table:
-    failed = found.trials[found.trials["state"] == "FAIL"]
-    return Table(f"{found.name}_failed", "Failed trials", failed[["id", "error"]])
+def _failed(search: "SearchResult") -> Table:
+    failed = search.trials[search.trials["state"] == "FAIL"]
+    return Table(f"{search.name}_failed", "Failed trials", failed[["id", "error"]])
 
 
-def _ranking(found: "Found") -> list[Block]:
-    name, cells = found.name, found.cells
+def _ranking(search: "SearchResult") -> list[Block]:
+    name, configurations = search.name, search.configurations
     tables = []
-    several = len(found.about["seeds"]) > 1
+    several = len(search.about["seeds"]) > 1
     text = "A row is the mean over the seeds." if several else "One seed."
-    rounds = sorted(cells["round"].unique())
+    rounds = sorted(configurations["round"].unique())
     for number in rounds:
-        of = cells[cells["round"] == number]
+        of = configurations[configurations["round"] == number]
         which = f", round {number + 1}" if len(rounds) > 1 else ""
         end = f"_round{number + 1}" if len(rounds) > 1 else ""
-        tables.append(Table(f"{name}_best{end}", f"Best five{which}", _shown(of.head(5), found)))
+        tables.append(Table(f"{name}_best{end}", f"Best five{which}", _shown(of.head(5), search)))
         if len(of) > 10:
-            worst = _shown(of.tail(5), found)
+            worst = _shown(of.tail(5), search)
             tables.append(Table(f"{name}_worst{end}", f"Worst five{which}", worst))
-    everything = Table(f"{name}_all", f"All {len(cells)}", _shown(cells, found), large=True)
-    if len(cells) > 5:
+    everything = Table(
+        f"{name}_all", f"All {len(configurations)}", _shown(configurations, search), large=True
+    )
+    if len(configurations) > 5:
         tables.append(everything)
-    if (found.trials["state"] == "FAIL").any():
-        tables.append(_failed(found))
+    if (search.trials["state"] == "FAIL").any():
+        tables.append(_failed(search))
     return [Block("The best and the worst", text, tables)]
 
 
-def _panels(found: "Found") -> list[Block]:
+def _panels(search: "SearchResult") -> list[Block]:
     from mnist_lightning.report import figures
 
-    across = [axis for axis in found.axes if axis != "max_epochs"]
+    across = [axis for axis in search.axes if axis != "max_epochs"]
     drawings = []
     for x in across:
-        others = [axis for axis in found.axes if axis != x]
+        others = [axis for axis in search.axes if axis != x]
         for colour in others:
             drawings.append(
                 Drawing(
-                    f"{found.name}_{x}_by_{colour}",
+                    f"{search.name}_{x}_by_{colour}",
                     f"Validation accuracy against {figures.label(x)}, coloured by"
                     f" {figures.label(colour)}; lines join the means.",
-                    figures.panel(found.first_round, x, colour),
+                    figures.panel(search.first_round, x, colour),
                 )
             )
     return [Block("Accuracy against each parameter", "", [], drawings)] if drawings else []
 
 
-def _dependence(found: "Found") -> list[Block]:
+def _dependence(search: "SearchResult") -> list[Block]:
     from mnist_lightning.report import analysis, figures
 
-    name, axes, cells = found.name, found.axes, found.first_round
-    if not axes or len(cells) < 4:
+    name, axes, configurations = search.name, search.axes, search.first_round
+    if not axes or len(configurations) < 4:
         return []
     tables, drawings = [], []
-    numeric = analysis.numeric_axes(found)
+    numeric = analysis.numeric_axes(search)
     if numeric:
-        table = analysis.correlations(found)
+        table = analysis.correlations(search)
         table.insert(0, "parameter", table.index)
         tables.append(
             Table(
@@ -426,10 +430,10 @@ def _dependence(found: "Found") -> list[Block]:
             Drawing(
                 f"{name}_correlations",
                 "Pearson's correlations among the parameters and with the validation accuracy.",
-                figures.heat(analysis.correlation_matrix(found), "correlation", 2, diverging=True),
+                figures.heat(analysis.correlation_matrix(search), "correlation", 2, diverging=True),
             )
         )
-    importance, shares = analysis.importance(found), analysis.variance_shares(found)
+    importance, shares = analysis.importance(search), analysis.variance_shares(search)
     if len(importance):
         drawings.append(
             Drawing(
@@ -459,7 +463,7 @@ def _dependence(found: "Found") -> list[Block]:
                 figures.bars(shares.head(8), "variance of the accuracy", "share"),
             )
         )
-    marginals = analysis.marginals(found)
+    marginals = analysis.marginals(search)
     tables.append(
         Table(
             f"{name}_marginals",
@@ -482,19 +486,19 @@ def _dependence(found: "Found") -> list[Block]:
             Drawing(
                 f"{name}_{row}_and_{column}",
                 f"Mean accuracy by {figures.label(row)} and {figures.label(column)} together.",
-                figures.heat(analysis.interaction(found, row, column), "mean accuracy"),
+                figures.heat(analysis.interaction(search, row, column), "mean accuracy"),
             )
         )
-    if {"lr", "batch_size", "max_epochs"} <= set(found.params) and "lr" in axes:
+    if {"lr", "batch_size", "max_epochs"} <= set(search.params) and "lr" in axes:
         drawings.append(
             Drawing(
-                f"{name}_travelled",
+                f"{name}_total_lr",
                 "Accuracy against learning rate times epochs over mini-batch size: how far a"
                 " training can go.",
                 figures.scatter(
-                    analysis.travelled(cells),
-                    cells["acc"],
-                    analysis.groups(cells["lr"]),
+                    analysis.total_lr(configurations),
+                    configurations["acc"],
+                    analysis.groups(configurations["lr"]),
                     ("", "lr · epochs / mini-batch size", figures.label("acc"), "learning rate"),
                 ),
             )
@@ -506,22 +510,22 @@ def _dependence(found: "Found") -> list[Block]:
     return [Block("What the accuracy depends on", text, tables, drawings)]
 
 
-def _training(found: "Found") -> list[Block]:
+def _training(search: "SearchResult") -> list[Block]:
     from mnist_lightning.report import analysis, figures
 
-    name, stopped = found.name, analysis.stopped(found)
+    name, stopped = search.name, analysis.stopped(search)
     rows, drawings = [], []
     for end in ("best", "median", "worst"):
-        if end != "best" and len(found.best_trials("best", 9)) < 9:
+        if end != "best" and len(search.best_trials("best", 9)) < 9:
             continue  # they would be the same ones
-        for rank, (index, trial) in enumerate(found.best_trials(end).iterrows(), 1):
+        for rank, (index, trial) in enumerate(search.best_trials(end).iterrows(), 1):
             stop = stopped.loc[index]
-            setting = analysis.setting_text(dict(trial[found.params]))
+            setting = analysis.setting_text(dict(trial[search.params]))
             rows.append({"which": f"{end} {rank}", "setting": setting, **stop.drop("id")})
             drawings.append(
                 Drawing(
                     f"{name}_curves_{end}{rank}",
-                    f"Losses of {setting}; validation accuracy {trial[found.objective]:.4f}.",
+                    f"Losses of {setting}; validation accuracy {trial[search.objective]:.4f}.",
                     figures.curves(trial, stop, f"{end} {rank}"),
                 )
             )
@@ -543,53 +547,54 @@ def _training(found: "Found") -> list[Block]:
     )
     table = Table(f"{name}_stopping", "Early stopping, in hindsight", pd.DataFrame(rows), note)
     blocks = [Block("Learning curves", text, [table], drawings)]
-    return [*blocks, *_overfitting(found)]
+    return [*blocks, *_overfitting(search)]
 
 
-def _overfitting(found: "Found") -> list[Block]:
+def _overfitting(search: "SearchResult") -> list[Block]:
     from mnist_lightning.report import analysis, figures
 
-    cells, drawings = found.cells, []
-    colour = "lr" if "lr" in found.axes else None
-    size = analysis.capacity(found)
+    configurations, drawings = search.configurations, []
+    colour = "lr" if "lr" in search.axes else None
+    size = analysis.capacity(search)
     if size is not None and size.nunique() > 1:
-        figure = figures.panel(cells.assign(size=size), "size", colour, "gap")
+        figure = figures.panel(configurations.assign(size=size), "size", colour, "gap")
         caption = "The gap between validation and training loss against the size of the network."
-        drawings.append(Drawing(f"{found.name}_gap_by_size", caption, figure))
-    if cells["max_epochs"].nunique() > 1:
-        figure = figures.panel(cells, "max_epochs", colour, "gap")
+        drawings.append(Drawing(f"{search.name}_gap_by_size", caption, figure))
+    if configurations["max_epochs"].nunique() > 1:
+        figure = figures.panel(configurations, "max_epochs", colour, "gap")
         caption = "The gap between validation and training loss against the number of epochs."
-        drawings.append(Drawing(f"{found.name}_gap_by_epochs", caption, figure))
+        drawings.append(Drawing(f"{search.name}_gap_by_epochs", caption, figure))
     if not drawings:
         return []
+    widest = configurations.loc[configurations["gap"].idxmax()]
     text = (
-        f"The gap is largest, {cells['gap'].max():.3f}, for"
-        f" {analysis.setting_text(dict(cells.loc[cells['gap'].idxmax(), found.params]))}."
+        f"The gap is largest, {widest['gap']:.3f}, for"
+        f" {analysis.setting_text(dict(widest[search.params]))}."
         " The training loss is the mean over the mini-batches as they came, before each update."
     )
     return [Block("Overfitting", text, [], drawings)]
 
 
-def _test(found: "Found") -> list[Block]:
+def _test(search: "SearchResult") -> list[Block]:
     from mnist_lightning.report import analysis, figures
     from mnist_lightning.runs import evaluations
 
-    test = analysis.tested(found)
+    test = analysis.tested(search)
     partial = "".join(
         f" Evaluation {each['evaluation']} scored {each['images']:,} of the {each['test_set']:,}"
         " test images only."
-        for each in found.tests
+        for each in search.tests
         if not evaluations.is_whole(each)
     )
     if test is None:
         text = (
             f"The winner has not been tested yet.{partial} To test it:"
-            f" python -m mnist_lightning test --ckpt_path {shlex.quote(str(found.path))}"
+            f" python -m mnist_lightning test --ckpt_path {shlex.quote(str(search.path))}"
         )
         return [Block("Test", text)]
-    winner = analysis.setting_text(dict(found.cells.iloc[0][found.params]))
+    winner = analysis.setting_text(dict(search.configurations.iloc[0][search.params]))
     record = test["record"]
-    total = found.tests[-1]["evaluation"]
+    total = search.tests[-1]["evaluation"]
     text = (
         f"Chosen on validation: {winner}. On the {test['images']:,} test images: {test['acc']:.4f}"
         f" (95 % interval {test['low']:.4f} to {test['high']:.4f}, Wilson). "
@@ -601,7 +606,7 @@ def _test(found: "Found") -> list[Block]:
     if "confusion" in record:
         drawings.append(
             Drawing(
-                f"{found.name}_confusion",
+                f"{search.name}_confusion",
                 "Mistakes by label and prediction, numbers of test images; right answers left out.",
                 figures.confusion(record["confusion"], "mistakes"),
             )
@@ -609,7 +614,7 @@ def _test(found: "Found") -> list[Block]:
         if record["mistakes"]:
             drawings.append(
                 Drawing(
-                    f"{found.name}_mistakes",
+                    f"{search.name}_mistakes",
                     "The surest mistakes: label → prediction, and its probability.",
                     figures.mistakes(record["mistakes"]),
                     wide=True,
@@ -619,7 +624,7 @@ def _test(found: "Found") -> list[Block]:
 
 
 def _readme(
-    searches: Sequence["Found"],
+    searches: Sequence["SearchResult"],
     overall: Sequence[Block],
     sections: Sequence[Section],
     said: Sequence[str],
@@ -634,8 +639,8 @@ def _readme(
         " [index.html](index.html).",
         "",
     ]
-    for found in searches:
-        lines.append(f"- `{found.name}`: {found.model}, {counts_text(found)}")
+    for search in searches:
+        lines.append(f"- `{search.name}`: {search.model}, {counts_text(search)}")
     lines += ["", "## In words", ""]
     lines += [f"- {text}" for text in said]
     for block in overall:
@@ -666,7 +671,7 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} report",
-        description="What searches found, as one page with tables and figures.",
+        description="What searches search, as one page with tables and figures.",
         exit_on_error=False,
     )
     parser.add_argument(
