@@ -19,11 +19,17 @@ COMMANDS = {
     "test": ("cli", "test", "score a checkpoint on the test images (evaluations are counted)"),
     "predict": ("cli", "predict", "label images with a checkpoint"),
     "search": ("search.command", "main", "train many models and compare them"),
-    "report": ("report.page", "main", "tables, figures and one page of what searches found"),
+    "report": ("report.command", "main", "tables, figures and one page of what searches found"),
     "inspect": ("cli", "inspect", "print the layers of a model, and the perceptron's tensors"),
     "configs": ("catalog", "main", "list the shipped configurations and searches, with results"),
     "doctor": ("doctor", "main", "check the installation: versions, data, GPU, disk, memory"),
     "completion": ("completion", "main", "print what makes bash, zsh or fish complete words"),
+}
+
+# packages of the extras in pyproject.toml, by the name that is imported
+EXTRAS = {
+    **dict.fromkeys(("optuna", "pandas", "tqdm", "matplotlib", "jinja2"), "search"),
+    "psycopg2": "postgres",
 }
 
 HELP = """usage: mnist-lightning COMMAND [options]        (or: python -m mnist_lightning ...)
@@ -106,7 +112,11 @@ def _guarded(words: list[str], debug: bool) -> int:
             raise
         from mnist_lightning.files import printable
 
-        print(f"error: {printable(_explain(error))}", file=sys.stderr)
+        if package := _missing_package(error):
+            hint = f"{words[0]} needs {package}: {console.install(EXTRAS[package])}"
+        else:
+            hint = _explain(error)
+        print(f"error: {printable(hint)}", file=sys.stderr)
         return 1
     finally:
         threading.excepthook = hook
@@ -154,6 +164,17 @@ def _without_write_errors(failure: threading.ExceptHookArgs) -> None:
     """TensorBoard's thread prints a traceback on a full disk; its next call raises the same."""
     if not issubclass(failure.exc_type, OSError):
         threading.__excepthook__(failure)
+
+
+def _missing_package(error: BaseException | None) -> str | None:
+    """The package of an extra that is not installed, where that is what an error comes from."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError):
+            package = (error.name or "").partition(".")[0]
+            if package in EXTRAS:
+                return package
+        error = error.__cause__  # Optuna and SQLAlchemy raise errors of their own from it
+    return None
 
 
 def _explain(error: Exception) -> str:

@@ -73,13 +73,13 @@ def _of_class(group: str, cls: type) -> Iterator[tuple[str, Any]]:
 def _parsed() -> dict[str, tuple[list[str], list[str]]]:
     """Each option of the real parsers, with its commands and values."""
     from mnist_lightning import catalog, completion, doctor
-    from mnist_lightning.report import page
+    from mnist_lightning.report import command as report
 
     subcommands = _of_cli(run=True)._subcommands_action.choices
     parsers = {
         **{name: subcommands[name] for name in ("fit", "validate", "test", "predict")},
         "search": search._parser(),
-        "report": _of_main(page.main),
+        "report": _of_main(report.main),
         "inspect": _of_cli(run=False),
         "configs": _of_main(catalog.main),
         "doctor": _of_main(doctor.main),

@@ -667,6 +667,18 @@ def test_a_report_needs_no_torch(searched, tmp_path):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("package", ["pandas", "matplotlib", "jinja2", "optuna"])
+def test_a_missing_package_is_one_line_with_the_command_that_installs_it(package):
+    code = (
+        f"import sys; sys.modules[{package!r}] = None;"
+        f"from mnist_lightning.__main__ import main; main(['report', {str(STUDY)!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.fullmatch(
+        rf"error: report needs {package}: \S* -m pip install .*\[search\]'?\n", done.stderr
+    )
+
+
 def test_a_word_in_a_result_cannot_become_part_of_the_page(searched, tmp_path):
     evil = tmp_path / "evil"
     shutil.copytree(searched, evil)

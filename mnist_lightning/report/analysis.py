@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pandas as pd
 
 from mnist_lightning.files import read_json
@@ -303,8 +304,6 @@ def importance(search: SearchResult) -> pd.Series:
     configurations = search.first_round
     if len(configurations) < 10 or len(search.axes) < 2:
         return pd.Series(dtype=float)
-    import optuna
-
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize")
     distributions: dict[str, Any] = {
@@ -337,8 +336,6 @@ def importance(search: SearchResult) -> pd.Series:
 
 
 def _range(column: pd.Series) -> Any:
-    import optuna
-
     low, high, log = column.min().item(), column.max().item(), bool(column.min() > 0)
     if pd.api.types.is_integer_dtype(column):
         return optuna.distributions.IntDistribution(low, high, log=log)

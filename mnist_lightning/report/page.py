@@ -8,27 +8,25 @@ tables/        each table as CSV (all digits) and Markdown (as the page has it)
 figures/       each figure as PNG and SVG
 """
 
-import argparse
 import itertools
 import math
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jinja2
 import pandas as pd
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 
-from mnist_lightning.console import PROGRAM, require
 from mnist_lightning.files import csv_cell, write_bytes, write_text
 from mnist_lightning.provenance import provenance
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from mnist_lightning.report.analysis import SearchResult
-
+from mnist_lightning.report import analysis, figures, findings
+from mnist_lightning.report.analysis import SearchResult, setting_text, value_text
+from mnist_lightning.report.published import COUNTERPARTS
+from mnist_lightning.runs import evaluations
 
 # The digits that a reader can use; columns that are not named here are shown as they are.
 DIGITS = {
@@ -66,7 +64,7 @@ class Table:
 
     name: str
     title: str
-    frame: "pd.DataFrame"
+    frame: pd.DataFrame
     note: str = ""
     large: bool = False
 
@@ -117,13 +115,11 @@ class Drawing:
 
     name: str
     caption: str
-    figure: "Figure"
+    figure: Figure
     wide: bool = False
 
     @property
     def svg(self) -> str:
-        from mnist_lightning.report import figures
-
         return figures.svg(self.figure, self.caption)
 
 
@@ -141,7 +137,7 @@ class Block:
 class Section:
     """A search on the page."""
 
-    search: "SearchResult"
+    search: SearchResult
     facts: list[tuple[str, str]]
     blocks: list[Block]
 
@@ -161,12 +157,6 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
     Raises:
         ValueError: no search, a damaged file, or nothing to write to.
     """
-    for package in ("jinja2", "matplotlib", "pandas"):
-        require(package, "a report")
-    import jinja2
-
-    from mnist_lightning.report import analysis, findings
-
     searches = [search for folder in folders for search in analysis.read(folder)]
     names = [search.name for search in searches]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -192,8 +182,6 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
         write_text(tables / f"{table.name}.md", table.markdown() + "\n")
     if studied := analysis.comparable(searches):
         write_text(tables / "results.md", findings.results_table(studied))
-    from mnist_lightning.report import figures
-
     for drawing in (drawing for block in blocks for drawing in block.drawings):
         write_text(pictures / f"{drawing.name}.svg", drawing.svg)
         write_bytes(pictures / f"{drawing.name}.png", figures.png(drawing.figure))
@@ -220,8 +208,6 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
 
 def _bold(text: str) -> Any:
     """Markdown's **bold** as HTML, the rest escaped."""
-    from markupsafe import Markup, escape
-
     parts = text.split("**")
     return Markup("").join(
         Markup("<strong>{}</strong>").format(part) if i % 2 else escape(part)
@@ -229,16 +215,14 @@ def _bold(text: str) -> Any:
     )
 
 
-def counts_text(search: "SearchResult") -> str:
+def counts_text(search: SearchResult) -> str:
     """How far a search is, in words."""
     counts = search.counts()
     words = [f"{count:,} {what}" for what, count in counts.items() if count or what == "finished"]
     return f"{', '.join(words)}" + ("" if search.finished else " – not finished yet")
 
 
-def _facts(search: "SearchResult") -> list[tuple[str, str]]:
-    from mnist_lightning.report.analysis import setting_text, value_text
-
+def _facts(search: SearchResult) -> list[tuple[str, str]]:
     about, data, origin = search.about, search.about["data"], search.about["provenance"]
     started, *grew = [each["provenance"]["time"] for each in [*about.get("grown_from", ()), about]]
     shown = {
@@ -294,10 +278,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _overall(searches: Sequence["SearchResult"]) -> list[Block]:
+def _overall(searches: Sequence[SearchResult]) -> list[Block]:
     """What is said of all searches together."""
-    from mnist_lightning.report import analysis
-
     compared_with_it = analysis.comparable(searches)
     held = analysis.against_the_study(compared_with_it)
     compared = analysis.efficiency(searches)
@@ -333,7 +315,7 @@ def _overall(searches: Sequence["SearchResult"]) -> list[Block]:
     return blocks
 
 
-def _blocks(search: "SearchResult") -> list[Block]:
+def _blocks(search: SearchResult) -> list[Block]:
     """What is said of one search."""
     if search.complete.empty:
         failed = search.trials[search.trials["state"] == "FAIL"] if len(search.trials) else []
@@ -349,7 +331,7 @@ def _blocks(search: "SearchResult") -> list[Block]:
     ]
 
 
-def _shown(configurations: "pd.DataFrame", search: "SearchResult") -> "pd.DataFrame":
+def _shown(configurations: pd.DataFrame, search: SearchResult) -> pd.DataFrame:
     """Configurations without the columns that say nothing here."""
     dropped = ["round"] if configurations["round"].nunique() == 1 else []
     if search.trials["seed"].nunique() == 1:
@@ -360,12 +342,12 @@ def _shown(configurations: "pd.DataFrame", search: "SearchResult") -> "pd.DataFr
     return configurations.drop(columns=dropped)
 
 
-def _failed(search: "SearchResult") -> Table:
+def _failed(search: SearchResult) -> Table:
     failed = search.trials[search.trials["state"] == "FAIL"]
     return Table(f"{search.name}_failed", "Failed trials", failed[["id", "error"]])
 
 
-def _ranking(search: "SearchResult") -> list[Block]:
+def _ranking(search: SearchResult) -> list[Block]:
     name, configurations = search.name, search.configurations
     tables = []
     several = len(search.about["seeds"]) > 1
@@ -389,9 +371,7 @@ def _ranking(search: "SearchResult") -> list[Block]:
     return [Block("The best and the worst", text, tables)]
 
 
-def _panels(search: "SearchResult") -> list[Block]:
-    from mnist_lightning.report import figures
-
+def _panels(search: SearchResult) -> list[Block]:
     across = [axis for axis in search.axes if axis != "max_epochs"]
     drawings = []
     for x in across:
@@ -408,9 +388,7 @@ def _panels(search: "SearchResult") -> list[Block]:
     return [Block("Accuracy against each parameter", "", [], drawings)] if drawings else []
 
 
-def _dependence(search: "SearchResult") -> list[Block]:
-    from mnist_lightning.report import analysis, figures
-
+def _dependence(search: SearchResult) -> list[Block]:
     name, axes, configurations = search.name, search.axes, search.first_round
     if not axes or len(configurations) < 4:
         return []
@@ -510,9 +488,7 @@ def _dependence(search: "SearchResult") -> list[Block]:
     return [Block("What the accuracy depends on", text, tables, drawings)]
 
 
-def _training(search: "SearchResult") -> list[Block]:
-    from mnist_lightning.report import analysis, figures
-
+def _training(search: SearchResult) -> list[Block]:
     name, stopped = search.name, analysis.stopped(search)
     rows, drawings = [], []
     for end in ("best", "median", "worst"):
@@ -520,7 +496,7 @@ def _training(search: "SearchResult") -> list[Block]:
             continue  # they would be the same ones
         for rank, (index, trial) in enumerate(search.best_trials(end).iterrows(), 1):
             stop = stopped.loc[index]
-            setting = analysis.setting_text(dict(trial[search.params]))
+            setting = setting_text(dict(trial[search.params]))
             rows.append({"which": f"{end} {rank}", "setting": setting, **stop.drop("id")})
             drawings.append(
                 Drawing(
@@ -529,8 +505,6 @@ def _training(search: "SearchResult") -> list[Block]:
                     figures.curves(trial, stop, f"{end} {rank}"),
                 )
             )
-    import pandas as pd
-
     early = (stopped["saved"] > 0).mean()
     text = (
         f"Early stopping with a patience of {analysis.PATIENCE} epochs would have ended"
@@ -550,9 +524,7 @@ def _training(search: "SearchResult") -> list[Block]:
     return [*blocks, *_overfitting(search)]
 
 
-def _overfitting(search: "SearchResult") -> list[Block]:
-    from mnist_lightning.report import analysis, figures
-
+def _overfitting(search: SearchResult) -> list[Block]:
     configurations, drawings = search.configurations, []
     colour = "lr" if "lr" in search.axes else None
     size = analysis.capacity(search)
@@ -569,16 +541,13 @@ def _overfitting(search: "SearchResult") -> list[Block]:
     widest = configurations.loc[configurations["gap"].idxmax()]
     text = (
         f"The gap is largest, {widest['gap']:.3f}, for"
-        f" {analysis.setting_text(dict(widest[search.params]))}."
+        f" {setting_text(dict(widest[search.params]))}."
         " The training loss is the mean over the mini-batches as they came, before each update."
     )
     return [Block("Overfitting", text, [], drawings)]
 
 
-def _test(search: "SearchResult") -> list[Block]:
-    from mnist_lightning.report import analysis, figures
-    from mnist_lightning.runs import evaluations
-
+def _test(search: SearchResult) -> list[Block]:
     test = analysis.tested(search)
     partial = "".join(
         f" Evaluation {each['evaluation']} scored {each['images']:,} of the {each['test_set']:,}"
@@ -592,7 +561,7 @@ def _test(search: "SearchResult") -> list[Block]:
             f" python -m mnist_lightning test --ckpt_path {shlex.quote(str(search.path))}"
         )
         return [Block("Test", text)]
-    winner = analysis.setting_text(dict(search.configurations.iloc[0][search.params]))
+    winner = setting_text(dict(search.configurations.iloc[0][search.params]))
     record = test["record"]
     total = search.tests[-1]["evaluation"]
     text = (
@@ -624,14 +593,11 @@ def _test(search: "SearchResult") -> list[Block]:
 
 
 def _readme(
-    searches: Sequence["SearchResult"],
+    searches: Sequence[SearchResult],
     overall: Sequence[Block],
     sections: Sequence[Section],
     said: Sequence[str],
 ) -> str:
-    from mnist_lightning.report import analysis
-    from mnist_lightning.report.published import COUNTERPARTS
-
     lines = [
         "# What the searches found",
         "",
@@ -661,38 +627,3 @@ def _readme(
         lines += ["| the study | here |", "|---|---|"]
         lines += [f"| {theirs} | {ours} |" for theirs, ours in COUNTERPARTS]
     return "\n".join(lines) + "\n"
-
-
-def main(argv: Sequence[str]) -> int:
-    """``python -m mnist_lightning report FOLDER... [--out FOLDER]``.
-
-    Raises:
-        ValueError: no search to report on, or nothing to write to.
-    """
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} report",
-        description="What searches search, as one page with tables and figures.",
-        exit_on_error=False,
-    )
-    parser.add_argument(
-        "folders",
-        nargs="*",
-        type=Path,
-        metavar="FOLDER",
-        help="of a search, finished or not, or one that holds several",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("report"), help="where to write (default: report)"
-    )
-    try:
-        given, unknown = parser.parse_known_args(list(argv))
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
-    if unknown:
-        raise ValueError(f"report: no option {unknown[0]}; it has --out FOLDER")
-    if not given.folders:
-        raise ValueError(
-            "report: of which search? Give its folder, like lightning_logs/search/NAME"
-        )
-    write(given.folders, given.out, lambda text: print(text, file=sys.stdout, flush=True))
-    return 0

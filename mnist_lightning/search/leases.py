@@ -17,8 +17,6 @@ from typing import Any, cast
 
 import optuna
 
-from mnist_lightning.console import require
-
 Record = dict[str, Any]
 
 HEARTBEAT_SECONDS = 5.0
@@ -291,11 +289,8 @@ def open_storage(url: str | None, folder: Path) -> "optuna.storages.BaseStorage"
         folder: of the search.
 
     Raises:
-        ValueError: it cannot be reached, or Optuna is not installed.
+        ValueError: it cannot be reached.
     """
-    require("optuna", "a search")
-    import optuna
-
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     journal = folder / "journal.log"

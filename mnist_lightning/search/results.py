@@ -29,7 +29,6 @@ from typing import Any, cast
 
 import pandas
 
-from mnist_lightning.console import require
 from mnist_lightning.files import (
     JSON_BYTES,
     create_json,
@@ -444,7 +443,6 @@ def load_curves(*paths: str | os.PathLike[str]) -> "pandas.DataFrame":
 
 
 def _pandas() -> Any:
-    require("pandas", "a table")
     import pandas
 
     return pandas
