@@ -21,8 +21,8 @@ from mnist_lightning.models.multilayer import DeepNetwork, ShallowNetwork
 from mnist_lightning.report import analysis
 from mnist_lightning.report.analysis import SearchResult, read
 from mnist_lightning.report.findings import in_words, results_table
-from mnist_lightning.report.page import Table, _test, _training
 from mnist_lightning.report.published import PUBLISHED
+from mnist_lightning.report.sections import Table, _test, _training
 from mnist_lightning.search import plan
 from mnist_lightning.search.command import run
 from mnist_lightning.search.plan import Search
@@ -216,12 +216,12 @@ def test_sizes_are_those_of_the_data(split):
     data = MNISTDataModule(**about)
     data.prepare_data()
     data.setup()
-    sizes = analysis._sizes(made_up({"lr": [1.0, 2.0]}, lambda lr, seed: lr / 3, data=about))
+    sizes = analysis.image_counts(made_up({"lr": [1.0, 2.0]}, lambda lr, seed: lr / 3, data=about))
     assert sizes == {"val": len(data.val_set), "test": len(data.test_set)}
 
 
 def test_sizes_of_mnist():
-    assert analysis._sizes(made_up({"lr": [1.0, 2.0]}, lambda lr, seed: lr / 3)) == {
+    assert analysis.image_counts(made_up({"lr": [1.0, 2.0]}, lambda lr, seed: lr / 3)) == {
         "val": 12_600,
         "test": 7_000,
     }
@@ -383,17 +383,17 @@ def test_a_best_setting_at_the_edge_of_its_grid_is_said():
     space = {"lr": [0.01, 0.1, 1], "hidden_units": [10, 50, 100], "batch_size": [8, 16, 32]}
     words = " ".join(in_words([made_up(space, accuracy)]))
     # the best learning rate is an inner one, and mini-batches hardly matter
-    assert ".** hidden_units 100 is better than any other by 0.0050. What" in words
+    assert ".** hidden_units 100 is better than any other by 0.0050. This" in words
 
 
 def test_the_words_follow_the_numbers(repeated):
     words = " ".join(in_words([repeated]))
     assert "10 pairs" not in words
-    assert "differ by 0.001 at the most" in words
+    assert "differ by 0.001 at most" in words
     worst = repeated.trials.sort_values("val_acc").groupby("seed").head(5)["val_acc"].mean()
     assert analysis.by_rank(repeated)[1] == pytest.approx(worst)
     assert f"the five worst {worst:.4f} (the study 0.2341)" in words
-    assert "5 of 5 of them more than there" in words
+    assert "5 of 5 of them reach more than in the study" in words
     assert "**14 of 14 figures agree within noise.**" not in words  # the formula's correlations
     assert "**ShallowNetwork: matched.** Ours at best 0.9821 on validation (n=3;" in words
     for shift, verdict in ((0.005, "beaten"), (-0.02, "not reached")):
@@ -401,6 +401,25 @@ def test_the_words_follow_the_numbers(repeated):
         other = SearchResult(repeated.path, repeated.about, trials, [])
         assert f"**ShallowNetwork: {verdict}.**" in " ".join(in_words([other]))
     assert "| 0.9811 | 0.9821 ± 0.0005 | 3 | +0.0010 |" in results_table([repeated])
+
+
+def test_the_verdict_allows_for_the_number_of_validation_images(repeated):
+    """Of a tenth of the images, the same lead is no more than chance."""
+    trials = repeated.trials.assign(val_acc=repeated.trials["val_acc"] + 0.005)
+    for fraction, verdict in ((0.2, "beaten"), (0.02, "matched")):
+        data = {**repeated.about["data"], "val_fraction": fraction}
+        other = SearchResult(repeated.path, {**repeated.about, "data": data}, trials, [])
+        assert f"**ShallowNetwork: {verdict}.**" in " ".join(in_words([other]))
+
+
+def test_layers_are_in_their_order_whatever_order_names_them():
+    layers = {f"hidden_units.{n}": [n] for n in (2, 1, 10, 9, 8, 7, 6, 5, 4, 3)}
+    search = made_up(layers, lambda seed, **_: 0.5, model="DeepNetwork")
+    assert analysis.setting_text(dict(search.configurations.iloc[0][search.params])) == (
+        "hidden_units 1-2-3-4-5-6-7-8-9-10"
+    )
+    size = sum(p.numel() for p in DeepNetwork(range(1, 11)).parameters())
+    assert analysis.capacity(search).tolist() == [size]
 
 
 def test_a_tested_model_is_named_where_it_is_another(repeated):

@@ -7,7 +7,7 @@ unless they are called test.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,19 +24,20 @@ from mnist_lightning.search import space
 from mnist_lightning.search.results import load_results, search_folders
 
 PATIENCE = 10  # epochs: EarlyStopping's default
-PIXELS, CLASSES = 784, 10
+CLASSES = 10  # no search records it; the data sets that it can name have as many
+MULTILAYER = ("ShallowNetwork", "DeepNetwork")
 MANY = 8  # an axis with more values than this is shown in four groups of equal size
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """A search as its folder holds it, finished or not.
+    """What a search's folder holds, finished or not.
 
     Args:
         path: the folder.
-        about: ``search.json``: what was searched, on which data, and its provenance.
-        trials: a row each, see ``results.load_results``.
-        tests: ``test.json``: the test evaluations of the winner, see ``evaluations.read``.
+        about: the content of ``search.json``: space, data, provenance.
+        trials: a row for each, see ``results.load_results``.
+        tests: the test evaluations of the winner, see ``evaluations.read``.
     """
 
     path: Path
@@ -78,7 +79,7 @@ class SearchResult:
 
     @cached_property
     def planned(self) -> int:
-        """Trials that the search consists of, as far as it is known by now."""
+        """Number of trials of the search, as far as the finished ones determine it."""
         if self.about["strategy"]["name"] == "optuna":
             return int(self.about["strategy"]["n"])
         scores = dict.fromkeys(self.trials.get("id", ()))
@@ -90,7 +91,7 @@ class SearchResult:
             grown_from=self.about.get("grown_from", ()),
         )
         ids = {trial.id for trials in rounds for trial in trials}
-        # beside them, later rounds of what it grew from
+        # a search that has grown also keeps the later rounds of its earlier definitions
         return len(ids | set(self.trials["id"])) if "grown_from" in self.about else len(ids)
 
     @property
@@ -98,7 +99,7 @@ class SearchResult:
         return len(self.trials) >= self.planned
 
     def counts(self) -> dict[str, int]:
-        """Trials by what became of them."""
+        """Number of trials by state."""
         states = self.trials["state"].value_counts() if len(self.trials) else {}
         names = {"finished": "COMPLETE", "failed": "FAIL", "pruned": "PRUNED"}
         counted = {name: int(states.get(state, 0)) for name, state in names.items()}
@@ -106,10 +107,10 @@ class SearchResult:
 
     @cached_property
     def configurations(self) -> pd.DataFrame:
-        """A row for each setting, the best first.
+        """A row for each setting of the parameters, the best first.
 
-        Columns: ``round``, the parameters, ``n`` seeds, ``acc`` and its standard deviation ``sd``
-        (none for n=1), ``val_loss``, ``train_loss``, ``gap`` between the two, ``seconds``.
+        Columns: ``round``, the parameters, ``n`` (seeds), ``acc`` and its standard deviation ``sd``
+        (missing for n=1), ``val_loss``, ``train_loss``, ``gap`` (their difference), ``seconds``.
         """
         if self.complete.empty:
             return pd.DataFrame()
@@ -127,9 +128,9 @@ class SearchResult:
 
     @property
     def networks(self) -> pd.DataFrame:
-        """``epochs`` and ``seconds`` of each training, of complete trials.
+        """``epochs`` and ``seconds`` of each network that was trained.
 
-        Networks that a longer training passes through (10, 20 and 50 of 100 epochs) are one.
+        Trials that one training passes through (10, 20 and 50 of 100 epochs) are one network.
         """
         names = [name for name in self.params if name != "max_epochs"]
         keys = ["round", *names, "seed"]
@@ -138,14 +139,11 @@ class SearchResult:
     @property
     def first_round(self) -> pd.DataFrame:
         """Configurations of the round that covers the space evenly."""
-        return (
-            self.configurations[self.configurations["round"] == 0]
-            if len(self.configurations)
-            else self.configurations
-        )
+        table = self.configurations
+        return table if table.empty else table[table["round"] == 0]
 
     def best_trials(self, of: str, count: int = 3) -> pd.DataFrame:
-        """Whole trials from the ``best``, ``median`` or ``worst`` end, of the first seed."""
+        """The ``best``, ``median`` or ``worst`` trials of the first seed."""
         trials = self.complete[self.complete["seed"] == self.about["seeds"][0]]
         order = [self.objective, "val_loss", "number"]
         trials = trials.sort_values(order, ascending=[False, True, True])
@@ -153,7 +151,7 @@ class SearchResult:
         return trials.iloc[max(0, start) : max(0, start) + count]
 
 
-Found = SearchResult  # its name before
+Found = SearchResult  # its former name
 
 
 def read(path: Path) -> list[SearchResult]:
@@ -177,11 +175,17 @@ def _varies(column: pd.Series) -> bool:
     return column.nunique() > 1
 
 
+def layer_axes(names: Iterable[str]) -> list[str]:
+    """Those of the names that are widths of layers: ``hidden_units.1``, ``hidden_units.2`` ..."""
+    layers = [name for name in names if name.startswith("hidden_units.")]
+    return sorted(layers, key=lambda name: int(name.rpartition(".")[2]))
+
+
 # How the accuracy depends on the parameters
 
 
 def groups(column: pd.Series) -> pd.Series:
-    """A category for each value, in order; where there are many, four groups of equal size."""
+    """A category for each value, in order; for many values, four groups of equal size."""
     if column.nunique() <= MANY:
         values = sorted(column.unique(), key=lambda v: (isinstance(v, str), v))
         labels = [value_text(value) for value in values]
@@ -228,7 +232,7 @@ def numeric_axes(search: SearchResult) -> list[str]:
 
 
 def marginals(search: SearchResult) -> pd.DataFrame:
-    """For each value of each axis, over the configurations of the first round: how good they are.
+    """How good the first round's configurations with each value of each axis are.
 
     Returns:
         Columns ``axis``, ``value``, ``configurations`` (how many), ``mean``, ``median`` and
@@ -264,12 +268,12 @@ def variance_shares(search: SearchResult) -> pd.Series:
     """Shares of the variance of the accuracy over a full grid, by parameter and pair of them.
 
     The functional analysis of variance, exact since the grid is complete (Hutter et al. 2014,
-    "An efficient approach for assessing hyperparameter importance"). What is not listed is due to
-    three parameters and more together.
+    "An efficient approach for assessing hyperparameter importance"). The rest of the variance is
+    due to three parameters and more together.
 
     Returns:
-        Index: ``a`` and ``a × b``, the largest share first. Empty where there is no full grid of
-        two parameters or more.
+        Index: ``a`` and ``a × b``, the largest share first. Empty if the search is not a full grid
+        of two parameters or more.
     """
     configurations, axes = search.first_round, search.axes
     sizes = [configurations[axis].nunique() for axis in axes] if len(configurations) else []
@@ -301,41 +305,26 @@ def importance(search: SearchResult) -> pd.Series:
     Returns:
         Index: the axes, the most important first. Empty for fewer than ten configurations.
     """
-    configurations = search.first_round
-    if len(configurations) < 10 or len(search.axes) < 2:
+    table, axes = search.first_round, search.axes
+    if len(table) < 10 or len(axes) < 2:
         return pd.Series(dtype=float)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    distributions = {axis: _distribution(table[axis]) for axis in axes}
     study = optuna.create_study(direction="maximize")
-    distributions: dict[str, Any] = {
-        axis: optuna.distributions.CategoricalDistribution(
-            sorted(configurations[axis].unique().tolist())
-        )
-        if configurations[axis].nunique() <= MANY
-        else _range(configurations[axis])
-        for axis in search.axes
-    }
     study.add_trials(
         [
-            optuna.create_trial(
-                params={axis: getattr(value, "item", lambda v=value: v)() for axis, value in row},
-                distributions=distributions,
-                value=acc,
-            )
-            for row, acc in zip(
-                (
-                    list(zip(search.axes, r, strict=True))
-                    for r in configurations[search.axes].to_numpy(object)
-                ),
-                configurations["acc"],
-                strict=True,
-            )
+            optuna.create_trial(params=params, distributions=distributions, value=acc)
+            for params, acc in zip(table[axes].to_dict("records"), table["acc"], strict=True)
         ]
     )
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     return pd.Series(optuna.importance.get_param_importances(study, evaluator=evaluator))
 
 
-def _range(column: pd.Series) -> Any:
+def _distribution(column: pd.Series) -> Any:
+    """The values of a parameter as Optuna has them: categories, or a range where they are many."""
+    if column.nunique() <= MANY:
+        return optuna.distributions.CategoricalDistribution(sorted(column.unique().tolist()))
     low, high, log = column.min().item(), column.max().item(), bool(column.min() > 0)
     if pd.api.types.is_integer_dtype(column):
         return optuna.distributions.IntDistribution(low, high, log=log)
@@ -343,27 +332,27 @@ def _range(column: pd.Series) -> Any:
 
 
 def total_lr(configurations: pd.DataFrame) -> pd.Series:
-    """Learning rate times number of updates for each training image: how far a training can go."""
+    """Learning rate times number of updates, for each training image."""
     return configurations["lr"] * configurations["max_epochs"] / configurations["batch_size"]
 
 
 def rank_correlation(a: pd.Series, b: pd.Series) -> float:
-    """Spearman's: 1 where the one never falls while the other rises."""
+    """Spearman's correlation: Pearson's, of the ranks."""
     return float(a.rank().corr(b.rank()))
 
 
 def batch_and_rate(search: SearchResult) -> dict[str, float]:
-    """What a batch eight times as large costs: alone, and with about as much more learning rate.
+    """What a batch eight times as large costs, alone and with ten times the learning rate.
 
     Returns:
         ``alone`` and ``together``: mean change of the accuracy from (b, lr) to (8 b, lr) and to
-        (8 b, 10 lr), over all pairs of configurations that the grid has of both kinds; ``pairs``.
-        Empty where there are none.
+        (8 b, 10 lr), over all configurations for which the grid has both; ``pairs``: how many they
+        are. Empty if there are none.
     """
     needed = {"batch_size", "lr"}
     if not needed <= set(search.axes):
         return {}
-    names = [axis for axis in search.params]
+    names = search.params
     acc = {
         tuple(configuration[names]): configuration["acc"]
         for _, configuration in search.first_round.iterrows()
@@ -398,10 +387,10 @@ def stopping(curves: Mapping[str, Sequence[float | None]], patience: int = PATIE
         patience: epochs without a lower validation loss before it stops.
 
     Returns:
-        ``lowest``: the epoch of the lowest validation loss, of all; ``stop``: the epoch after which
-        it would have stopped, the last one if never; ``saved``: epochs that this saves;
-        ``kept``: the epoch of the lowest loss until then; ``cost``: validation accuracy after the
-        last epoch minus that of the kept one. Negative is a gain. Epochs count from 1.
+        ``lowest``: the epoch of the lowest validation loss; ``stop``: the epoch after which it
+        would have stopped, or the last one; ``saved``: number of epochs that this saves; ``kept``:
+        the epoch of the lowest loss until ``stop``; ``cost``: validation accuracy after the last
+        epoch minus that after ``kept`` (negative is a gain). Epochs count from 1.
     """
     losses = [math.inf if loss is None else loss for loss in curves["val_loss"]]
     kept, stop = 0, len(losses)
@@ -422,7 +411,7 @@ def stopping(curves: Mapping[str, Sequence[float | None]], patience: int = PATIE
 
 
 def stopped(search: SearchResult) -> pd.DataFrame:
-    """``stopping`` for each complete trial, next to its ``id`` and ``epochs``."""
+    """``stopping`` for each complete trial, with its ``id`` and ``epochs``."""
     rows = [stopping(curves) for curves in search.complete["curves"]]
     table = pd.DataFrame(rows, index=search.complete.index)
     return pd.concat([search.complete[["id", "epochs"]], table], axis=1)
@@ -430,15 +419,16 @@ def stopped(search: SearchResult) -> pd.DataFrame:
 
 def capacity(search: SearchResult) -> pd.Series | None:
     """Number of weights and biases of each configuration, for multilayer perceptrons only."""
-    configurations = search.configurations
-    widths = [name for name in search.params if name.partition(".")[0] == "hidden_units"]
-    if not widths or search.model not in ("ShallowNetwork", "DeepNetwork"):
+    widths = layer_axes(search.params) or [n for n in search.params if n == "hidden_units"]
+    if not widths or search.model not in MULTILAYER:
         return None
+    table = search.configurations
+    pixels = search.about["data"]["image_size"] ** 2  # of one channel
     sizes = [
-        pd.Series(PIXELS, configurations.index),
-        *(configurations[name] for name in sorted(widths)),
+        pd.Series(pixels, table.index),
+        *(table[name] for name in widths),
+        pd.Series(CLASSES, table.index),
     ]
-    sizes.append(pd.Series(CLASSES, configurations.index))
     return sum((a + 1) * b for a, b in itertools.pairwise(sizes))  # type: ignore[return-value]
 
 
@@ -446,7 +436,7 @@ def capacity(search: SearchResult) -> pd.Series | None:
 
 
 def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """95 % confidence interval of a share, after Wilson 1927: holds near 1 too."""
+    """95 % confidence interval of a share, by Wilson (1927): valid near 0 and 1 too."""
     p = correct / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -454,22 +444,26 @@ def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, f
 
 
 def tested(search: SearchResult) -> dict[str, Any] | None:
-    """The first evaluation on the whole test set; one on a part of it is no test of the winner.
+    """The first evaluation on the whole test set; ``None`` if there is none.
 
     Returns:
-        ``acc``, ``low`` and ``high``, ``images``, and the ``record`` itself.
+        ``acc``, its interval ``low`` to ``high``, ``images``, and the ``record`` itself.
     """
     record = next(filter(evaluations.is_whole, search.tests), None)
     if record is None:
         return None
-    images = record.get("images") or _sizes(search)["test"]
+    images = record.get("images") or image_counts(search)["test"]
     acc = record["test/acc"]
     low, high = wilson(round(acc * images), images)
     return {"acc": acc, "low": low, "high": high, "images": images, "record": record}
 
 
-def _sizes(search: SearchResult) -> dict[str, int]:
-    """Images to validate and to test, as the named split has them."""
+def image_counts(search: SearchResult) -> dict[str, int]:
+    """Number of images in the validation set (``val``) and in the test set (``test``).
+
+    A search records its split but not the numbers that follow from it, so they are worked out here.
+    A test compares them with the data module.
+    """
     data = search.about["data"]
     study = data["split"] == "study"
     if data["source"] == "digits":
@@ -477,6 +471,20 @@ def _sizes(search: SearchResult) -> dict[str, int]:
     else:
         pool, test = 70_000, 7_000 if study else 10_000
     return {"val": round((pool - test) * data["val_fraction"]), "test": test}
+
+
+def noise(accuracy: float, images: int, sd: float = 0.0, n: int = 1) -> float:
+    """Half the width of the 95 % interval of a difference that chance alone makes.
+
+    Between the study's accuracy and ours, of the same setting.
+
+    Args:
+        accuracy: of both.
+        images: on which each was measured. They are not the same images.
+        sd: standard deviation over seeds. The study has one seed.
+        n: number of our seeds.
+    """
+    return 1.96 * math.sqrt(2 * accuracy * (1 - accuracy) / images + sd**2 * (1 + 1 / n))
 
 
 def spread(search: SearchResult, acc: float) -> float | None:
@@ -501,7 +509,7 @@ def repeats_the_study(search: SearchResult) -> bool:
     grids = [grid for model, grid in GRIDS if model == search.model]
     return _on_its_images(search) and any(
         all(set(axis) <= set(values.get(name, ())) for name, axis in grid.items())
-        and f"hidden_units.{len(grid) + 1}" not in values  # a further layer
+        and layer_axes(values) == layer_axes(grid)  # no further layer
         for grid in grids
     )
 
@@ -512,23 +520,23 @@ def _on_its_images(search: SearchResult) -> bool:
 
 
 def comparable(searches: Sequence[SearchResult]) -> list[SearchResult]:
-    """Searches to hold against the study: those on its images, where one of them repeats it."""
+    """Searches to compare with the study: those on its images, if one of them repeats it."""
     if not any(map(repeats_the_study, searches)):
         return []
     return [search for search in searches if _on_its_images(search)]
 
 
 def against_the_study(searches: Sequence[SearchResult]) -> pd.DataFrame:
-    """Each published figure beside ours; of searches of one model, that model's figures.
+    """Each published figure beside ours; for searches of one model, the figures of that model.
 
-    ``noise`` is the half width of the 95 % interval of the difference that chance alone makes: the
-    seeds (of both; pooled where a setting has only one), and the images, which the study shuffled
-    in another way. Of correlations, the seeds and the rounding to two digits.
+    ``noise`` is half the width of the 95 % interval of a difference by chance: from the seeds (of
+    both; pooled where a setting has only one) and from the images, which the study shuffled in
+    another way. For correlations it is from the seeds and from the rounding to two digits.
 
     Returns:
         Columns ``where``, ``model``, ``metric``, ``setting``, ``published``, ``repeated``, ``sd``,
         ``n``, ``difference``, ``noise``, ``within`` (whether noise explains the difference; none
-        where a figure is missing, or ours was measured on another setting), ``search``, ``note``.
+        if a figure is missing, or ours is of another setting), ``search``, ``note``.
     """
     table = pd.DataFrame([_repeat(published, searches) for published in PUBLISHED])
     models = {search.model for search in searches}
@@ -548,82 +556,90 @@ def _repeat(published: Published, searches: Sequence[SearchResult]) -> dict[str,
     for search in searches:
         if search.model != published.model or search.complete.empty:
             continue
-        if measured := _measured(published, search):
-            difference = measured["repeated"] - published.value
-            noise, same = measured.pop("noise"), measured.pop("same_setting")
-            # of another setting, what chance explains is not the question
-            within = bool(abs(difference) <= noise) if same and noise is not None else None
-            row |= {**measured, "difference": difference, "noise": noise, "within": within}
-            row["search"] = search.name
-            break
+        measure = _repeat_correlation if published.metric == "correlation" else _repeat_accuracy
+        if measured := measure(published, search):
+            return {**row, **measured, "search": search.name}
     return row
 
 
-def _measured(published: Published, search: SearchResult) -> dict[str, Any] | None:
-    """``repeated``, ``sd``, ``n``, ``noise``, ``note`` and whether it is the ``same_setting``."""
-    if published.metric == "correlation":
-        if search.about["strategy"]["name"] != "grid" or not search.finished:
-            return None  # of half a grid it would say something else
-        table, axis = correlations(search), published.params["axis"]
-        if axis not in table.index:
-            return None
-        mean, sd = table.loc[axis]
-        n = search.complete["seed"].nunique()
-        # published with two digits
-        noise = None if n == 1 else 0.005 + 1.96 * sd * math.sqrt(1 + 1 / n)
-        measured = {"repeated": mean, "sd": sd, "n": n, "noise": noise}
-        return {**measured, "same_setting": True, "note": ""}
-    configuration = _configuration(published.params, search)
-    if configuration is None:
+def _repeat_correlation(published: Published, search: SearchResult) -> dict[str, Any] | None:
+    if search.about["strategy"]["name"] != "grid" or not search.finished:
+        return None  # half a grid has other correlations
+    table, axis = correlations(search), published.params["axis"]
+    if axis not in table.index:
         return None
-    sizes, p = _sizes(search), published.value
-    seeds = spread(search, configuration["acc"])
-    same, note = True, ""
+    mean, sd = table.loc[axis]
+    n = search.complete["seed"].nunique()
+    # published with two digits
+    chance = None if n == 1 else 0.005 + 1.96 * sd * math.sqrt(1 + 1 / n)
+    return {**_judged(mean, published, chance), "sd": sd, "n": n, "note": ""}
+
+
+def _repeat_accuracy(published: Published, search: SearchResult) -> dict[str, Any] | None:
+    ours = _configuration(published.params, search)
+    if ours is None:
+        return None
+    seeds = spread(search, ours["acc"])
     if published.metric == "test_acc":
         test = tested(search)
         if test is None:
             return None
-        n, value, images = 1, test["acc"], test["images"]
-        winner = search.configurations.iloc[0]
-        same = all(winner.get(name) == configuration[name] for name in search.params)
-        if not same:
-            note = f"our winner: {setting_text(dict(winner[search.params]))}"
+        n, sd, value, images = 1, None, test["acc"], test["images"]
     else:
-        n, value, images = int(configuration["n"]), configuration["acc"], sizes["val"]
-    if published.model == "ResNet18":  # the study's was larger, and trained otherwise
-        same = False
-        note = f"ours: {search.about['data']['image_size']} pixels, " + setting_text(
-            {k: v for k, v in configuration[search.params].items() if k != "regime"}
-        )
-    variance = 2 * p * (1 - p) / images + (seeds or 0.0) ** 2 * (1 + 1 / n)
-    sd = configuration["sd"] if published.metric == "val_acc" and n > 1 else None
+        n, value, images = int(ours["n"]), ours["acc"], image_counts(search)["val"]
+        sd = ours["sd"] if n > 1 else None
+    other = _other_setting(published, search, ours)
+    chance = noise(published.value, images, seeds or 0.0, n)
     return {
-        "repeated": value,
+        **_judged(value, published, chance, same_setting=not other),
         "sd": sd,
         "n": n,
-        "noise": 1.96 * math.sqrt(variance),
-        "same_setting": same,
-        "note": note if seeds is not None else f"{note}; n=1".lstrip("; "),
+        "note": other if seeds is not None else f"{other}; n=1".lstrip("; "),
     }
 
 
+def _judged(
+    value: float, published: Published, chance: float | None, same_setting: bool = True
+) -> dict[str, Any]:
+    """Our figure against the published one; only figures of the same setting are judged."""
+    difference = value - published.value
+    within = bool(abs(difference) <= chance) if same_setting and chance is not None else None
+    return {"repeated": value, "difference": difference, "noise": chance, "within": within}
+
+
+def _other_setting(published: Published, search: SearchResult, ours: pd.Series) -> str:
+    """What differs from the study's setting; empty if nothing does.
+
+    Args:
+        published: the figure.
+        search: that repeats it.
+        ours: its configuration with the published parameters.
+    """
+    if published.model == "ResNet18":  # the study's images were larger, its training another one
+        setting = {k: v for k, v in ours[search.params].items() if k != "regime"}
+        return f"ours: {search.about['data']['image_size']} pixels, {setting_text(setting)}"
+    winner = search.configurations.iloc[0]
+    tested_another = any(winner.get(name) != ours[name] for name in search.params)
+    if published.metric == "test_acc" and tested_another:
+        return f"our winner: {setting_text(dict(winner[search.params]))}"
+    return ""
+
+
 def _configuration(params: Mapping[str, Any], search: SearchResult) -> pd.Series | None:
-    """The configuration with these parameters; one that the search leaves unsaid does not count."""
-    widths = [name for name in search.params if name.startswith("hidden_units.")]
-    if any(name not in search.params for name in params) or len(widths) != len(
-        [name for name in params if name.startswith("hidden_units.")]
-    ):
+    """The configuration with these parameters; ``None`` if the search does not name all of them."""
+    named = set(params) <= set(search.params)
+    if not named or layer_axes(params) != layer_axes(search.params):
         return None
-    configurations = search.configurations
-    rows = (configurations[list(params)] == pd.Series(params)).all(axis=1)
-    return configurations[rows].iloc[0] if rows.any() else None
+    table = search.configurations
+    rows = (table[list(params)] == pd.Series(params)).all(axis=1)
+    return table[rows].iloc[0] if rows.any() else None
 
 
 def by_rank(search: SearchResult, count: int = 5) -> tuple[float, float]:
     """Mean accuracy of the best and of the worst few trials of each seed, mean over the seeds.
 
-    What was picked for being the worst of hundreds tends to do better when it is trained again.
-    Ranks can be compared all the same.
+    The worst of hundreds of trials tends to do better when it is trained again. Ranks can still be
+    compared.
     """
     ordered = [
         trials.sort_values() for _, trials in search.complete.groupby("seed")[search.objective]
@@ -634,11 +650,11 @@ def by_rank(search: SearchResult, count: int = 5) -> tuple[float, float]:
 
 def setting_text(params: Mapping[str, Any]) -> str:
     """Parameters in a few words: widths as 1024-10-1024."""
-    widths = [value for name, value in params.items() if name.startswith("hidden_units.")]
-    words = {name: value for name, value in params.items() if "hidden_units." not in name}
-    if widths:
-        words["hidden_units"] = "-".join(str(int(width)) for width in widths)
-    return ", ".join(f"{name} {value_text(value)}" for name, value in words.items())
+    layers = layer_axes(params)
+    shown = {name: value for name, value in params.items() if name not in layers}
+    if layers:
+        shown["hidden_units"] = "-".join(str(int(params[name])) for name in layers)
+    return ", ".join(f"{name} {value_text(value)}" for name, value in shown.items())
 
 
 def best_found(searches: Sequence[SearchResult]) -> pd.DataFrame:
@@ -646,7 +662,7 @@ def best_found(searches: Sequence[SearchResult]) -> pd.DataFrame:
 
     Returns:
         Columns ``model``, ``published`` and ``published_test`` accuracy, ``acc``, ``sd``, ``n``,
-        ``test``, ``low``, ``high`` (none unless that search's winner was tested), ``search``,
+        ``test``, ``low``, ``high`` (missing unless that search's winner was tested), ``search``,
         ``setting``.
     """
     rows = []
@@ -657,37 +673,33 @@ def best_found(searches: Sequence[SearchResult]) -> pd.DataFrame:
         ]
         if not candidates:
             continue
-        search = max(candidates, key=lambda f: f.configurations["acc"].iloc[0])
-        configuration, test = search.configurations.iloc[0], tested(search) or {}
+        search = max(candidates, key=lambda one: one.configurations["acc"].iloc[0])
+        winner, test = search.configurations.iloc[0], tested(search) or {}
         rows.append(
             {
                 "model": model,
                 "published": max(p.value for p in known if p.metric == "val_acc"),
                 "published_test": max(p.value for p in known if p.metric == "test_acc"),
-                **{
-                    "acc": configuration["acc"],
-                    "sd": configuration["sd"],
-                    "n": int(configuration["n"]),
-                },
+                **{"acc": winner["acc"], "sd": winner["sd"], "n": int(winner["n"])},
                 "test": test.get("acc"),
                 "low": test.get("low"),
                 "high": test.get("high"),
                 "search": search.name,
-                "setting": setting_text(dict(configuration[search.params])),
+                "setting": setting_text(dict(winner[search.params])),
             }
         )
     return pd.DataFrame(rows)
 
 
 def efficiency(searches: Sequence[SearchResult]) -> pd.DataFrame:
-    """Searches of the same model, as many layers, side by side: what each found, at what cost.
+    """Searches of models with equally many layers, side by side: what each found, at what cost.
 
     Costs are for one seed.
 
     Returns:
         Columns ``model``, ``search``, ``trials``, ``networks``, ``epochs`` (of all networks),
         ``seconds`` (of one core), ``best`` (mean over seeds of the best trial's accuracy), and
-        ``share_of_cost``, ``short_of_best`` against the costliest one of the model.
+        ``share_of_cost``, ``short_of_best`` compared with the most expensive one of the model.
     """
     rows = []
     for search in searches:
@@ -695,7 +707,7 @@ def efficiency(searches: Sequence[SearchResult]) -> pd.DataFrame:
             continue
         trials, networks = search.complete, search.networks
         seeds = trials["seed"].nunique()
-        layers = sum(name.startswith("hidden_units.") for name in search.params)
+        layers = len(layer_axes(search.params))
         rows.append(
             {
                 "model": f"{search.model}, {layers} layers" if layers else search.model,
