@@ -474,9 +474,9 @@ def image_counts(search: SearchResult) -> dict[str, int]:
 
 
 def noise(accuracy: float, images: int, sd: float = 0.0, n: int = 1) -> float:
-    """Half the width of the 95 % interval of a difference that chance alone makes.
+    """Half the width of the 95 % interval of a difference by chance.
 
-    Between the study's accuracy and ours, of the same setting.
+    The difference is between the study's accuracy and ours, of the same setting.
 
     Args:
         accuracy: of both.

@@ -57,7 +57,7 @@ def _agreement(against: pd.DataFrame) -> list[str]:
 
 
 def _costs(searches: Sequence[SearchResult]) -> list[str]:
-    """What each search that is no grid reaches, and at what share of the costliest one's epochs."""
+    """What each search other than a grid reaches, and its share of the highest cost."""
     compared = analysis.efficiency(searches)
     grids = {search.name for search in searches if search.about["strategy"]["name"] == "grid"}
     return [

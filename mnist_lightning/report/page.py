@@ -1,10 +1,8 @@
-"""``python -m mnist_lightning report FOLDER...``: what searches search, as one page.
-
-Reads what they left, computes (``analysis``), draws (``figures``), writes:
+"""The files of a report: what searches found, as one page, in words, as tables and as figures.
 
 index.html     everything, in one file that needs no other
 README.md      the findings and the main tables
-tables/        each table as CSV (all digits) and Markdown (as the page has it)
+tables/        each table as CSV (all digits) and Markdown (rounded, as on the page)
 figures/       each figure as PNG and SVG
 """
 

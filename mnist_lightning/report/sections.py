@@ -18,7 +18,7 @@ from mnist_lightning.report import analysis, figures
 from mnist_lightning.report.analysis import SearchResult, setting_text, value_text
 from mnist_lightning.runs import evaluations
 
-# The digits that a reader can use; columns that are not named here are shown as they are.
+# Digits after the point, by column; other columns are shown as they are.
 DIGITS = {
     **dict.fromkeys(("acc", "sd", "published", "repeated", "mean", "median", "best", "test"), 4),
     **dict.fromkeys(("difference", "noise", "val_loss", "train_loss", "gap", "cost"), 4),
@@ -42,13 +42,13 @@ HEADINGS = {
 
 @dataclass
 class Table:
-    """A table of the page, and of a file of its own.
+    """A table, on the page and in files of its own.
 
     Args:
-        name: of the file.
-        title: above it.
+        name: of its files.
+        title: shown above it.
         frame: its rows.
-        note: below it.
+        note: shown below it.
         large: whether the page can sort and filter it.
     """
 
@@ -64,7 +64,7 @@ class Table:
 
     @property
     def rows(self) -> list[list[tuple[str, Any]]]:
-        """For each cell its text and what it is sorted by."""
+        """For each cell its text, and the value that it is sorted by."""
         columns = list(self.frame.columns)
         return [
             [(_text(name, value), value) for name, value in zip(columns, row, strict=True)]
@@ -85,7 +85,7 @@ class Table:
         lines += [[text for text, _ in row] for row in self.rows]
         lines = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
         text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return text.replace("<", "&lt;")  # Markdown passes HTML on
+        return text.replace("<", "&lt;")  # Markdown would pass it on as HTML
 
 
 def _text(column: str, value: Any) -> str:
@@ -101,7 +101,7 @@ def _text(column: str, value: Any) -> str:
 
 @dataclass
 class Drawing:
-    """A figure of the page, and of files of its own."""
+    """A figure, on the page and in files of its own."""
 
     name: str
     caption: str
@@ -115,7 +115,7 @@ class Drawing:
 
 @dataclass
 class Block:
-    """A heading with what stands below it."""
+    """A heading with text, tables and figures below it."""
 
     title: str
     text: str = ""
@@ -123,7 +123,7 @@ class Block:
     drawings: list[Drawing] = field(default_factory=list)
 
 
-Part = tuple[list[Table], list[Drawing]]  # of a block
+Part = tuple[list[Table], list[Drawing]]  # a part of a block
 
 
 @dataclass
@@ -140,60 +140,56 @@ class Section:
 
 
 def counts_text(search: SearchResult) -> str:
-    """How far a search is, in words."""
+    """The number of trials by state, as text."""
     counts = search.counts()
     words = [f"{count:,} {what}" for what, count in counts.items() if count or what == "finished"]
     return f"{', '.join(words)}" + ("" if search.finished else " – not finished yet")
 
 
 def _facts(search: SearchResult) -> list[tuple[str, str]]:
-    about, data, origin = search.about, search.about["data"], search.about["provenance"]
+    about, code = search.about, search.about["provenance"]["code"]
     started, *grew = [each["provenance"]["time"] for each in [*about.get("grown_from", ()), about]]
-    shown = {
-        "image_size": f"{data['image_size']} pixels",
-        "normalization": f"normalization {data['normalization']}",
+    name, *options = [f"{k} {v}" for k, v in about["strategy"].items()]
+    name = name.removeprefix("name ")
+    ranked_by = {
+        "val_acc": "val_acc after the last epoch",
+        "best_val_acc": "val_acc of the best epoch",
     }
-    # what is an axis is told as one
-    seen = [text for name, text in shown.items() if f"data.{name}" not in search.params]
-    strategy = dict(about["strategy"])
-    name = strategy.pop("name")
-    options = ", ".join(f"{k} {v}" for k, v in strategy.items())
-    axes = "; ".join(
-        f"{axis}: "
-        + (
-            f"{values['low']} to {values['high']}"
-            if isinstance(values, dict)
-            else ", ".join(map(value_text, values))
-        )
-        for axis, values in about["space"].items()
-    )
     seconds = float(search.networks["seconds"].sum()) if len(search.complete) else 0.0
-    code = origin["code"]
     facts = [
         ("trials", counts_text(search)),
         ("model", search.model),
-        ("searched", axes),
+        ("searched", "; ".join(f"{k}: {_axis_text(axis)}" for k, axis in about["space"].items())),
         ("fixed", setting_text(about["fixed"])),
-        ("strategy", f"{name}{f' ({options})' if options else ''}"),
+        ("strategy", f"{name} ({', '.join(options)})" if options else name),
         ("second round", setting_text(about["second_round"] or {})),
         ("seeds", ", ".join(map(str, about["seeds"]))),
-        (
-            "data",
-            ", ".join(
-                [
-                    f"{data['name']} ({data['source']})",
-                    f"split {data['split']} (seed {data['split_seed']})",
-                    *seen,
-                ]
-            ),
-        ),
-        ("ranked by", "val_acc after the last epoch" if search.objective == "val_acc" else "best"),
-        ("trained for", _duration(seconds) + " of one core"),
+        ("data", _data_text(search)),
+        ("ranked by", ranked_by[search.objective]),
+        ("training time", _duration(seconds) + " on one core"),
         ("started", started),
         ("grew", ", ".join(grew)),
         ("code", f"mnist_lightning {code['mnist_lightning']}, {code.get('commit', '')[:12]}"),
     ]
     return [(name, text) for name, text in facts if text]
+
+
+def _axis_text(axis: Any) -> str:
+    if isinstance(axis, dict):
+        return f"{axis['low']} to {axis['high']}"
+    return ", ".join(map(value_text, axis))
+
+
+def _data_text(search: SearchResult) -> str:
+    data = search.about["data"]
+    parts = {
+        "name": f"{data['name']} ({data['source']})",
+        "split": f"split {data['split']} (seed {data['split_seed']})",
+        "image_size": f"{data['image_size']} pixels",
+        "normalization": f"normalization {data['normalization']}",
+    }
+    # a setting that the search varies is among its axes
+    return ", ".join(text for name, text in parts.items() if f"data.{name}" not in search.params)
 
 
 def _duration(seconds: float) -> str:
@@ -204,39 +200,48 @@ def _duration(seconds: float) -> str:
 
 def overall(searches: Sequence[SearchResult]) -> list[Block]:
     """What is said of all searches together."""
-    compared_with_it = analysis.comparable(searches)
-    held = analysis.against_the_study(compared_with_it)
-    compared = analysis.efficiency(searches)
-    blocks = []
-    if held["repeated"].notna().any():
-        text = (
-            f"{held['repeated'].notna().sum()} of {len(held)} published figures of these models"
-            f" were measured again. {(held['within'] == True).sum()} of the"  # noqa: E712
-            f" {held['within'].notna().sum()} that can be judged agree within noise: half the width"
-            " of the 95 % interval of the difference, from other seeds and another shuffle of the"
-            " images. Where our setting differs from the study's, the note names it, and nothing is"
-            " judged. What was not measured is named."
-        )
-        table = held.drop(columns=["model"])
-        blocks.append(
-            Block("Published against repeated", text, [Table("published", "Row by row", table)])
-        )
-    best = analysis.best_found(compared_with_it)
-    if len(best):
-        text = (
-            "The study's best on validation and on test, beside the best of all searches above."
-            " Chosen on validation; the test images were scored afterwards, by the winner of"
-            " each search."
-        )
-        blocks.append(Block("The best found", text, [Table("best_found", "By model", best)]))
-    if len(compared) > 1:
-        text = (
-            "Costs of one seed. A search that trains fewer networks is cheaper; short of the best"
-            " says what that costs. The best of many trials owes something to luck."
-        )
-        table = Table("searches", "Searches of the same model beside each other", compared)
-        blocks.append(Block("The searches", text, [table]))
-    return blocks
+    compared = analysis.comparable(searches)
+    return [*_published(compared), *_best(compared), *_costs(searches)]
+
+
+def _published(compared: Sequence[SearchResult]) -> list[Block]:
+    against = analysis.against_the_study(compared)
+    measured, judged = against["repeated"].notna().sum(), against["within"].notna().sum()
+    if not measured:
+        return []
+    text = (
+        f"{measured} of {len(against)} published figures of these models were measured again."
+        f" {(against['within'] == True).sum()} of the {judged} that can be judged"  # noqa: E712
+        " agree within noise: half the width of the 95 % interval of the difference, from other"
+        " seeds and another shuffle of the images. Where our setting differs from the study's, the"
+        " note says how, and the figure is not judged. Figures that were not measured are listed"
+        " too."
+    )
+    table = Table("published", "Row by row", against.drop(columns=["model"]))
+    return [Block("Published against repeated", text, [table])]
+
+
+def _best(compared: Sequence[SearchResult]) -> list[Block]:
+    best = analysis.best_found(compared)
+    if best.empty:
+        return []
+    text = (
+        "The study's best on validation and on test, and the best of all searches on this page."
+        " Chosen on validation; the test images were scored afterwards, by the winner of each"
+        " search."
+    )
+    return [Block("The best found", text, [Table("best_found", "By model", best)])]
+
+
+def _costs(searches: Sequence[SearchResult]) -> list[Block]:
+    costs = analysis.efficiency(searches)
+    if len(costs) < 2:
+        return []
+    text = (
+        "Costs for one seed. A search that trains fewer networks is cheaper; the last column says"
+        " how much accuracy that costs. The best of many trials is partly luck."
+    )
+    return [Block("The searches", text, [Table("searches", "Searches of the same model", costs)])]
 
 
 def section(search: SearchResult) -> Section:
@@ -260,7 +265,7 @@ def _blocks(search: SearchResult) -> list[Block]:
 
 
 def _shown(configurations: pd.DataFrame, search: SearchResult) -> pd.DataFrame:
-    """Configurations without the columns that say nothing here."""
+    """The configurations without columns that have one value or none."""
     dropped = ["round"] if configurations["round"].nunique() == 1 else []
     if search.trials["seed"].nunique() == 1:
         dropped += ["sd", "n"]
@@ -444,7 +449,7 @@ def _training(search: SearchResult) -> list[Block]:
     rows, drawings = [], []
     for end in ("best", "median", "worst"):
         if end != "best" and len(search.best_trials("best", 9)) < 9:
-            continue  # they would be the same ones
+            continue  # there are so few trials that they would be the same ones
         for rank, (index, trial) in enumerate(search.best_trials(end).iterrows(), 1):
             stop = stopped.loc[index]
             setting = setting_text(dict(trial[search.params]))
@@ -457,9 +462,9 @@ def _training(search: SearchResult) -> list[Block]:
                 )
             )
     note = (
-        "lowest: epoch of the lowest validation loss; stop: where it would have stopped; saved:"
-        " epochs; kept: the epoch with the lowest loss until then; cost: accuracy after the last"
-        " epoch minus that of the kept one."
+        "lowest: epoch of the lowest validation loss; stop: epoch after which it would have"
+        " stopped; saved: number of epochs saved; kept: epoch of the lowest loss until then; cost:"
+        " accuracy after the last epoch minus that after the kept one."
     )
     table = Table(
         f"{search.name}_stopping", "Early stopping, in hindsight", pd.DataFrame(rows), note
@@ -499,7 +504,7 @@ def _overfitting(search: SearchResult) -> list[Block]:
     text = (
         f"The gap is largest, {widest['gap']:.3f}, for"
         f" {setting_text(dict(widest[search.params]))}."
-        " The training loss is the mean over the mini-batches as they came, before each update."
+        " The training loss is the mean over the mini-batches, each measured before its update."
     )
     return [Block("Overfitting", text, [], drawings)]
 
