@@ -8,7 +8,6 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -108,7 +107,7 @@ class Drawing:
     figure: Figure
     wide: bool = False
 
-    @cached_property
+    @property
     def svg(self) -> str:
         return figures.svg(self.figure, self.caption)
 
