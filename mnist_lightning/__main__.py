@@ -12,7 +12,7 @@ from types import ModuleType
 
 from mnist_lightning import __version__, console
 
-# word: (module, function of the remaining words, what it does)
+# command: (module, function of the remaining arguments, what it does)
 COMMANDS = {
     "fit": ("cli", "fit", "train a model"),
     "validate": ("cli", "validate", "score a checkpoint on the validation images"),
@@ -58,21 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 when it worked, 1 when it failed, 2 when it was not understood, 130 or 143
         when Ctrl-C or SIGTERM stopped it.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
-    if not words or words[0] in ("-h", "--help", "help"):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [argument for argument in argv if argument != "--debug"]
+    if not argv or argv[0] in ("-h", "--help", "help"):
         print(_first_page())
         return 0
-    if words[0] == "--version":
+    if argv[0] == "--version":
         print(__version__)
         return 0
-    if words[0] not in COMMANDS:
-        close = [] if words[0].startswith("-") else get_close_matches(words[0], COMMANDS, n=1)
+    if argv[0] not in COMMANDS:
+        close = [] if argv[0].startswith("-") else get_close_matches(argv[0], COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(COMMANDS)}"
-        print(f"error: no command {words[0]!r}; {hint}", file=sys.stderr)
+        print(f"error: no command {argv[0]!r}; {hint}", file=sys.stderr)
         return 2
-    return _guarded(words, debug)
+    return _guarded(argv, debug)
 
 
 def _first_page() -> str:
@@ -85,8 +85,8 @@ def _first_page() -> str:
     )
 
 
-def _guarded(words: list[str], debug: bool) -> int:
-    module, function, _ = COMMANDS[words[0]]
+def _guarded(argv: list[str], debug: bool) -> int:
+    module, function, _ = COMMANDS[argv[0]]
     hook = threading.excepthook
     if not debug:
         threading.excepthook = _without_write_errors
@@ -94,13 +94,13 @@ def _guarded(words: list[str], debug: bool) -> int:
         trains = module in ("cli", "search.command")
         with _stops_at_once():
             if trains:
-                import_module("mnist_lightning.words").check(words[0], words[1:])
+                import_module("mnist_lightning.words").check(argv[0], argv[1:])
                 _import_torchmetrics()
             imported = import_module(f"mnist_lightning.{module}")
         if trains and "" not in sys.path:  # the user's own models, as with python -m
             sys.path.insert(0, "")
         run: Callable[[list[str]], int | None] = getattr(imported, function)
-        return run(words[1:]) or 0
+        return run(argv[1:]) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -113,7 +113,7 @@ def _guarded(words: list[str], debug: bool) -> int:
         from mnist_lightning.files import printable
 
         if package := _missing_package(error):
-            hint = f"{words[0]} needs {package}: {console.install(EXTRAS[package])}"
+            hint = f"{argv[0]} needs {package}: {console.install(EXTRAS[package])}"
         else:
             hint = _explain(error)
         print(f"error: {printable(hint)}", file=sys.stderr)
