@@ -12,18 +12,24 @@ from types import ModuleType
 
 from mnist_lightning import __version__, console
 
-# word: (module, function of the remaining words, what it does)
+# command: (module, function of the remaining arguments, what it does)
 COMMANDS = {
     "fit": ("cli", "fit", "train a model"),
     "validate": ("cli", "validate", "score a checkpoint on the validation images"),
     "test": ("cli", "test", "score a checkpoint on the test images (evaluations are counted)"),
     "predict": ("cli", "predict", "label images with a checkpoint"),
     "search": ("search.command", "main", "train many models and compare them"),
-    "report": ("report.page", "main", "tables, figures and one page of what searches found"),
+    "report": ("report.command", "main", "tables, figures and one page of what searches found"),
     "inspect": ("cli", "inspect", "print the layers of a model, and the perceptron's tensors"),
     "configs": ("catalog", "main", "list the shipped configurations and searches, with results"),
     "doctor": ("doctor", "main", "check the installation: versions, data, GPU, disk, memory"),
     "completion": ("completion", "main", "print what makes bash, zsh or fish complete words"),
+}
+
+# packages of the extras in pyproject.toml, by the name that is imported
+EXTRAS = {
+    **dict.fromkeys(("optuna", "pandas", "tqdm", "matplotlib", "jinja2"), "search"),
+    "psycopg2": "postgres",
 }
 
 HELP = """usage: mnist-lightning COMMAND [options]        (or: python -m mnist_lightning ...)
@@ -52,21 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 when it worked, 1 when it failed, 2 when it was not understood, 130 or 143
         when Ctrl-C or SIGTERM stopped it.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
-    if not words or words[0] in ("-h", "--help", "help"):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [argument for argument in argv if argument != "--debug"]
+    if not argv or argv[0] in ("-h", "--help", "help"):
         print(_first_page())
         return 0
-    if words[0] == "--version":
+    if argv[0] == "--version":
         print(__version__)
         return 0
-    if words[0] not in COMMANDS:
-        close = [] if words[0].startswith("-") else get_close_matches(words[0], COMMANDS, n=1)
+    if argv[0] not in COMMANDS:
+        close = [] if argv[0].startswith("-") else get_close_matches(argv[0], COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(COMMANDS)}"
-        print(f"error: no command {words[0]!r}; {hint}", file=sys.stderr)
+        print(f"error: no command {argv[0]!r}; {hint}", file=sys.stderr)
         return 2
-    return _guarded(words, debug)
+    return _guarded(argv, debug)
 
 
 def _first_page() -> str:
@@ -79,8 +85,8 @@ def _first_page() -> str:
     )
 
 
-def _guarded(words: list[str], debug: bool) -> int:
-    module, function, _ = COMMANDS[words[0]]
+def _guarded(argv: list[str], debug: bool) -> int:
+    module, function, _ = COMMANDS[argv[0]]
     hook = threading.excepthook
     if not debug:
         threading.excepthook = _without_write_errors
@@ -88,13 +94,13 @@ def _guarded(words: list[str], debug: bool) -> int:
         trains = module in ("cli", "search.command")
         with _stops_at_once():
             if trains:
-                import_module("mnist_lightning.words").check(words[0], words[1:])
+                import_module("mnist_lightning.words").check(argv[0], argv[1:])
                 _import_torchmetrics()
             imported = import_module(f"mnist_lightning.{module}")
         if trains and "" not in sys.path:  # the user's own models, as with python -m
             sys.path.insert(0, "")
         run: Callable[[list[str]], int | None] = getattr(imported, function)
-        return run(words[1:]) or 0
+        return run(argv[1:]) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -106,7 +112,11 @@ def _guarded(words: list[str], debug: bool) -> int:
             raise
         from mnist_lightning.files import printable
 
-        print(f"error: {printable(_explain(error))}", file=sys.stderr)
+        if package := _missing_package(error):
+            hint = f"{argv[0]} needs {package}: {console.install(EXTRAS[package])}"
+        else:
+            hint = _explain(error)
+        print(f"error: {printable(hint)}", file=sys.stderr)
         return 1
     finally:
         threading.excepthook = hook
@@ -154,6 +164,17 @@ def _without_write_errors(failure: threading.ExceptHookArgs) -> None:
     """TensorBoard's thread prints a traceback on a full disk; its next call raises the same."""
     if not issubclass(failure.exc_type, OSError):
         threading.__excepthook__(failure)
+
+
+def _missing_package(error: BaseException | None) -> str | None:
+    """The package of an extra that is not installed, where that is what an error comes from."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError):
+            package = (error.name or "").partition(".")[0]
+            if package in EXTRAS:
+                return package
+        error = error.__cause__  # Optuna and SQLAlchemy raise errors of their own from it
+    return None
 
 
 def _explain(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What there is to choose from: the shipped configurations and searches. Imports nothing heavy."""
+"""The shipped configurations and searches. This module imports nothing heavy."""
 
 import argparse
 import sys
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from mnist_lightning.console import suggest
 
-# folder of the shipped files: (what they are, the command that takes them)
+# folder of the shipped files: (what they are, the command that uses them)
 KINDS = {".": ("configurations", "fit"), "search": ("searches", "search")}
 
 
 def shipped_configs(folder: str = ".") -> list[Path]:
-    """The shipped configurations: inside the installed package, or beside it in a checkout."""
+    """The shipped configurations: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).parent
     root = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
     return sorted((root / folder).glob("*.yaml")) if root else []
@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     """``mnist-lightning configs [NAME]``.
 
     Raises:
-        ValueError: nothing of that name is shipped, or the options are not understood.
+        ValueError: no shipped file has that name, or there is an unknown option.
     """
     parser = argparse.ArgumentParser(
         prog="mnist-lightning configs",
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _listed(folder: str) -> str:
-    """A line for each file: its name, and what the comment on its top says after the command."""
+    """A line for each file: its name, and the second line of the comment at its top."""
     files = shipped_configs(folder)
     width = max((len(file.stem) for file in files), default=0)
     what, command = KINDS[folder]
@@ -62,5 +62,5 @@ def _listed(folder: str) -> str:
 
 
 def _preferred(file: Path) -> str | None:
-    """What ``--config`` takes in place of a shipped file, from the working directory."""
+    """The file in the working directory that ``--config`` prefers to a shipped one, if any."""
     return next((name for name in (file.name, file.stem) if Path(name).is_file()), None)

@@ -1,7 +1,7 @@
 """Completion for bash, zsh and fish.
 
-At each TAB the shell asks this program what fits. So it imports nothing heavy: ``options.tsv``
-lists the options of the commands, and a test holds that file against their parsers.
+At each TAB the shell asks this program for candidates, so nothing heavy is imported: the options
+of the commands are in ``options.tsv``, and a test compares that file with their parsers.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mnist_lightning.catalog import KINDS, shipped_configs
 
-# What the shell runs once. Where nothing fits, it offers files, as it does for other programs.
+# What each shell runs once. If there are no candidates, it offers files, as for other programs.
 SCRIPTS = {
     "bash": """
 _mnist_lightning() {
@@ -21,18 +21,18 @@ _mnist_lightning() {
 complete -o default -F _mnist_lightning mnist-lightning""",
     "zsh": """
 _mnist_lightning() {
-    local -a found
-    found=(${(f)"$("${(Q)words[1]}" completion --words "${(@)words[2,CURRENT]}" 2>/dev/null)"})
-    if (( $#found )); then compadd -a found; else _files; fi
+    local -a candidates
+    candidates=(${(f)"$("${(Q)words[1]}" completion --words "${(@)words[2,CURRENT]}" 2>/dev/null)"})
+    if (( $#candidates )); then compadd -a candidates; else _files; fi
 }
 (( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
 compdef _mnist_lightning mnist-lightning""",
     "fish": """
 function _mnist_lightning
     set -l words (commandline -opc)
-    set -l found ($words[1] completion --words $words[2..] (commandline -ct) 2>/dev/null)
-    if set -q found[1]
-        printf '%s\\n' $found
+    set -l candidates ($words[1] completion --words $words[2..] (commandline -ct) 2>/dev/null)
+    if set -q candidates[1]
+        printf '%s\\n' $candidates
     else
         __fish_complete_path (commandline -ct)
     end
@@ -42,7 +42,7 @@ complete -c mnist-lightning -f -a '(_mnist_lightning)'""",
 
 
 class Option(NamedTuple):
-    """An option, the commands that have it, and its values where they are few."""
+    """An option, the commands that have it, and its values if they are few."""
 
     name: str
     commands: list[str]
@@ -53,14 +53,14 @@ def main(argv: Sequence[str]) -> int:
     """``mnist-lightning completion SHELL``.
 
     Raises:
-        ValueError: for another shell.
+        ValueError: the shell is another one.
     """
-    if argv[:1] == ["--words"]:  # from the shell: the words after the program, up to the cursor
+    if argv[:1] == ["--words"]:  # from the shell: the arguments up to the cursor
         print("\n".join(candidates(argv[1:])))
         return 0
     parser = argparse.ArgumentParser(
         prog="mnist-lightning completion",
-        description="Print what makes a shell complete commands, options and names at TAB.",
+        description="Print a script that makes a shell complete commands, options and names.",
         epilog="""In ~/.bashrc:   eval "$(mnist-lightning completion bash)"
 In ~/.zshrc:    eval "$(mnist-lightning completion zsh)"
 In ~/.config/fish/config.fish:   mnist-lightning completion fish | source""",
@@ -76,28 +76,28 @@ In ~/.config/fish/config.fish:   mnist-lightning completion fish | source""",
 
 
 def options() -> list[Option]:
-    """Those of all commands."""
+    """The options of all commands."""
     lines = Path(__file__).with_name("options.tsv").read_text().splitlines()
     rows = (line.split("\t") for line in lines)
     return [Option(name, commands.split(), values.split()) for name, commands, values in rows]
 
 
-def candidates(words: Sequence[str]) -> list[str]:
-    """What can stand in place of the last word.
+def candidates(argv: Sequence[str]) -> list[str]:
+    """What can replace the last argument.
 
     Args:
-        words: after the program's name, the last one being typed, maybe empty. Bash gives
-            ``--option=value`` as three words.
+        argv: after the program's name; the last argument is being typed and may be empty. Bash
+            gives ``--option=value`` as three arguments.
     """
-    *before, current = [word for word in words if word != "="] or [""]
-    if words[-1:] == ["="]:
+    *before, current = [argument for argument in argv if argument != "="] or [""]
+    if argv[-1:] == ["="]:
         before, current = [*before, current], ""
     if not before:
         commands = next(option.commands for option in options() if option.name == "--help")
         return _fitting([*commands, "--help", "--version"], current)
     option, equals, value = current.partition("=")
     if equals and option.startswith("--"):
-        return [f"{option}={found}" for found in _fitting(_values(before[0], option), value)]
+        return [f"{option}={fitting}" for fitting in _fitting(_values(before[0], option), value)]
     if before[-1].startswith("-") and (values := _values(before[0], before[-1])):
         return _fitting(values, current)
     if before[0] == "configs":
@@ -110,8 +110,8 @@ def candidates(words: Sequence[str]) -> list[str]:
     return []
 
 
-def _fitting(words: list[str], start: str) -> list[str]:
-    return [word for word in words if word.startswith(start)]
+def _fitting(names: list[str], start: str) -> list[str]:
+    return [name for name in names if name.startswith(start)]
 
 
 def _values(command: str, option: str) -> list[str]:
@@ -125,7 +125,7 @@ def _values(command: str, option: str) -> list[str]:
 
 
 def _runs(root: Path) -> list[str]:
-    """Names that ``--ckpt_path`` takes, of trainings and of searches."""
+    """Names of trainings and searches, for ``--ckpt_path``."""
     trainings = {path.parts[-4] for path in root.glob("*/version_*/checkpoints/best.ckpt")}
     searches = {path.parts[-3] for path in root.glob("search/*/checkpoints/best.ckpt")}
     return [

@@ -6,7 +6,6 @@ import shutil
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 
 from mnist_lightning.files import printable
@@ -52,20 +51,6 @@ def install(extra: str) -> str:
     if (checkout / "pyproject.toml").is_file():
         return python("-m", "pip", "install", "-e", f"{short(checkout)}[{extra}]")
     return python("-m", "pip", "install", f"{PROGRAM}[{extra}]")
-
-
-def require(package: str, what: str) -> None:
-    """Refuses to go on without a package of the ``search`` extra.
-
-    Args:
-        package: its name.
-        what: the thing that needs it, for the message.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    if find_spec(package) is None:
-        raise ValueError(f"{what} needs {package}: {install('search')}")
 
 
 def short(path: Path) -> str:

@@ -1,6 +1,6 @@
-"""Checks the installation: versions, PyTorch, data, GPU, threads, disk, memory; each with a remedy.
+"""Checks the installation: versions, PyTorch, data, GPU, threads, disk, memory.
 
-Whatever is broken becomes a line of its own, so nothing is imported before its check.
+Each problem is one line with a remedy. A package is imported only after its own check.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mnist_lightning import __version__
 
-if TYPE_CHECKING:  # even this package may be missing
+if TYPE_CHECKING:  # this package may be missing too
     from packaging.requirements import Requirement
 
 NAME = "mnist-lightning"
@@ -31,24 +31,24 @@ GIB = 2**30
 
 
 class Finding(NamedTuple):
-    """One line of the answer."""
+    """One line of the output."""
 
     level: str
     """``ok``, ``warning`` or ``error``."""
     what: str
-    found: str
+    result: str
     remedy: str = ""
-    """In words; a command has a line of its own."""
+    """What to do about it; a command is on a line of its own."""
 
 
 def main(argv: Sequence[str]) -> int:
     """``mnist-lightning doctor``.
 
     Returns:
-        0, or 1 where an error was found.
+        0, or 1 if there is an error.
 
     Raises:
-        ValueError: it was given words that it does not understand.
+        ValueError: there is an argument; it takes none.
     """
     parser = argparse.ArgumentParser(
         prog="mnist-lightning doctor",
@@ -61,9 +61,9 @@ def main(argv: Sequence[str]) -> int:
     levels = []
     for finding in findings():
         levels.append(finding.level)
-        print(f"{finding.level:<9}{finding.what:<13}{finding.found}", flush=True)
+        print(f"{finding.level:<9}{finding.what:<13}{finding.result}", flush=True)
         for line in finding.remedy.splitlines():
-            command = line.startswith(shlex.quote(sys.executable))  # to be pasted: on one line
+            command = line.startswith(shlex.quote(sys.executable))  # on one line, to be pasted
             for part in [line] if command else textwrap.wrap(line, 76, break_long_words=False):
                 print(f"{'':<22}{part}", flush=True)
     errors, cautions = levels.count("error"), levels.count("warning")
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def findings() -> Iterator[Finding]:
-    """What all checks find, one after the other."""
+    """The findings of all checks, one after the other."""
     stages = (_python, _packages), (_torch,), (_lightning,), (_gpu, _data, _memory)
     for checks in stages:
         sound = True
@@ -80,7 +80,7 @@ def findings() -> Iterator[Finding]:
             for finding in _caught(check):
                 sound &= finding.level != "error"
                 yield finding
-        if not sound:  # what is missing, too old or malicious is not imported
+        if not sound:  # a package that is missing, too old or malicious must not be imported
             break
     for check in (_threads, _disk, _logs):
         yield from _caught(check)
@@ -93,7 +93,7 @@ def _caught(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
             warnings.simplefilter("ignore")
             yield from check()
     except Exception as error:
-        remedy = f"which packages do not fit together, says\n{_pip('check')}"
+        remedy = f"find packages that do not fit together:\n{_pip('check')}"
         yield Finding("error", check.__name__.strip("_"), _first_line(error), remedy)
 
 
@@ -118,22 +118,22 @@ def _packages() -> Iterator[Finding]:
     }
     within = 0
     for requirement in [*needed, *(r for texts in extras.values() for r in texts)]:
-        found = _version(requirement.name)
-        if found is None:
+        installed = _version(requirement.name)
+        if installed is None:
             if requirement in needed:
                 yield Finding("error", requirement.name, "not installed", _install(requirement))
-        elif requirement.name == "lightning" and found in MALWARE:
-            pass  # said below
-        elif finding := _out_of_range(requirement, found):
+        elif requirement.name == "lightning" and installed in MALWARE:
+            pass  # it has a line below
+        elif finding := _out_of_range(requirement, installed):
             yield finding
         else:
             within += 1
     for name in ("lightning", "pytorch-lightning"):
-        if (found := _version(name)) in MALWARE:
+        if (installed := _version(name)) in MALWARE:
             yield Finding(
                 "error",
                 name,
-                f"{found} is malware: it steals credentials when it is imported",
+                f"{installed} is malware: it steals credentials when it is imported",
                 "delete this environment without starting Python in it again, make another, and"
                 " replace all passwords, tokens and keys that this machine holds",
             )
@@ -144,14 +144,14 @@ def _packages() -> Iterator[Finding]:
         yield Finding("ok", extra, said, _install(*missing) if missing else "")
 
 
-def _out_of_range(requirement: "Requirement", found: str) -> Finding | None:
+def _out_of_range(requirement: "Requirement", installed: str) -> Finding | None:
     from packaging.specifiers import SpecifierSet
 
-    if requirement.specifier.contains(found, prereleases=True):
+    if requirement.specifier.contains(installed, prereleases=True):
         return None
     bounds = SpecifierSet(",".join(str(s) for s in requirement.specifier if s.operator != "!="))
-    level = "warning" if bounds.contains(found, prereleases=True) else "error"
-    said = f"{found} is not within {requirement.specifier}"
+    level = "warning" if bounds.contains(installed, prereleases=True) else "error"
+    said = f"{installed} is not within {requirement.specifier}"
     return Finding(level, requirement.name, said, _install(requirement))
 
 
@@ -159,12 +159,12 @@ def _install(*requirements: "Requirement") -> str:
     return _pip("install", *(f"{r.name}{r.specifier}" for r in requirements))
 
 
-def _pip(*words: str) -> str:
-    return shlex.join([sys.executable, "-m", "pip", *words])
+def _pip(*arguments: str) -> str:
+    return shlex.join([sys.executable, "-m", "pip", *arguments])
 
 
 def _torch() -> Iterator[Finding]:
-    """Whether PyTorch and torchvision can be imported, and belong together."""
+    """Whether PyTorch and torchvision can be imported and fit together."""
     from packaging.requirements import Requirement
 
     again = _pip("install", "--force-reinstall", "torch", "torchvision")
@@ -172,7 +172,7 @@ def _torch() -> Iterator[Finding]:
         import torch
 
         torch.ones(2, 2) @ torch.ones(2, 2)
-    except Exception as error:  # missing libraries, a processor that is too old ...
+    except Exception as error:  # a missing library, a processor that is too old ...
         yield Finding("error", "torch", _first_line(error), again)
         return
     build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
@@ -233,7 +233,7 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _nvidia_smi() -> list[str]:
-    """The GPUs that NVIDIA's own tool lists."""
+    """The GPUs that ``nvidia-smi`` lists."""
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -243,7 +243,7 @@ def _nvidia_smi() -> list[str]:
 
 
 def _data() -> Iterator[Finding]:
-    """Reads MNIST as a training would, checksums included, but fetches nothing."""
+    """Reads MNIST as a training does, with its checksums, but downloads nothing."""
     from mnist_lightning.data.module import MNISTDataModule
 
     data = MNISTDataModule()
@@ -251,7 +251,7 @@ def _data() -> Iterator[Finding]:
         data.setup()
     except ValueError as error:
         yield Finding(
-            "error", "data", f"MNIST in {data.data_dir} is damaged or in parts", str(error)
+            "error", "data", f"MNIST in {data.data_dir} is damaged or incomplete", str(error)
         )
         return
     if data.source == "mnist":
@@ -261,8 +261,8 @@ def _data() -> Iterator[Finding]:
             "warning",
             "data",
             f"no MNIST in {data.data_dir}",
-            "a training fetches it there, or takes scikit-learn's digits where it cannot; if you"
-            " have it elsewhere, set MNIST_DATA_DIR to the folder that holds MNIST/raw",
+            "a training downloads it to there, or uses scikit-learn's digits if it cannot; if you"
+            " have it elsewhere, set MNIST_DATA_DIR to the folder that contains MNIST/raw",
         )
 
 
@@ -279,8 +279,8 @@ def _threads() -> Iterator[Finding]:
     cores, said = _cores(), os.environ.get("OMP_NUM_THREADS")
     limit = _container_cores()
     usable = cores if limit is None else min(cores, max(1, round(limit)))
-    found = f"{cores} cores" if limit is None else f"{cores} cores, {limit:g} for this container"
-    found += f", OMP_NUM_THREADS={said}" if said is not None else ""
+    result = f"{cores} cores" if limit is None else f"{cores} cores, {limit:g} for this container"
+    result += f", OMP_NUM_THREADS={said}" if said is not None else ""
     remedy = ""
     if said is not None and not said.isdecimal():
         remedy = f"OMP_NUM_THREADS must be a number: set it to {usable}, or unset it"
@@ -288,18 +288,18 @@ def _threads() -> Iterator[Finding]:
         remedy = f"more threads than cores wait for each other: set OMP_NUM_THREADS to {usable}"
     elif said is None and usable < cores:
         remedy = f"convolutions would start {cores} threads: set OMP_NUM_THREADS to {usable}"
-    yield Finding("warning" if remedy else "ok", "threads", found, remedy)
+    yield Finding("warning" if remedy else "ok", "threads", result, remedy)
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _container_cores(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """The share of the processor that the container allows, in cores, if it is limited."""
+    """How many cores the container may use; ``None`` if it is not limited."""
     try:
         if (root / "cpu.max").is_file():
             quota, period = (root / "cpu.max").read_text().split()
@@ -308,7 +308,7 @@ def _container_cores(root: Path = Path("/sys/fs/cgroup")) -> float | None:
                 (root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
             )
         return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError):  # not there, or "max"
+    except (OSError, ValueError):  # no such file, or its content is "max"
         return None
 
 
@@ -320,7 +320,7 @@ def _disk() -> Iterator[Finding]:
 
 
 def _logs() -> Iterator[Finding]:
-    """Whether runs can be written, tried with a file that is gone afterwards."""
+    """Whether runs can be written, tried with a temporary file."""
     folder = LOGS if LOGS.exists() else Path()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -335,7 +335,7 @@ def _logs() -> Iterator[Finding]:
 
 
 def _project() -> dict[str, Any]:
-    """The ``[project]`` table: of the checkout, or else what was installed says the same."""
+    """The ``[project]`` table of the checkout, or the same from the installed metadata."""
     file = Path(__file__).parent.parent / "pyproject.toml"
     if file.is_file():
         return dict(tomllib.loads(file.read_text())["project"])

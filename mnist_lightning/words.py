@@ -17,7 +17,7 @@ from mnist_lightning.catalog import shipped_configs
 from mnist_lightning.classes import is_own
 from mnist_lightning.completion import options as listed
 from mnist_lightning.configs import Asked, asked, find_config
-from mnist_lightning.console import python, require, suggest
+from mnist_lightning.console import python, suggest
 from mnist_lightning.runs.folder import find_checkpoint, run_name
 
 _WITHIN = {"help", "class_path", "init_args", "dict_kwargs"}
@@ -32,7 +32,8 @@ def check(command: str, words: Sequence[str]) -> None:
 
     Raises:
         ValueError: an option that there is not, a configuration or checkpoint that is not there, no
-            model or no weights where there must be some, a package that is not installed.
+            model or no weights where there must be some, PyTorch or Lightning is not installed.
+        ModuleNotFoundError: a search without Optuna.
     """
     for package in ("torch", "lightning"):
         if find_spec(package) is None:
@@ -45,8 +46,8 @@ def check(command: str, words: Sequence[str]) -> None:
         for name, value in found:
             if name == "config":
                 find_config(value, "search")
-        if "help" not in given:
-            require("optuna", "a search")
+        if "help" not in given and find_spec("optuna") is None:
+            raise ModuleNotFoundError(name="optuna")  # __main__ says how to install it
         return
     wanted = asked(words)
     if not is_own(wanted.model):

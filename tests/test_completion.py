@@ -73,23 +73,23 @@ def _of_class(group: str, cls: type) -> Iterator[tuple[str, Any]]:
 def _parsed() -> dict[str, tuple[list[str], list[str]]]:
     """Each option of the real parsers, with its commands and values."""
     from mnist_lightning import catalog, completion, doctor
-    from mnist_lightning.report import page
+    from mnist_lightning.report import command as report
 
     subcommands = _of_cli(run=True)._subcommands_action.choices
     parsers = {
         **{name: subcommands[name] for name in ("fit", "validate", "test", "predict")},
         "search": search._parser(),
-        "report": _of_main(page.main),
+        "report": _of_main(report.main),
         "inspect": _of_cli(run=False),
         "configs": _of_main(catalog.main),
         "doctor": _of_main(doctor.main),
         "completion": _of_main(completion.main),
     }
     assert parsers.keys() == COMMANDS.keys()
-    found: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    parsed: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
 
     def note(command: str, option: str, hint: Any) -> None:
-        commands, values = found.setdefault(option, ({}, {}))
+        commands, values = parsed.setdefault(option, ({}, {}))
         commands[command] = None
         values.update(dict.fromkeys(_values(hint)))
 
@@ -109,8 +109,8 @@ def _parsed() -> dict[str, tuple[list[str], list[str]]]:
             if command != "inspect":
                 note(command, "--trust", None)
     for option in ("--model", "--model.help"):
-        found[option][1].update(dict.fromkeys(ARCHITECTURES))
-    return {option: (list(found[option][0]), list(found[option][1])) for option in sorted(found)}
+        parsed[option][1].update(dict.fromkeys(ARCHITECTURES))
+    return {option: (list(parsed[option][0]), list(parsed[option][1])) for option in sorted(parsed)}
 
 
 def test_options_are_those_of_the_parsers() -> None:

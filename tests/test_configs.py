@@ -110,7 +110,7 @@ def test_what_searches_reached_is_what_is_committed() -> None:
         if file.stem not in found:
             assert summary.endswith(": not measured here")
             continue
-        best, tested = found[file.stem].cells.iloc[0], analysis.tested(found[file.stem])
+        best, tested = found[file.stem].configurations.iloc[0], analysis.tested(found[file.stem])
         assert tested is not None
         accuracy = f"{best['acc']:.4f}" + (f" ± {best['sd']:.4f}" if best["n"] > 1 else "")
         said = f": best validation {accuracy} (n={best['n']:.0f}), test {tested['acc']:.4f}"

@@ -25,12 +25,12 @@ def _there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
-def found(check: object) -> list[Finding]:
+def findings_of(check: object) -> list[Finding]:
     return list(doctor._caught(check))
 
 
 def only(check: object) -> Finding:
-    (finding,) = found(check)
+    (finding,) = findings_of(check)
     return finding
 
 
@@ -79,7 +79,7 @@ def test_versions(
     monkeypatch.setattr(doctor, "_version", lambda name: version if name == package else real(name))
     wrong = [finding for finding in doctor.findings() if finding.what == package]
     assert [finding.level for finding in wrong][:1] == [level]
-    assert wrong[0].found.startswith(said)
+    assert wrong[0].result.startswith(said)
     assert wrong[0].remedy
     whats = {finding.what for finding in doctor.findings()}
     assert ("memory" in whats) == (level == "warning")  # nothing is imported after an error
@@ -89,8 +89,8 @@ def test_versions(
 def test_an_extra_that_is_not_there_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "optuna" else real(name))
-    (search,) = [finding for finding in found(doctor._packages) if finding.what == "search"]
-    assert (search.level, search.found) == ("ok", "not installed: optuna")
+    (search,) = [finding for finding in findings_of(doctor._packages) if finding.what == "search"]
+    assert (search.level, search.result) == ("ok", "not installed: optuna")
     assert search.remedy.endswith(" -m pip install 'optuna<6,>=5'")
 
 
@@ -118,9 +118,9 @@ def test_a_torch_that_cannot_be_imported(tmp_path: Path) -> None:
 
 def test_torch_and_torchvision_of_different_releases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "requires", lambda name: ["numpy", "torch==2.0.1"])
-    *_, finding = found(doctor._torch)
+    *_, finding = findings_of(doctor._torch)
     assert (finding.level, finding.what) == ("error", "torchvision")
-    assert f"needs torch==2.0.1, not {torch.__version__}" in finding.found
+    assert f"needs torch==2.0.1, not {torch.__version__}" in finding.result
 
 
 def test_a_torchvision_without_its_compiled_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,9 +130,9 @@ def test_a_torchvision_without_its_compiled_part(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("operator torchvision::nms does not exist\nsecond line")
 
     monkeypatch.setattr(torchvision.ops, "nms", nms)
-    *_, finding = found(doctor._torch)
+    *_, finding = findings_of(doctor._torch)
     assert finding.level == "error"
-    assert finding.found == "RuntimeError: operator torchvision::nms does not exist"
+    assert finding.result == "RuntimeError: operator torchvision::nms does not exist"
 
 
 @pytest.mark.parametrize(
@@ -161,13 +161,13 @@ def test_a_gpu_that_pytorch_does_not_see(
     monkeypatch.setattr(torch.version, "cuda", build)
     finding = only(doctor._gpu)
     assert finding.level == "warning"
-    assert finding.found == "PyTorch does not see GPU 0: NVIDIA H100 80GB HBM3"
+    assert finding.result == "PyTorch does not see GPU 0: NVIDIA H100 80GB HBM3"
     assert finding.remedy.startswith(remedy)
 
 
 def test_no_data_and_damaged_data(tmp_path: Path) -> None:
     missing = only(doctor._data)
-    assert (missing.level, missing.found) == ("warning", "no MNIST in data")
+    assert (missing.level, missing.result) == ("warning", "no MNIST in data")
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / "train-images-idx3-ubyte").write_bytes(b"nothing")
@@ -181,7 +181,7 @@ def test_sound_data(mnist_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "MNIST_DATA_DIR", str(mnist_dir if mnist_dir.is_absolute() else ROOT / mnist_dir)
     )
     finding = only(doctor._data)
-    assert (finding.level, finding.found.partition(", ")[2]) == ("ok", "checksums match")
+    assert (finding.level, finding.result.partition(", ")[2]) == ("ok", "checksums match")
 
 
 @pytest.mark.parametrize(
@@ -244,13 +244,13 @@ def test_disk(gib: float, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 0.3 * 2**30)
     finding = only(doctor._memory)
-    assert (finding.level, finding.found) == ("warning", "0.3 GiB available")
+    assert (finding.level, finding.result) == ("warning", "0.3 GiB available")
 
 
 def test_runs_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "lightning_logs").touch()  # a file where the folder should be
     finding = only(doctor._logs)
-    assert (finding.level, finding.found) == (
+    assert (finding.level, finding.result) == (
         "error",
         f"{tmp_path}/lightning_logs: not a directory",
     )
@@ -262,7 +262,7 @@ def test_a_check_that_fails_is_a_finding() -> None:
         raise KeyError("anything")
 
     finding = only(_broken)
-    assert (finding.level, finding.what, finding.found) == (
+    assert (finding.level, finding.what, finding.result) == (
         "error",
         "broken",
         "KeyError: 'anything'",

@@ -15,9 +15,9 @@ from mnist_lightning.runs import evaluations
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("trained")
-    words = "fit --config shallow --data.source digits --trainer.max_epochs 1"
-    words += f" --trainer.accelerator cpu --trainer.default_root_dir {root}"
-    assert main(words.split()) == 0
+    command = "fit --config shallow --data.source digits --trainer.max_epochs 1"
+    command += f" --trainer.accelerator cpu --trainer.default_root_dir {root}"
+    assert main(command.split()) == 0
     return root / "lightning_logs" / "shallow" / "version_0"
 
 
@@ -103,8 +103,8 @@ def test_scoring_nothing_is_an_error_and_no_evaluation(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command, limit in (("test", "test"), ("validate", "val"), ("predict", "predict")):
-        words = f"{command} --ckpt_path {run} --trainer.limit_{limit}_batches 0"
-        assert main(words.split()) == 1
+        argv = [command, "--ckpt_path", str(run), f"--trainer.limit_{limit}_batches", "0"]
+        assert main(argv) == 1
         assert f"limit_{limit}_batches is 0" in capsys.readouterr().err
     assert not (run / "test.json").exists()
     assert not (run / "predictions.csv").exists()

@@ -145,11 +145,12 @@ def _loaded(code: str) -> set[str]:
         *([], ["--help"], ["--version"], ["fti"]),
         *(["configs"], ["configs", "shallow"], ["completion", "bash"]),
         ["completion", "--words", "fit", "--config", ""],
+        *(["report"], ["report", "--colour"]),
     ],
 )
 def test_help_and_typos_do_not_wait_for_torch(words: list[str]) -> None:
     loaded = _loaded(f"from mnist_lightning.__main__ import main; main({words!r})")
-    assert loaded.isdisjoint({"torch", "lightning", "numpy", "jsonargparse", "yaml"})
+    assert loaded.isdisjoint({"torch", "lightning", "numpy", "jsonargparse", "yaml", "matplotlib"})
 
 
 def test_fit_imports_no_more_than_lightnings_command_line() -> None:

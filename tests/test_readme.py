@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mnist_lightning.report import analysis
-from mnist_lightning.report.analysis import Found
+from mnist_lightning.report.analysis import SearchResult
+from mnist_lightning.report.findings import in_words
 from mnist_lightning.report.published import PUBLISHED
 
 ROOT = Path(__file__).parent.parent
@@ -19,8 +21,8 @@ README = " ".join((ROOT / "README.md").read_text().split())  # wherever its line
 
 
 @cache
-def searches() -> dict[str, Found]:
-    return {found.name: found for found in analysis.read(ROOT / "lightning_logs" / "study")}
+def searches() -> dict[str, SearchResult]:
+    return {search.name: search for search in analysis.read(ROOT / "lightning_logs" / "study")}
 
 
 @cache
@@ -30,10 +32,10 @@ def results(name: str) -> Any:
 
 def bench(path: str) -> Any:
     """What lies at ``part/key/name`` in bench.json; of a list, the median."""
-    found = results("bench.json")
+    value = results("bench.json")
     for key in path.split("/"):
-        found = found[key]
-    return statistics.median(found) if isinstance(found, list) else found
+        value = value[key]
+    return statistics.median(value) if isinstance(value, list) else value
 
 
 def times(ours: str, theirs: str) -> float:
@@ -43,15 +45,15 @@ def times(ours: str, theirs: str) -> float:
 
 def cell(search: str, **setting: Any) -> list[float]:
     """Mean and standard deviation over seeds of the validation accuracy, and their number."""
-    cells = searches()[search].cells
+    rows = searches()[search].configurations
     for name, value in setting.items():
-        cells = cells[cells[name.replace("__", ".")] == value]
-    (row,) = cells.itertuples()
+        rows = rows[rows[name.replace("__", ".")] == value]
+    (row,) = rows.itertuples()
     return [row.acc, row.sd, row.n]
 
 
 def best(*names: str) -> float:
-    return max(searches()[name].cells["acc"].iloc[0] for name in names)
+    return max(searches()[name].configurations["acc"].iloc[0] for name in names)
 
 
 def shallow_agreement() -> list[int]:
@@ -69,35 +71,62 @@ def published(where: str) -> float:
 
 def stem(kind: str, batch_norm: str) -> list[float]:
     cells = results("bench.json")["stem"]["cells"]
-    (found,) = (c for c in cells if (c["stem"], c["batch_norm"]) == (kind, batch_norm))
-    assert len(found["val_acc"]) == 3
-    return [statistics.mean(found["val_acc"]), statistics.stdev(found["val_acc"])]
+    (accuracies,) = (
+        c["val_acc"] for c in cells if (c["stem"], c["batch_norm"]) == (kind, batch_norm)
+    )
+    assert len(accuracies) == 3
+    return [statistics.mean(accuracies), statistics.stdev(accuracies)]
+
+
+def stem_digits() -> list[str]:
+    """First and last of the digits that are told apart, and of those that trained the trunk."""
+    return re.findall(r"\d", bench("stem/what"))
+
+
+def shallow_steps() -> list[float]:
+    """Batch size of ``shallow``, and its steps in an epoch."""
+    batch_size = yaml.safe_load((ROOT / "configs" / "shallow.yaml").read_text())["data"][
+        "batch_size"
+    ]
+    return [batch_size, bench("fit/train_images") / batch_size]
+
+
+def split_sizes() -> list[int]:
+    """Images of each part of the two splits of MNIST."""
+    numbers = []
+    study = searches()["shallow_grid"]
+    for split in ("study", "canonical"):
+        data = {**study.about["data"], "split": split}
+        counts = analysis.image_counts(
+            SearchResult(study.path, {**study.about, "data": data}, study.trials, [])
+        )
+        numbers += [70_000 - sum(counts.values()), counts["val"], counts["test"]]
+    return numbers
 
 
 def rounding(dtype: str, way: str) -> list[float]:
     """Median and greatest distance from autograd."""
     cells = (c for c in results("rounding.json")["distance"] if c["dtype"] == dtype)
-    distances = [value for found in cells for value in found[way]]
+    distances = [value for c in cells for value in c[way]]
     return [statistics.median(distances), max(distances)]
 
 
 def rounding_setup() -> list[int]:
-    found = results("rounding.json")
-    networks = {str((c["hidden_units"], c["lr"], c["batch_size"])) for c in found["distance"]}
-    assert all(
-        len(c[way]) == found["n"] for c in found["distance"] for way in ("stacked", "permuted")
-    )
-    return [found["steps"], len(networks), found["n"]]
+    measured = results("rounding.json")
+    cells = measured["distance"]
+    networks = {str((c["hidden_units"], c["lr"], c["batch_size"])) for c in cells}
+    assert all(len(c[way]) == measured["n"] for c in cells for way in ("stacked", "permuted"))
+    return [measured["steps"], len(networks), measured["n"]]
 
 
 def accuracy_change(way: str) -> float:
-    found = results("rounding.json")["val_acc"]
-    return max(abs(a - b) for a, b in zip(found[way], found["autograd"], strict=True))
+    accuracies = results("rounding.json")["val_acc"]
+    return max(abs(a - b) for a, b in zip(accuracies[way], accuracies["autograd"], strict=True))
 
 
 def accuracy_setup() -> list[float]:
-    found = results("rounding.json")
-    return [found["epochs"], found["val_acc"]["batch_size"], found["val_acc"]["lr"]]
+    measured = results("rounding.json")
+    return [measured["epochs"], measured["val_acc"]["batch_size"], measured["val_acc"]["lr"]]
 
 
 EPOCH = "fit/seconds_per_epoch"
@@ -105,7 +134,20 @@ DEEP = {"hidden_units__1": 1024, "hidden_units__2": 128}
 
 # what README says, and where each number of it comes from
 CLAIMS: list[tuple[str, Callable[[], Any]]] = [
+    # Before the notes
+    ("its {} networks, which took", lambda: len(searches()["shallow_grid"].first_round)),
+    ("the study's grid of {}, random", lambda: len(searches()["shallow_grid"].first_round)),
+    (
+        "ResNet-18 trained at {} pixels",
+        lambda: searches()["resnet18_regimes"].about["data"]["image_size"],
+    ),
+    (
+        "{:,} train, {:,} validate, {:,} test. `--data.split canonical` keeps MNIST's own test set"
+        " and compares with the literature: {:,}, {:,} and {:,}.",
+        split_sizes,
+    ),
     # Speed
+    ("(batch {}, {:,.0f} steps)", shallow_steps),
     ("as its documentation teaches it | {:.1f} |", lambda: bench(f"{EPOCH}/documented")),
     ("one step at a time through autograd | {:.1f} |", lambda: bench(f"{EPOCH}/one by one")),
     ("hand-written PyTorch loop, images in memory | {:.1f} |", lambda: bench(f"{EPOCH}/loop")),
@@ -198,6 +240,8 @@ CLAIMS: list[tuple[str, Callable[[], Any]]] = [
             for number in stem(kind, batch_norm)
         ],
     ),
+    ("the digits {} to {} in colours", lambda: stem_digits()[2:]),
+    ("the digits {} to {} apart", lambda: stem_digits()[:2]),
     # What did not help
     (
         "ResNet-18 at 28 pixels is {:.2f} times as fast in bf16 as in fp32",
@@ -216,8 +260,8 @@ CLAIMS += [
 ]
 # Names and settings with digits in them; nothing that was measured.
 SETTINGS = [
-    *("(batch 8, 6,300 steps)", "the regimes at 224 pixels", "the digits 0 to 4", "digits 5 to 9"),
-    *("not the 4 times that were hoped for", "ResNet-18", "bf16", "float32"),
+    *("the regimes at 224 pixels", "not the 4 times that were hoped for"),
+    *("ResNet-18", "bf16", "float32"),
 ]
 
 
@@ -239,6 +283,25 @@ def test_no_other_number_is_claimed() -> None:
     for text in [filled(text, numbers()) for text, numbers in CLAIMS] + SETTINGS:
         rest = rest.replace(text, "")
     assert re.findall(r"\S*\d\S*", rest) == []
+
+
+def test_numbers_in_words_are_those_of_the_files() -> None:
+    words = ("no", "one", "two", "three", "four", "five")
+    bench_runs = len(results("bench.json")["fit"]["seconds"]["ours"])
+    assert f"Medians of {words[bench_runs]} alternating runs" in README
+    grid = results("bench.json")["grid"]
+    cores, seeds = words[grid["provenance"]["machine"]["cores"]], words[grid["n"]]
+    assert f"minutes on {cores} cores ({seeds} seed, " in README
+    seeds = words[len(searches()["shallow_grid"].about["seeds"])]
+    assert f"The {seeds} seeds in [lightning_logs/study]" in README
+    within, judged = shallow_agreement()
+    assert f"The other {words[judged - within]} are of its five worst models" in README
+
+
+def test_the_lesson_of_the_grid_is_that_of_its_report() -> None:
+    lesson = "Small mini-batches win mostly because the learning rate stays the same."
+    assert f" {lesson} " in README
+    assert any(lesson in text for text in in_words([searches()["shallow_grid"]]))
 
 
 def test_wider_and_deeper_is_in_the_order_that_is_said() -> None:

@@ -19,10 +19,10 @@ from mnist_lightning import EarlyStopping, MNISTDataModule
 from mnist_lightning.__main__ import main
 from mnist_lightning.models.multilayer import DeepNetwork, ShallowNetwork
 from mnist_lightning.report import analysis
-from mnist_lightning.report.analysis import Found, read
+from mnist_lightning.report.analysis import SearchResult, read
 from mnist_lightning.report.findings import in_words, results_table
-from mnist_lightning.report.page import Table, _test, _training
 from mnist_lightning.report.published import PUBLISHED
+from mnist_lightning.report.sections import Table, _test, _training
 from mnist_lightning.search import plan
 from mnist_lightning.search.command import run
 from mnist_lightning.search.plan import Search
@@ -58,7 +58,7 @@ def report(searched, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def made_up(space: dict, accuracy, seeds=(0,), model="ShallowNetwork", **about) -> Found:
+def made_up(space: dict, accuracy, seeds=(0,), model="ShallowNetwork", **about) -> SearchResult:
     """A search whose accuracies are a formula."""
     from mnist_lightning.search.space import grid
 
@@ -88,25 +88,25 @@ def made_up(space: dict, accuracy, seeds=(0,), model="ShallowNetwork", **about) 
             **{"name": "MNIST", "split_seed": 0, "normalization": "unit"},
         },
     }
-    return Found(Path("made_up"), {**identity, **about}, pd.DataFrame(rows), [])
+    return SearchResult(Path("made_up"), {**identity, **about}, pd.DataFrame(rows), [])
 
 
 # The numbers
 
 
 def test_correlations_are_numpys(searched):
-    (found,) = read(searched)
-    table = analysis.correlations(found)
+    (search,) = read(searched)
+    table = analysis.correlations(search)
     assert list(table.index) == list(SPACE)
     for axis in SPACE:
         each = [
             np.corrcoef(trials[axis], trials["val_acc"])[0, 1]
-            for _, trials in found.trials.groupby("seed")
+            for _, trials in search.trials.groupby("seed")
         ]
         assert table.loc[axis, "mean"] == pytest.approx(np.mean(each))
         assert table.loc[axis, "sd"] == pytest.approx(np.std(each, ddof=1))
-    matrix = analysis.correlation_matrix(found)
-    means = found.trials.groupby(list(SPACE))["val_acc"].mean().reset_index()
+    matrix = analysis.correlation_matrix(search)
+    means = search.trials.groupby(list(SPACE))["val_acc"].mean().reset_index()
     assert matrix.loc["lr", "acc"] == pytest.approx(
         np.corrcoef(means["lr"], means["val_acc"])[0, 1]
     )
@@ -114,17 +114,17 @@ def test_correlations_are_numpys(searched):
     assert abs(matrix.loc["lr", "batch_size"]) < 1e-12
 
 
-def test_a_cell_is_the_mean_of_its_seeds(searched):
-    (found,) = read(searched)
-    assert len(found.cells) == 12
-    for cell in found.cells.itertuples():
-        alike = found.trials
+def test_a_configuration_is_the_mean_of_its_seeds(searched):
+    (search,) = read(searched)
+    assert len(search.configurations) == 12
+    for cell in search.configurations.itertuples():
+        alike = search.trials
         for axis in SPACE:
             alike = alike[alike[axis] == getattr(cell, axis)]
         assert cell.n == len(alike) == 2
         assert cell.acc == pytest.approx(alike["val_acc"].mean())
         assert cell.sd == pytest.approx(alike["val_acc"].std())
-    assert found.cells["acc"].is_monotonic_decreasing
+    assert search.configurations["acc"].is_monotonic_decreasing
 
 
 def test_shares_of_the_variance_of_a_known_function():
@@ -147,20 +147,20 @@ def test_shares_of_the_variance_of_a_known_function():
 
 def test_importance_finds_the_one_that_matters():
     space = {"lr": [0.1, 0.01, 0.001, 0.0001], "batch_size": [4, 8, 16, 32]}
-    found = made_up(space, lambda lr, batch_size, seed: 0.9 + lr / 10 + batch_size / 1e5)
-    importance = analysis.importance(found)
+    search = made_up(space, lambda lr, batch_size, seed: 0.9 + lr / 10 + batch_size / 1e5)
+    importance = analysis.importance(search)
     assert importance.index[0] == "lr"
     assert importance["lr"] > 0.9
     assert importance.sum() == pytest.approx(1)
 
 
 def test_marginals_and_interactions(searched):
-    (found,) = read(searched)
-    rows = analysis.marginals(found).set_index(["axis", "value"])
-    cells = found.cells
+    (search,) = read(searched)
+    rows = analysis.marginals(search).set_index(["axis", "value"])
+    cells = search.configurations
     assert rows.loc[("lr", "0.01"), "mean"] == pytest.approx(cells[cells.lr == 0.01]["acc"].mean())
     assert rows.loc[("lr", "0.01"), "best"] == cells[cells.lr == 0.01]["acc"].max()
-    table = analysis.interaction(found, "lr", "batch_size")
+    table = analysis.interaction(search, "lr", "batch_size")
     assert list(table.index) == ["0.001", "0.01", "0.1"]
     chosen = cells[(cells.lr == 0.1) & (cells.batch_size == 32)]
     assert table.loc["0.1", "32"] == pytest.approx(chosen["acc"].mean())
@@ -178,12 +178,12 @@ def test_hindsight_stops_where_lightning_stops(seed):
         if callback._evaluate_stopping_criteria(torch.tensor(loss, dtype=torch.float64))[0]:
             stop = epoch
             break
-    found = analysis.stopping({"val_loss": losses, "val_acc": losses}, patience)
-    assert found["stop"] == stop
-    assert found["saved"] == 30 - stop
-    assert found["kept"] == 1 + int(np.argmin(losses[:stop]))
-    assert found["lowest"] == 1 + int(np.argmin(losses))
-    assert found["cost"] == losses[-1] - losses[found["kept"] - 1]
+    hindsight = analysis.stopping({"val_loss": losses, "val_acc": losses}, patience)
+    assert hindsight["stop"] == stop
+    assert hindsight["saved"] == 30 - stop
+    assert hindsight["kept"] == 1 + int(np.argmin(losses[:stop]))
+    assert hindsight["lowest"] == 1 + int(np.argmin(losses))
+    assert hindsight["cost"] == losses[-1] - losses[hindsight["kept"] - 1]
     assert EarlyStopping().patience == analysis.PATIENCE
 
 
@@ -197,13 +197,15 @@ def test_intervals_and_ranks_are_scipys():
 
 def test_capacity_counts_the_parameters_of_the_networks():
     space = {"hidden_units": [10, 25]}
-    found = made_up(space, lambda hidden_units, seed: hidden_units / 100)
-    sizes = analysis.capacity(found)
-    for size, units in zip(sizes, found.cells["hidden_units"], strict=True):
+    search = made_up(space, lambda hidden_units, seed: hidden_units / 100)
+    sizes = analysis.capacity(search)
+    for size, units in zip(sizes, search.configurations["hidden_units"], strict=True):
         assert size == sum(p.numel() for p in ShallowNetwork(units).parameters())
     space = {"hidden_units.1": [10, 20], "hidden_units.2": [5, 7]}
-    found = made_up(space, lambda seed, **_: 0.5, model="DeepNetwork")
-    for size, (_, cell) in zip(analysis.capacity(found), found.cells.iterrows(), strict=True):
+    search = made_up(space, lambda seed, **_: 0.5, model="DeepNetwork")
+    for size, (_, cell) in zip(
+        analysis.capacity(search), search.configurations.iterrows(), strict=True
+    ):
         net = DeepNetwork([int(cell["hidden_units.1"]), int(cell["hidden_units.2"])])
         assert size == sum(p.numel() for p in net.parameters())
 
@@ -214,28 +216,28 @@ def test_sizes_are_those_of_the_data(split):
     data = MNISTDataModule(**about)
     data.prepare_data()
     data.setup()
-    sizes = analysis._sizes(made_up({"lr": [1.0, 2.0]}, lambda lr, seed: lr / 3, data=about))
+    sizes = analysis.image_counts(made_up({"lr": [1.0, 2.0]}, lambda lr, seed: lr / 3, data=about))
     assert sizes == {"val": len(data.val_set), "test": len(data.test_set)}
 
 
 def test_sizes_of_mnist():
-    assert analysis._sizes(made_up({"lr": [1.0, 2.0]}, lambda lr, seed: lr / 3)) == {
+    assert analysis.image_counts(made_up({"lr": [1.0, 2.0]}, lambda lr, seed: lr / 3)) == {
         "val": 12_600,
         "test": 7_000,
     }
 
 
 def test_what_is_planned_is_what_the_search_plans(searched, tmp_path):
-    (found,) = read(searched)
-    assert found.finished
-    assert found.planned == len(found.trials) == 24
+    (search,) = read(searched)
+    assert search.finished
+    assert search.planned == len(search.trials) == 24
     half = tmp_path / "half"
     shutil.copytree(searched, half)
     for file in sorted((half / "trials").iterdir())[:7]:
         file.unlink()
-    (found,) = read(half)
-    assert not found.finished
-    assert found.counts() == {"finished": 17, "failed": 0, "pruned": 0, "to go": 7}
+    (search,) = read(half)
+    assert not search.finished
+    assert search.counts() == {"finished": 17, "failed": 0, "pruned": 0, "to go": 7}
     again = Search(
         name="x",
         model="ShallowNetwork",
@@ -247,11 +249,11 @@ def test_what_is_planned_is_what_the_search_plans(searched, tmp_path):
     )
     records = {row["id"]: row for row in read(searched)[0].trials.to_dict("records")}
     about = {
-        **found.about,
+        **search.about,
         "strategy": {"name": "refine", "rounds": 2},
         "second_round": {"best": 2, "max_epochs": 3},
     }
-    refining = Found(searched, about, read(searched)[0].trials, [])
+    refining = SearchResult(searched, about, read(searched)[0].trials, [])
     assert refining.planned == sum(len(r) for r in plan.rounds(again, records)) > 24
 
 
@@ -268,7 +270,7 @@ def like_the_study(lr, batch_size, max_epochs, hidden_units, seed):
 
 
 @pytest.fixture(scope="module")
-def repeated() -> Found:
+def repeated() -> SearchResult:
     space = {
         "batch_size": [4, 8, 16, 32, 64, 128],
         "max_epochs": [10, 20, 50, 100],
@@ -311,13 +313,13 @@ def test_the_noise_of_a_difference(repeated):
 def test_a_large_difference_is_not_called_noise(repeated):
     trials = repeated.trials.copy()
     trials["val_acc"] -= 0.02
-    worse = Found(repeated.path, repeated.about, trials, [])
+    worse = SearchResult(repeated.path, repeated.about, trials, [])
     rows = analysis.against_the_study([worse]).iloc[:5]
     assert not rows["within"].any()
 
 
 def test_half_a_grid_has_no_correlation_to_compare(repeated):
-    half = Found(repeated.path, repeated.about, repeated.trials.iloc[:500], [])
+    half = SearchResult(repeated.path, repeated.about, repeated.trials.iloc[:500], [])
     rows = analysis.against_the_study([half])
     assert rows[rows["metric"] == "correlation"]["repeated"].isna().all()
 
@@ -325,8 +327,8 @@ def test_half_a_grid_has_no_correlation_to_compare(repeated):
 def test_two_layers_are_not_compared_with_three():
     space = {"batch_size": [32], "max_epochs": [10], "lr": [0.01]}
     three = {"hidden_units.1": [1024], "hidden_units.2": [10, 20], "hidden_units.3": [1024]}
-    found = made_up({**space, **three}, lambda seed, **_: 0.97, model="DeepNetwork")
-    table = analysis.against_the_study([found])
+    search = made_up({**space, **three}, lambda seed, **_: 0.97, model="DeepNetwork")
+    table = analysis.against_the_study([search])
     measured = table[table["repeated"].notna()]
     assert list(measured["setting"].str.extract(r"hidden_units (.*)")[0]) == [
         "1024-10-1024",
@@ -341,7 +343,7 @@ def test_costs_do_not_count_what_a_longer_training_passes_through(repeated):
     assert row["epochs"] == 96 * 100
     assert row["share_of_cost"] == 1
     half = repeated.trials[repeated.trials["max_epochs"] <= 50]
-    cheaper = Found(Path("cheaper"), repeated.about, half, [])
+    cheaper = SearchResult(Path("cheaper"), repeated.about, half, [])
     row = analysis.efficiency([repeated, cheaper]).iloc[1]
     assert row["share_of_cost"] == 0.5
     assert row["short_of_best"] == pytest.approx(
@@ -369,8 +371,8 @@ def test_eight_times_the_batch_alone_and_with_its_learning_rate():
 @pytest.mark.parametrize(("settings", "drawn"), [(4, 3), (9, 9)])
 def test_no_training_is_drawn_twice(settings, drawn):
     space = {"lr": [10.0**-n for n in range(settings)], "max_epochs": [1]}
-    found = made_up(space, lambda lr, **_: 0.9 - lr / 10, seeds=(0, 1, 2))
-    drawings = _training(found)[0].drawings
+    search = made_up(space, lambda lr, **_: 0.9 - lr / 10, seeds=(0, 1, 2))
+    drawings = _training(search)[0].drawings
     assert len({drawing.caption for drawing in drawings}) == len(drawings) == drawn
 
 
@@ -381,35 +383,56 @@ def test_a_best_setting_at_the_edge_of_its_grid_is_said():
     space = {"lr": [0.01, 0.1, 1], "hidden_units": [10, 50, 100], "batch_size": [8, 16, 32]}
     words = " ".join(in_words([made_up(space, accuracy)]))
     # the best learning rate is an inner one, and mini-batches hardly matter
-    assert ".** hidden_units 100 is better than any other by 0.0050. What" in words
+    assert ".** hidden_units 100 is better than any other by 0.0050. This" in words
 
 
 def test_the_words_follow_the_numbers(repeated):
     words = " ".join(in_words([repeated]))
     assert "10 pairs" not in words
-    assert "differ by 0.001 at the most" in words
+    assert "differ by 0.001 at most" in words
     worst = repeated.trials.sort_values("val_acc").groupby("seed").head(5)["val_acc"].mean()
     assert analysis.by_rank(repeated)[1] == pytest.approx(worst)
     assert f"the five worst {worst:.4f} (the study 0.2341)" in words
-    assert "5 of 5 of them more than there" in words
+    assert "5 of 5 of them reach more than in the study" in words
     assert "**14 of 14 figures agree within noise.**" not in words  # the formula's correlations
     assert "**ShallowNetwork: matched.** Ours at best 0.9821 on validation (n=3;" in words
     for shift, verdict in ((0.005, "beaten"), (-0.02, "not reached")):
         trials = repeated.trials.assign(val_acc=repeated.trials["val_acc"] + shift)
-        other = Found(repeated.path, repeated.about, trials, [])
+        other = SearchResult(repeated.path, repeated.about, trials, [])
         assert f"**ShallowNetwork: {verdict}.**" in " ".join(in_words([other]))
     assert "| 0.9811 | 0.9821 ± 0.0005 | 3 | +0.0010 |" in results_table([repeated])
 
 
+def test_the_verdict_allows_for_the_number_of_validation_images(repeated):
+    """Of a tenth of the images, the same lead is no more than chance."""
+    trials = repeated.trials.assign(val_acc=repeated.trials["val_acc"] + 0.005)
+    for fraction, verdict in ((0.2, "beaten"), (0.02, "matched")):
+        data = {**repeated.about["data"], "val_fraction": fraction}
+        other = SearchResult(repeated.path, {**repeated.about, "data": data}, trials, [])
+        assert f"**ShallowNetwork: {verdict}.**" in " ".join(in_words([other]))
+
+
+def test_layers_are_in_their_order_whatever_order_names_them():
+    layers = {f"hidden_units.{n}": [n] for n in (2, 1, 10, 9, 8, 7, 6, 5, 4, 3)}
+    search = made_up(layers, lambda seed, **_: 0.5, model="DeepNetwork")
+    assert analysis.setting_text(dict(search.configurations.iloc[0][search.params])) == (
+        "hidden_units 1-2-3-4-5-6-7-8-9-10"
+    )
+    size = sum(p.numel() for p in DeepNetwork(range(1, 11)).parameters())
+    assert analysis.capacity(search).tolist() == [size]
+
+
 def test_a_tested_model_is_named_where_it_is_another(repeated):
-    best = repeated.cells.iloc[0]
+    best = repeated.configurations.iloc[0]
     assert analysis.setting_text(PUBLISHED[0].params) == analysis.setting_text(
         {name: best[name] for name in PUBLISHED[0].params}
     )
     trials = repeated.trials.copy()
     other = (trials["lr"] == 0.01) & (trials["batch_size"] == 4) & (trials["max_epochs"] == 100)
     trials.loc[other & (trials["hidden_units"] == 25), "val_acc"] = 0.99
-    tested = Found(repeated.path, repeated.about, trials, [{"evaluation": 1, "test/acc": 0.98}])
+    tested = SearchResult(
+        repeated.path, repeated.about, trials, [{"evaluation": 1, "test/acc": 0.98}]
+    )
     (row,) = (line for line in results_table([tested]).splitlines() if "| section 2.6" in line)
     assert "our winner: batch_size 4, max_epochs 100, lr 0.01, hidden_units 25" in row
     assert "(0.9821 when its setting is repeated on our images)" in " ".join(in_words([tested]))
@@ -418,10 +441,10 @@ def test_a_tested_model_is_named_where_it_is_another(repeated):
 def test_a_part_of_the_test_images_is_no_test_of_the_winner(repeated):
     part = {"evaluation": 1, "images": 40, "test_set": 7000, "test/acc": 1.0}
     whole = {"evaluation": 2, "images": 7000, "test_set": 7000, "test/acc": 0.98}
-    tested = Found(repeated.path, repeated.about, repeated.trials, [part])
+    tested = SearchResult(repeated.path, repeated.about, repeated.trials, [part])
     assert analysis.tested(tested) is None
     assert "Evaluation 1 scored 40 of the 7,000 test images only." in _test(tested)[0].text
-    tested = Found(repeated.path, repeated.about, repeated.trials, [part, whole])
+    tested = SearchResult(repeated.path, repeated.about, repeated.trials, [part, whole])
     assert analysis.tested(tested)["record"] == whole
     text = _test(tested)[0].text
     assert "On the 7,000 test images: 0.9800" in text
@@ -431,7 +454,7 @@ def test_a_part_of_the_test_images_is_no_test_of_the_winner(repeated):
 def test_the_interval_of_a_test_has_the_images_that_were_scored(repeated):
     about = {**repeated.about, "data": {**repeated.about["data"], "source": "digits"}}
     scored = {"evaluation": 1, "images": 256, "test_set": 256, "test/acc": 240 / 256}
-    test = analysis.tested(Found(repeated.path, about, repeated.trials, [scored]))
+    test = analysis.tested(SearchResult(repeated.path, about, repeated.trials, [scored]))
     interval = scipy.stats.binomtest(240, 256).proportion_ci(method="wilson")
     assert (test["low"], test["high"]) == pytest.approx(tuple(interval))
 
@@ -439,22 +462,22 @@ def test_the_interval_of_a_test_has_the_images_that_were_scored(repeated):
 def test_a_test_of_another_setting_is_not_judged(repeated):
     """Also where its accuracy happens to lie close: noise is not the question then."""
 
-    def row(found: Found) -> pd.Series:
-        table = analysis.against_the_study([found])
+    def row(search: SearchResult) -> pd.Series:
+        table = analysis.against_the_study([search])
         return table[table["where"] == "section 2.6"].iloc[0]
 
-    tests = [{"look": 1, "test/acc": 0.9806}]  # exactly as published
+    tests = [{"evaluation": 1, "test/acc": 0.9806}]  # exactly as published
     trials, theirs = repeated.trials, PUBLISHED[0].params
     best = (trials[list(theirs)] == pd.Series(theirs)).all(axis=1)
     same = trials.assign(val_acc=trials["val_acc"].where(~best, 0.99))
     other = trials.assign(val_acc=trials["val_acc"].where(best, 0.985))
-    judged = row(Found(repeated.path, repeated.about, same, tests))
+    judged = row(SearchResult(repeated.path, repeated.about, same, tests))
     assert (judged["within"], judged["note"]) == (True, "")
-    not_judged = row(Found(repeated.path, repeated.about, other, tests))
+    not_judged = row(SearchResult(repeated.path, repeated.about, other, tests))
     assert not_judged["within"] is None
     assert not_judged["note"].startswith("our winner: ")
     words = [
-        in_words([Found(repeated.path, repeated.about, trials, tests)])[0]
+        in_words([SearchResult(repeated.path, repeated.about, trials, tests)])[0]
         for trials in (same, other)
     ]
     assert ["of 15 figures" in text for text in words] == [True, False]
@@ -481,7 +504,7 @@ def test_the_study_is_compared_where_its_own_grid_was_run(repeated, changes, rep
         "data": {**repeated.about["data"], **changes.get("data", {})},
         "space": {**space, **changes["space"]} if "space" in changes else space,
     }
-    other = Found(Path("other"), wanted, repeated.trials, [])
+    other = SearchResult(Path("other"), wanted, repeated.trials, [])
     assert analysis.repeats_the_study(other) == repeats
     assert len(analysis.comparable([other])) == repeats
     words = " ".join(in_words([other]))
@@ -493,7 +516,7 @@ def test_beside_the_study_a_search_of_ones_own_comes_first_and_is_not_compared(r
     """Its digits have other accuracies for the very settings that were published."""
     data = {**repeated.about["data"], "source": "digits"}
     trials = repeated.trials.assign(val_acc=repeated.trials["val_acc"] * 0.8)
-    own = Found(Path("own"), {**repeated.about, "data": data}, trials, [])
+    own = SearchResult(Path("own"), {**repeated.about, "data": data}, trials, [])
     words = in_words([own, repeated])
     assert words[0].startswith("**The best of own:** batch_size 8, max_epochs 50, lr 0.1, hidden")
     assert ", with 0.7857 ± 0.0004 on validation (n=3)." in words[0]
@@ -592,11 +615,13 @@ def test_the_page_needs_no_other_file(report):
 
 
 def test_a_report_on_ones_own_search_is_about_that_search(report, searched):
-    (found,) = read(searched)
+    (search,) = read(searched)
     words = (report / "README.md").read_text()
     first = next(line for line in words.partition("## In words")[2].splitlines() if line)
-    setting = analysis.setting_text(dict(found.cells.iloc[0][list(SPACE)]))
-    assert first.startswith(f"- **The best of small:** {setting}, with {found.cells['acc'][0]:.4f}")
+    setting = analysis.setting_text(dict(search.configurations.iloc[0][list(SPACE)]))
+    assert first.startswith(
+        f"- **The best of small:** {setting}, with {search.configurations['acc'][0]:.4f}"
+    )
     assert "- **What matters most in small:** " in words
     for text in (words, (report / "index.html").read_text()):
         assert "published" not in text.lower()
@@ -606,7 +631,7 @@ def test_a_report_on_ones_own_search_is_about_that_search(report, searched):
 
 
 def test_each_figure_and_table_is_a_file(report, searched):
-    (found,) = read(searched)
+    (search,) = read(searched)
     names = {file.stem for file in (report / "figures").glob("*.png")}
     assert names == {file.stem for file in (report / "figures").glob("*.svg")}
     panels = {f"small_{x}_by_{c}" for x in ("batch_size", "lr") for c in SPACE if c != x}
@@ -614,10 +639,10 @@ def test_each_figure_and_table_is_a_file(report, searched):
     for wanted in ("correlations", "importance", "variance", "confusion", "mistakes"):
         assert f"small_{wanted}" in names
     table = pd.read_csv(report / "tables" / "small_all.csv")
-    assert np.allclose(table["acc"], found.cells["acc"])
+    assert np.allclose(table["acc"], search.configurations["acc"])
     lines = (report / "tables" / "small_all.md").read_text().splitlines()
     assert len(lines) == 2 + 12
-    assert lines[2].split(" | ")[4] == f"{found.cells['acc'][0]:.4f}"
+    assert lines[2].split(" | ")[4] == f"{search.configurations['acc'][0]:.4f}"
 
 
 @pytest.mark.slow
@@ -661,6 +686,18 @@ def test_a_report_needs_no_torch(searched, tmp_path):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("package", ["pandas", "matplotlib", "jinja2", "optuna"])
+def test_a_missing_package_is_one_line_with_the_command_that_installs_it(package):
+    code = (
+        f"import sys; sys.modules[{package!r}] = None;"
+        f"from mnist_lightning.__main__ import main; main(['report', {str(STUDY)!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.fullmatch(
+        rf"error: report needs {package}: \S* -m pip install .*\[search\]'?\n", done.stderr
+    )
+
+
 def test_a_word_in_a_result_cannot_become_part_of_the_page(searched, tmp_path):
     evil = tmp_path / "evil"
     shutil.copytree(searched, evil)
@@ -676,17 +713,16 @@ def test_a_word_in_a_result_cannot_become_part_of_the_page(searched, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("argv", "said"),
     [
         (["nowhere"], "nowhere is not the folder of a search"),
         ([], "of which search?"),
-        (["{found}", "--colour"], "no option --colour"),
-        (["{found}", "--out", "{found}/search.json"], "cannot be written"),
+        (["{searched}", "--colour"], "no option --colour"),
+        (["{searched}", "--out", "{searched}/search.json"], "cannot be written"),
     ],
 )
-def test_mistakes_get_one_line(searched, words, said, capsys):
-    words = [word.format(found=searched) for word in words]
-    assert main(["report", *words]) == 1
+def test_mistakes_get_one_line(searched, argv, said, capsys):
+    assert main(["report", *(argument.format(searched=searched) for argument in argv)]) == 1
     captured = capsys.readouterr()
     assert said in captured.err
     assert captured.err.startswith("error: ")
@@ -695,8 +731,8 @@ def test_mistakes_get_one_line(searched, words, said, capsys):
 
 def test_two_searches_of_one_name_are_refused(searched, tmp_path, capsys):
     shutil.copytree(searched, tmp_path / "small")
-    words = ["report", str(searched), str(tmp_path / "small"), "--out", str(tmp_path / "out")]
-    assert main(words) == 1
+    argv = ["report", str(searched), str(tmp_path / "small"), "--out", str(tmp_path / "out")]
+    assert main(argv) == 1
     assert "two searches are called small" in capsys.readouterr().err
 
 

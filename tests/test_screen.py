@@ -12,15 +12,17 @@ import struct
 import subprocess
 import sys
 import termios
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import trainer
+from packaging.requirements import Requirement
 
 from mnist_lightning import MNISTDataModule, ShallowNetwork, console, words
-from mnist_lightning.__main__ import main
+from mnist_lightning.__main__ import EXTRAS, main
 from mnist_lightning.cli import CLI
 from mnist_lightning.configs import asked
 from mnist_lightning.models.classifier import Classifier
@@ -375,11 +377,32 @@ def test_a_missing_package_comes_with_the_command_that_installs_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert main(["search", "--config", "shallow_grid"]) == 1
-    command = capsys.readouterr().err.partition("a search needs optuna: ")[2]
+    command = capsys.readouterr().err.partition("search needs optuna: ")[2]
     python, *pip, what = shlex.split(command)
     assert os.path.samefile(shutil.which(python) or python, sys.executable)
     assert pip[:3] == ["-m", "pip", "install"]
     assert what.endswith("[search]")
+
+
+def test_a_missing_driver_behind_another_error_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: Printed
+) -> None:
+    for package in ("psycopg", "psycopg2"):
+        monkeypatch.setitem(sys.modules, package, None)
+    flags = ["--storage", "postgresql://me@127.0.0.1/x", "--data.source", "digits"]
+    assert main(["search", "--config", "shallow_wide", *flags]) == 1
+    assert re.fullmatch(
+        r"error: search needs psycopg2: \S* -m pip install .*\[postgres\]'?\n",
+        capsys.readouterr().err,
+    )
+
+
+def test_the_extras_are_those_of_the_project() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    for extra in ("search", "postgres"):
+        needed = {Requirement(r).name for r in project["project"]["optional-dependencies"][extra]}
+        known = {package for package, of in EXTRAS.items() if of == extra}
+        assert {name.removesuffix("-binary") for name in needed} == known
 
 
 # ---- help

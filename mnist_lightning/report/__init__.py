@@ -2,4 +2,4 @@
 
 from mnist_lightning.moved import former_names
 
-__getattr__ = former_names(__name__, ["report.page"])
+__getattr__ = former_names(__name__, ["report.command", "report.page", "report.sections"])

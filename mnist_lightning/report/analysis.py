@@ -1,18 +1,20 @@
 """The numbers of a report: pandas in, pandas out. Nothing here draws, and nothing needs PyTorch.
 
-A *trial* is one training. A *cell* is one setting of the parameters: the mean of its trials over
-their seeds. Accuracies are of validation images, by the search's objective, unless called test.
+A *trial* is one training. A *configuration* is one setting of the parameters; its numbers are the
+means of its trials over the seeds. Accuracies are validation accuracies, by the search's objective,
+unless they are called test.
 """
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pandas as pd
 
 from mnist_lightning.files import read_json
@@ -22,19 +24,20 @@ from mnist_lightning.search import space
 from mnist_lightning.search.results import load_results, search_folders
 
 PATIENCE = 10  # epochs: EarlyStopping's default
-PIXELS, CLASSES = 784, 10
+CLASSES = 10  # no search records it; the data sets that it can name have as many
+MULTILAYER = ("ShallowNetwork", "DeepNetwork")
 MANY = 8  # an axis with more values than this is shown in four groups of equal size
 
 
 @dataclass(frozen=True)
-class Found:
-    """A search as its folder holds it, finished or not.
+class SearchResult:
+    """What a search's folder holds, finished or not.
 
     Args:
         path: the folder.
-        about: ``search.json``: what was searched, on which data, and its provenance.
-        trials: a row each, see ``results.load_results``.
-        tests: ``test.json``: the test evaluations of the winner, see ``evaluations.read``.
+        about: the content of ``search.json``: space, data, provenance.
+        trials: a row for each, see ``results.load_results``.
+        tests: the test evaluations of the winner, see ``evaluations.read``.
     """
 
     path: Path
@@ -76,7 +79,7 @@ class Found:
 
     @cached_property
     def planned(self) -> int:
-        """Trials that the search consists of, as far as it is known by now."""
+        """Number of trials of the search, as far as the finished ones determine it."""
         if self.about["strategy"]["name"] == "optuna":
             return int(self.about["strategy"]["n"])
         scores = dict.fromkeys(self.trials.get("id", ()))
@@ -88,7 +91,7 @@ class Found:
             grown_from=self.about.get("grown_from", ()),
         )
         ids = {trial.id for trials in rounds for trial in trials}
-        # beside them, later rounds of what it grew from
+        # a search that has grown also keeps the later rounds of its earlier definitions
         return len(ids | set(self.trials["id"])) if "grown_from" in self.about else len(ids)
 
     @property
@@ -96,18 +99,18 @@ class Found:
         return len(self.trials) >= self.planned
 
     def counts(self) -> dict[str, int]:
-        """Trials by what became of them."""
+        """Number of trials by state."""
         states = self.trials["state"].value_counts() if len(self.trials) else {}
         names = {"finished": "COMPLETE", "failed": "FAIL", "pruned": "PRUNED"}
-        found = {name: int(states.get(state, 0)) for name, state in names.items()}
-        return {**found, "to go": max(0, self.planned - len(self.trials))}
+        counted = {name: int(states.get(state, 0)) for name, state in names.items()}
+        return {**counted, "to go": max(0, self.planned - len(self.trials))}
 
     @cached_property
-    def cells(self) -> pd.DataFrame:
-        """A row for each setting, the best first.
+    def configurations(self) -> pd.DataFrame:
+        """A row for each setting of the parameters, the best first.
 
-        Columns: ``round``, the parameters, ``n`` seeds, ``acc`` and its standard deviation ``sd``
-        (none for n=1), ``val_loss``, ``train_loss``, ``gap`` between the two, ``seconds``.
+        Columns: ``round``, the parameters, ``n`` (seeds), ``acc`` and its standard deviation ``sd``
+        (missing for n=1), ``val_loss``, ``train_loss``, ``gap`` (their difference), ``seconds``.
         """
         if self.complete.empty:
             return pd.DataFrame()
@@ -125,9 +128,9 @@ class Found:
 
     @property
     def networks(self) -> pd.DataFrame:
-        """``epochs`` and ``seconds`` of each training, of complete trials.
+        """``epochs`` and ``seconds`` of each network that was trained.
 
-        Networks that a longer training passes through (10, 20 and 50 of 100 epochs) are one.
+        Trials that one training passes through (10, 20 and 50 of 100 epochs) are one network.
         """
         names = [name for name in self.params if name != "max_epochs"]
         keys = ["round", *names, "seed"]
@@ -135,11 +138,12 @@ class Found:
 
     @property
     def first_round(self) -> pd.DataFrame:
-        """Cells of the round that covers the space evenly."""
-        return self.cells[self.cells["round"] == 0] if len(self.cells) else self.cells
+        """Configurations of the round that covers the space evenly."""
+        table = self.configurations
+        return table if table.empty else table[table["round"] == 0]
 
     def best_trials(self, of: str, count: int = 3) -> pd.DataFrame:
-        """Whole trials from the ``best``, ``median`` or ``worst`` end, of the first seed."""
+        """The ``best``, ``median`` or ``worst`` trials of the first seed."""
         trials = self.complete[self.complete["seed"] == self.about["seeds"][0]]
         order = [self.objective, "val_loss", "number"]
         trials = trials.sort_values(order, ascending=[False, True, True])
@@ -147,14 +151,17 @@ class Found:
         return trials.iloc[max(0, start) : max(0, start) + count]
 
 
-def read(path: Path) -> list[Found]:
+Found = SearchResult  # its former name
+
+
+def read(path: Path) -> list[SearchResult]:
     """The search in a folder, or all the searches in the folders below it.
 
     Raises:
         ValueError: there is none, or a file of one is damaged.
     """
     return [
-        Found(
+        SearchResult(
             folder,
             read_json(folder / "search.json", "restore it, or move it away"),
             load_results(folder),
@@ -168,11 +175,17 @@ def _varies(column: pd.Series) -> bool:
     return column.nunique() > 1
 
 
+def layer_axes(names: Iterable[str]) -> list[str]:
+    """Those of the names that are widths of layers: ``hidden_units.1``, ``hidden_units.2`` ..."""
+    layers = [name for name in names if name.startswith("hidden_units.")]
+    return sorted(layers, key=lambda name: int(name.rpartition(".")[2]))
+
+
 # How the accuracy depends on the parameters
 
 
 def groups(column: pd.Series) -> pd.Series:
-    """A category for each value, in order; where there are many, four groups of equal size."""
+    """A category for each value, in order; for many values, four groups of equal size."""
     if column.nunique() <= MANY:
         values = sorted(column.unique(), key=lambda v: (isinstance(v, str), v))
         labels = [value_text(value) for value in values]
@@ -192,48 +205,50 @@ def value_text(value: Any) -> str:
     return str(value)
 
 
-def correlations(found: Found) -> pd.DataFrame:
+def correlations(search: SearchResult) -> pd.DataFrame:
     """Pearson's correlation of each axis that is a number with the accuracy of the first round.
 
     Returns:
         Index: the axes. ``mean`` and ``sd`` over the seeds.
     """
-    axes = numeric_axes(found)
-    first = found.complete[found.complete["round"] == 0]
+    axes = numeric_axes(search)
+    first = search.complete[search.complete["round"] == 0]
     by_seed = {
-        seed: trials[axes].corrwith(trials[found.objective])
+        seed: trials[axes].corrwith(trials[search.objective])
         for seed, trials in first.groupby("seed")
     }
     table = pd.DataFrame(by_seed, index=axes)
     return pd.DataFrame({"mean": table.mean(axis=1), "sd": table.std(axis=1)})
 
 
-def correlation_matrix(found: Found) -> pd.DataFrame:
-    """Pearson's correlations among the axes and the accuracy, over the cells of the first round."""
-    return found.first_round[[*numeric_axes(found), "acc"]].corr()
+def correlation_matrix(search: SearchResult) -> pd.DataFrame:
+    """Pearson's correlations among the axes and the accuracy, over the first round."""
+    return search.first_round[[*numeric_axes(search), "acc"]].corr()
 
 
-def numeric_axes(found: Found) -> list[str]:
+def numeric_axes(search: SearchResult) -> list[str]:
     """Those of the axes that hold numbers."""
-    return [axis for axis in found.axes if pd.api.types.is_numeric_dtype(found.complete[axis])]
+    return [axis for axis in search.axes if pd.api.types.is_numeric_dtype(search.complete[axis])]
 
 
-def marginals(found: Found) -> pd.DataFrame:
-    """For each value of each axis, over the cells of the first round: how good they are.
+def marginals(search: SearchResult) -> pd.DataFrame:
+    """How good the first round's configurations with each value of each axis are.
 
     Returns:
-        Columns ``axis``, ``value``, ``cells``, ``mean``, ``median`` and ``best`` accuracy. The best
-        is what the value allows; the mean is how much it forgives.
+        Columns ``axis``, ``value``, ``configurations`` (how many), ``mean``, ``median`` and
+        ``best`` accuracy.
     """
-    cells = found.first_round
+    configurations = search.first_round
     rows = []
-    for axis in found.axes:
-        for value, acc in cells["acc"].groupby(groups(cells[axis]), observed=True):
+    for axis in search.axes:
+        for value, acc in configurations["acc"].groupby(
+            groups(configurations[axis]), observed=True
+        ):
             rows.append(
                 {
                     "axis": axis,
                     "value": value,
-                    "cells": len(acc),
+                    "configurations": len(acc),
                     "mean": acc.mean(),
                     "median": acc.median(),
                     "best": acc.max(),
@@ -242,29 +257,33 @@ def marginals(found: Found) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def interaction(found: Found, row: str, column: str) -> pd.DataFrame:
-    """Mean accuracy of the first round's cells, by the values of two axes."""
-    cells = found.first_round
-    keys = [groups(cells[row]).rename(row), groups(cells[column]).rename(column)]
-    return cells["acc"].groupby(keys, observed=True).mean().unstack()
+def interaction(search: SearchResult, row: str, column: str) -> pd.DataFrame:
+    """Mean accuracy of the first round's configurations, by the values of two axes."""
+    configurations = search.first_round
+    keys = [groups(configurations[row]).rename(row), groups(configurations[column]).rename(column)]
+    return configurations["acc"].groupby(keys, observed=True).mean().unstack()
 
 
-def variance_shares(found: Found) -> pd.Series:
+def variance_shares(search: SearchResult) -> pd.Series:
     """Shares of the variance of the accuracy over a full grid, by parameter and pair of them.
 
     The functional analysis of variance, exact since the grid is complete (Hutter et al. 2014,
-    "An efficient approach for assessing hyperparameter importance"). What is not listed is due to
-    three parameters and more together.
+    "An efficient approach for assessing hyperparameter importance"). The rest of the variance is
+    due to three parameters and more together.
 
     Returns:
-        Index: ``a`` and ``a × b``, the largest share first. Empty where there is no full grid of
-        two parameters or more.
+        Index: ``a`` and ``a × b``, the largest share first. Empty if the search is not a full grid
+        of two parameters or more.
     """
-    cells, axes = found.first_round, found.axes
-    sizes = [cells[axis].nunique() for axis in axes] if len(cells) else []
-    if found.about["strategy"]["name"] != "grid" or len(axes) < 2 or math.prod(sizes) != len(cells):
+    configurations, axes = search.first_round, search.axes
+    sizes = [configurations[axis].nunique() for axis in axes] if len(configurations) else []
+    if (
+        search.about["strategy"]["name"] != "grid"
+        or len(axes) < 2
+        or math.prod(sizes) != len(configurations)
+    ):
         return pd.Series(dtype=float)
-    values = cells.sort_values(axes)["acc"].to_numpy().reshape(sizes)
+    values = configurations.sort_values(axes)["acc"].to_numpy().reshape(sizes)
     values = values - values.mean()
     everything = (values**2).mean()
     shares: dict[str, float] = {}
@@ -280,75 +299,64 @@ def variance_shares(found: Found) -> pd.Series:
     return pd.Series(shares).sort_values(ascending=False)
 
 
-def importance(found: Found) -> pd.Series:
-    """Optuna's fANOVA over the cells of the first round: shares that add up to one.
+def importance(search: SearchResult) -> pd.Series:
+    """Optuna's fANOVA over the configurations of the first round: shares that add up to one.
 
     Returns:
-        Index: the axes, the most important first. Empty for fewer than ten cells.
+        Index: the axes, the most important first. Empty for fewer than ten configurations.
     """
-    cells = found.first_round
-    if len(cells) < 10 or len(found.axes) < 2:
+    table, axes = search.first_round, search.axes
+    if len(table) < 10 or len(axes) < 2:
         return pd.Series(dtype=float)
-    import optuna
-
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    distributions = {axis: _distribution(table[axis]) for axis in axes}
     study = optuna.create_study(direction="maximize")
-    distributions: dict[str, Any] = {
-        axis: optuna.distributions.CategoricalDistribution(sorted(cells[axis].unique().tolist()))
-        if cells[axis].nunique() <= MANY
-        else _range(cells[axis])
-        for axis in found.axes
-    }
     study.add_trials(
         [
-            optuna.create_trial(
-                params={axis: getattr(value, "item", lambda v=value: v)() for axis, value in row},
-                distributions=distributions,
-                value=acc,
-            )
-            for row, acc in zip(
-                (list(zip(found.axes, r, strict=True)) for r in cells[found.axes].to_numpy(object)),
-                cells["acc"],
-                strict=True,
-            )
+            optuna.create_trial(params=params, distributions=distributions, value=acc)
+            for params, acc in zip(table[axes].to_dict("records"), table["acc"], strict=True)
         ]
     )
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     return pd.Series(optuna.importance.get_param_importances(study, evaluator=evaluator))
 
 
-def _range(column: pd.Series) -> Any:
-    import optuna
-
+def _distribution(column: pd.Series) -> Any:
+    """The values of a parameter as Optuna has them: categories, or a range where they are many."""
+    if column.nunique() <= MANY:
+        return optuna.distributions.CategoricalDistribution(sorted(column.unique().tolist()))
     low, high, log = column.min().item(), column.max().item(), bool(column.min() > 0)
     if pd.api.types.is_integer_dtype(column):
         return optuna.distributions.IntDistribution(low, high, log=log)
     return optuna.distributions.FloatDistribution(low, high, log=log)
 
 
-def travelled(cells: pd.DataFrame) -> pd.Series:
-    """Learning rate times number of updates for each training image: how far a training can go."""
-    return cells["lr"] * cells["max_epochs"] / cells["batch_size"]
+def total_lr(configurations: pd.DataFrame) -> pd.Series:
+    """Learning rate times number of updates, for each training image."""
+    return configurations["lr"] * configurations["max_epochs"] / configurations["batch_size"]
 
 
 def rank_correlation(a: pd.Series, b: pd.Series) -> float:
-    """Spearman's: 1 where the one never falls while the other rises."""
+    """Spearman's correlation: Pearson's, of the ranks."""
     return float(a.rank().corr(b.rank()))
 
 
-def batch_and_rate(found: Found) -> dict[str, float]:
-    """What a batch eight times as large costs: alone, and with about as much more learning rate.
+def batch_and_rate(search: SearchResult) -> dict[str, float]:
+    """What a batch eight times as large costs, alone and with ten times the learning rate.
 
     Returns:
         ``alone`` and ``together``: mean change of the accuracy from (b, lr) to (8 b, lr) and to
-        (8 b, 10 lr), over all pairs of cells that the grid has of both kinds; ``pairs``.
-        Empty where there are none.
+        (8 b, 10 lr), over all configurations for which the grid has both; ``pairs``: how many they
+        are. Empty if there are none.
     """
     needed = {"batch_size", "lr"}
-    if not needed <= set(found.axes):
+    if not needed <= set(search.axes):
         return {}
-    names = [axis for axis in found.params]
-    acc = {tuple(cell[names]): cell["acc"] for _, cell in found.first_round.iterrows()}
+    names = search.params
+    acc = {
+        tuple(configuration[names]): configuration["acc"]
+        for _, configuration in search.first_round.iterrows()
+    }
     at_batch, at_lr = names.index("batch_size"), names.index("lr")
     alone, together = [], []
     for key, value in acc.items():
@@ -379,10 +387,10 @@ def stopping(curves: Mapping[str, Sequence[float | None]], patience: int = PATIE
         patience: epochs without a lower validation loss before it stops.
 
     Returns:
-        ``lowest``: the epoch of the lowest validation loss, of all; ``stop``: the epoch after which
-        it would have stopped, the last one if never; ``saved``: epochs that this saves;
-        ``kept``: the epoch of the lowest loss until then; ``cost``: validation accuracy after the
-        last epoch minus that of the kept one. Negative is a gain. Epochs count from 1.
+        ``lowest``: the epoch of the lowest validation loss; ``stop``: the epoch after which it
+        would have stopped, or the last one; ``saved``: number of epochs that this saves; ``kept``:
+        the epoch of the lowest loss until ``stop``; ``cost``: validation accuracy after the last
+        epoch minus that after ``kept`` (negative is a gain). Epochs count from 1.
     """
     losses = [math.inf if loss is None else loss for loss in curves["val_loss"]]
     kept, stop = 0, len(losses)
@@ -402,21 +410,25 @@ def stopping(curves: Mapping[str, Sequence[float | None]], patience: int = PATIE
     }
 
 
-def stopped(found: Found) -> pd.DataFrame:
-    """``stopping`` for each complete trial, next to its ``id`` and ``epochs``."""
-    rows = [stopping(curves) for curves in found.complete["curves"]]
-    table = pd.DataFrame(rows, index=found.complete.index)
-    return pd.concat([found.complete[["id", "epochs"]], table], axis=1)
+def stopped(search: SearchResult) -> pd.DataFrame:
+    """``stopping`` for each complete trial, with its ``id`` and ``epochs``."""
+    rows = [stopping(curves) for curves in search.complete["curves"]]
+    table = pd.DataFrame(rows, index=search.complete.index)
+    return pd.concat([search.complete[["id", "epochs"]], table], axis=1)
 
 
-def capacity(found: Found) -> pd.Series | None:
-    """Weights and biases of the network of each cell, where it is a multilayer perceptron."""
-    cells = found.cells
-    widths = [name for name in found.params if name.partition(".")[0] == "hidden_units"]
-    if not widths or found.model not in ("ShallowNetwork", "DeepNetwork"):
+def capacity(search: SearchResult) -> pd.Series | None:
+    """Number of weights and biases of each configuration, for multilayer perceptrons only."""
+    widths = layer_axes(search.params) or [n for n in search.params if n == "hidden_units"]
+    if not widths or search.model not in MULTILAYER:
         return None
-    sizes = [pd.Series(PIXELS, cells.index), *(cells[name] for name in sorted(widths))]
-    sizes.append(pd.Series(CLASSES, cells.index))
+    table = search.configurations
+    pixels = search.about["data"]["image_size"] ** 2  # of one channel
+    sizes = [
+        pd.Series(pixels, table.index),
+        *(table[name] for name in widths),
+        pd.Series(CLASSES, table.index),
+    ]
     return sum((a + 1) * b for a, b in itertools.pairwise(sizes))  # type: ignore[return-value]
 
 
@@ -424,31 +436,35 @@ def capacity(found: Found) -> pd.Series | None:
 
 
 def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """95 % confidence interval of a share, after Wilson 1927: holds near 1 too."""
+    """95 % confidence interval of a share, by Wilson (1927): valid near 0 and 1 too."""
     p = correct / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return middle - half, middle + half
 
 
-def tested(found: Found) -> dict[str, Any] | None:
-    """The first evaluation on the whole test set; one on a part of it is no test of the winner.
+def tested(search: SearchResult) -> dict[str, Any] | None:
+    """The first evaluation on the whole test set; ``None`` if there is none.
 
     Returns:
-        ``acc``, ``low`` and ``high``, ``images``, and the ``record`` itself.
+        ``acc``, its interval ``low`` to ``high``, ``images``, and the ``record`` itself.
     """
-    record = next(filter(evaluations.is_whole, found.tests), None)
+    record = next(filter(evaluations.is_whole, search.tests), None)
     if record is None:
         return None
-    images = record.get("images") or _sizes(found)["test"]
+    images = record.get("images") or image_counts(search)["test"]
     acc = record["test/acc"]
     low, high = wilson(round(acc * images), images)
     return {"acc": acc, "low": low, "high": high, "images": images, "record": record}
 
 
-def _sizes(found: Found) -> dict[str, int]:
-    """Images to validate and to test, as the named split has them."""
-    data = found.about["data"]
+def image_counts(search: SearchResult) -> dict[str, int]:
+    """Number of images in the validation set (``val``) and in the test set (``test``).
+
+    A search records its split but not the numbers that follow from it, so they are worked out here.
+    A test compares them with the data module.
+    """
+    data = search.about["data"]
     study = data["split"] == "study"
     if data["source"] == "digits":
         pool, test = 1797, 180 if study else 256
@@ -457,63 +473,77 @@ def _sizes(found: Found) -> dict[str, int]:
     return {"val": round((pool - test) * data["val_fraction"]), "test": test}
 
 
-def spread(found: Found, acc: float) -> float | None:
+def noise(accuracy: float, images: int, sd: float = 0.0, n: int = 1) -> float:
+    """Half the width of the 95 % interval of a difference by chance.
+
+    The difference is between the study's accuracy and ours, of the same setting.
+
+    Args:
+        accuracy: of both.
+        images: on which each was measured. They are not the same images.
+        sd: standard deviation over seeds. The study has one seed.
+        n: number of our seeds.
+    """
+    return 1.96 * math.sqrt(2 * accuracy * (1 - accuracy) / images + sd**2 * (1 + 1 / n))
+
+
+def spread(search: SearchResult, acc: float) -> float | None:
     """Standard deviation between seeds around an accuracy; none where each setting has one seed.
 
-    Pooled over the cells whose error rate is within a factor of 1.5: of two or three seeds a single
-    cell's own says little, and bad models spread more than good ones.
+    Pooled over the configurations whose error rate is within a factor of 1.5: the standard
+    deviation of two or three seeds says little, and bad models spread more than good ones.
     """
-    cells = found.cells
-    near = (1 - cells["acc"]).between((1 - acc) / 1.5, (1 - acc) * 1.5)
-    alike = cells[(cells["n"] > 1) & near]
+    configurations = search.configurations
+    near = (1 - configurations["acc"]).between((1 - acc) / 1.5, (1 - acc) * 1.5)
+    alike = configurations[(configurations["n"] > 1) & near]
     if alike.empty:
         return None
     weights = alike["n"] - 1
     return float(np.sqrt((alike["sd"] ** 2 * weights).sum() / weights.sum()))
 
 
-def repeats_the_study(found: Found) -> bool:
+def repeats_the_study(search: SearchResult) -> bool:
     """Whether a search covers one of the study's own grids, on its images."""
-    values = {name: [value] for name, value in found.about["fixed"].items()}
-    values |= {name: axis for name, axis in found.about["space"].items() if isinstance(axis, list)}
-    grids = [grid for model, grid in GRIDS if model == found.model]
-    return _on_its_images(found) and any(
+    values = {name: [value] for name, value in search.about["fixed"].items()}
+    values |= {name: axis for name, axis in search.about["space"].items() if isinstance(axis, list)}
+    grids = [grid for model, grid in GRIDS if model == search.model]
+    return _on_its_images(search) and any(
         all(set(axis) <= set(values.get(name, ())) for name, axis in grid.items())
-        and f"hidden_units.{len(grid) + 1}" not in values  # a further layer
+        and layer_axes(values) == layer_axes(grid)  # no further layer
         for grid in grids
     )
 
 
-def _on_its_images(found: Found) -> bool:
-    data = found.about["data"]
+def _on_its_images(search: SearchResult) -> bool:
+    data = search.about["data"]
     return (data["name"], data["source"], data["split"]) == ("MNIST", "mnist", "study")
 
 
-def comparable(searches: Sequence[Found]) -> list[Found]:
-    """Searches to hold against the study: those on its images, where one of them repeats it."""
+def comparable(searches: Sequence[SearchResult]) -> list[SearchResult]:
+    """Searches to compare with the study: those on its images, if one of them repeats it."""
     if not any(map(repeats_the_study, searches)):
         return []
-    return [found for found in searches if _on_its_images(found)]
+    return [search for search in searches if _on_its_images(search)]
 
 
-def against_the_study(searches: Sequence[Found]) -> pd.DataFrame:
-    """Each published figure beside ours; of searches of one model, that model's figures.
+def against_the_study(searches: Sequence[SearchResult]) -> pd.DataFrame:
+    """Each published figure beside ours; for searches of one model, the figures of that model.
 
-    ``noise`` is the half width of the 95 % interval of the difference that chance alone makes: the
-    seeds (of both; pooled where a setting has only one), and the images, which the study shuffled
-    in another way. Of correlations, the seeds and the rounding to two digits.
+    ``noise`` is half the width of the 95 % interval of a difference by chance: from the seeds (of
+    both; pooled where a setting has only one) and from the images, which the study shuffled in
+    another way. For correlations it is from the seeds and from the rounding to two digits.
 
     Returns:
         Columns ``where``, ``model``, ``metric``, ``setting``, ``published``, ``repeated``, ``sd``,
         ``n``, ``difference``, ``noise``, ``within`` (whether noise explains the difference; none
-        where a figure is missing, or ours was measured on another setting), ``search``, ``note``.
+        if a figure is missing, or ours is of another setting), ``search``, ``note``.
     """
     table = pd.DataFrame([_repeat(published, searches) for published in PUBLISHED])
-    models = {found.model for found in searches}
+    models = {search.model for search in searches}
     return table[table["model"].isin(models)] if len(models) == 1 else table
 
 
-def _repeat(published: Published, searches: Sequence[Found]) -> dict[str, Any]:
+def _repeat(published: Published, searches: Sequence[SearchResult]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "where": published.where,
         "model": published.model,
@@ -523,88 +553,96 @@ def _repeat(published: Published, searches: Sequence[Found]) -> dict[str, Any]:
         **dict.fromkeys(("repeated", "sd", "n", "difference", "noise", "within", "search")),
         "note": "not measured",
     }
-    for found in searches:
-        if found.model != published.model or found.complete.empty:
+    for search in searches:
+        if search.model != published.model or search.complete.empty:
             continue
-        if measured := _measured(published, found):
-            difference = measured["repeated"] - published.value
-            noise, same = measured.pop("noise"), measured.pop("same_setting")
-            # of another setting, what chance explains is not the question
-            within = bool(abs(difference) <= noise) if same and noise is not None else None
-            row |= {**measured, "difference": difference, "noise": noise, "within": within}
-            row["search"] = found.name
-            break
+        measure = _repeat_correlation if published.metric == "correlation" else _repeat_accuracy
+        if measured := measure(published, search):
+            return {**row, **measured, "search": search.name}
     return row
 
 
-def _measured(published: Published, found: Found) -> dict[str, Any] | None:
-    """``repeated``, ``sd``, ``n``, ``noise``, ``note`` and whether it is the ``same_setting``."""
-    if published.metric == "correlation":
-        if found.about["strategy"]["name"] != "grid" or not found.finished:
-            return None  # of half a grid it would say something else
-        table, axis = correlations(found), published.params["axis"]
-        if axis not in table.index:
-            return None
-        mean, sd = table.loc[axis]
-        n = found.complete["seed"].nunique()
-        # published with two digits
-        noise = None if n == 1 else 0.005 + 1.96 * sd * math.sqrt(1 + 1 / n)
-        found_again = {"repeated": mean, "sd": sd, "n": n, "noise": noise}
-        return {**found_again, "same_setting": True, "note": ""}
-    cell = _cell(published.params, found)
-    if cell is None:
+def _repeat_correlation(published: Published, search: SearchResult) -> dict[str, Any] | None:
+    if search.about["strategy"]["name"] != "grid" or not search.finished:
+        return None  # half a grid has other correlations
+    table, axis = correlations(search), published.params["axis"]
+    if axis not in table.index:
         return None
-    sizes, p = _sizes(found), published.value
-    seeds = spread(found, cell["acc"])
-    same, note = True, ""
+    mean, sd = table.loc[axis]
+    n = search.complete["seed"].nunique()
+    # published with two digits
+    chance = None if n == 1 else 0.005 + 1.96 * sd * math.sqrt(1 + 1 / n)
+    return {**_judged(mean, published, chance), "sd": sd, "n": n, "note": ""}
+
+
+def _repeat_accuracy(published: Published, search: SearchResult) -> dict[str, Any] | None:
+    ours = _configuration(published.params, search)
+    if ours is None:
+        return None
+    seeds = spread(search, ours["acc"])
     if published.metric == "test_acc":
-        test = tested(found)
+        test = tested(search)
         if test is None:
             return None
-        n, value, images = 1, test["acc"], test["images"]
-        winner = found.cells.iloc[0]
-        same = all(winner.get(name) == cell[name] for name in found.params)
-        if not same:
-            note = f"our winner: {setting_text(dict(winner[found.params]))}"
+        n, sd, value, images = 1, None, test["acc"], test["images"]
     else:
-        n, value, images = int(cell["n"]), cell["acc"], sizes["val"]
-    if published.model == "ResNet18":  # the study's was larger, and trained otherwise
-        same = False
-        note = f"ours: {found.about['data']['image_size']} pixels, " + setting_text(
-            {k: v for k, v in cell[found.params].items() if k != "regime"}
-        )
-    variance = 2 * p * (1 - p) / images + (seeds or 0.0) ** 2 * (1 + 1 / n)
-    sd = cell["sd"] if published.metric == "val_acc" and n > 1 else None
+        n, value, images = int(ours["n"]), ours["acc"], image_counts(search)["val"]
+        sd = ours["sd"] if n > 1 else None
+    other = _other_setting(published, search, ours)
+    chance = noise(published.value, images, seeds or 0.0, n)
     return {
-        "repeated": value,
+        **_judged(value, published, chance, same_setting=not other),
         "sd": sd,
         "n": n,
-        "noise": 1.96 * math.sqrt(variance),
-        "same_setting": same,
-        "note": note if seeds is not None else f"{note}; n=1".lstrip("; "),
+        "note": other if seeds is not None else f"{other}; n=1".lstrip("; "),
     }
 
 
-def _cell(params: Mapping[str, Any], found: Found) -> pd.Series | None:
-    """The cell with these parameters; one that the search leaves unsaid does not count."""
-    widths = [name for name in found.params if name.startswith("hidden_units.")]
-    if any(name not in found.params for name in params) or len(widths) != len(
-        [name for name in params if name.startswith("hidden_units.")]
-    ):
+def _judged(
+    value: float, published: Published, chance: float | None, same_setting: bool = True
+) -> dict[str, Any]:
+    """Our figure against the published one; only figures of the same setting are judged."""
+    difference = value - published.value
+    within = bool(abs(difference) <= chance) if same_setting and chance is not None else None
+    return {"repeated": value, "difference": difference, "noise": chance, "within": within}
+
+
+def _other_setting(published: Published, search: SearchResult, ours: pd.Series) -> str:
+    """What differs from the study's setting; empty if nothing does.
+
+    Args:
+        published: the figure.
+        search: that repeats it.
+        ours: its configuration with the published parameters.
+    """
+    if published.model == "ResNet18":  # the study's images were larger, its training another one
+        setting = {k: v for k, v in ours[search.params].items() if k != "regime"}
+        return f"ours: {search.about['data']['image_size']} pixels, {setting_text(setting)}"
+    winner = search.configurations.iloc[0]
+    tested_another = any(winner.get(name) != ours[name] for name in search.params)
+    if published.metric == "test_acc" and tested_another:
+        return f"our winner: {setting_text(dict(winner[search.params]))}"
+    return ""
+
+
+def _configuration(params: Mapping[str, Any], search: SearchResult) -> pd.Series | None:
+    """The configuration with these parameters; ``None`` if the search does not name all of them."""
+    named = set(params) <= set(search.params)
+    if not named or layer_axes(params) != layer_axes(search.params):
         return None
-    cells = found.cells
-    rows = (cells[list(params)] == pd.Series(params)).all(axis=1)
-    return cells[rows].iloc[0] if rows.any() else None
+    table = search.configurations
+    rows = (table[list(params)] == pd.Series(params)).all(axis=1)
+    return table[rows].iloc[0] if rows.any() else None
 
 
-def by_rank(found: Found, count: int = 5) -> tuple[float, float]:
+def by_rank(search: SearchResult, count: int = 5) -> tuple[float, float]:
     """Mean accuracy of the best and of the worst few trials of each seed, mean over the seeds.
 
-    What was picked for being the worst of hundreds tends to do better when it is trained again.
-    Ranks can be compared all the same.
+    The worst of hundreds of trials tends to do better when it is trained again. Ranks can still be
+    compared.
     """
     ordered = [
-        trials.sort_values() for _, trials in found.complete.groupby("seed")[found.objective]
+        trials.sort_values() for _, trials in search.complete.groupby("seed")[search.objective]
     ]
     best = float(np.mean([trials.tail(count).mean() for trials in ordered]))
     return best, float(np.mean([trials.head(count).mean() for trials in ordered]))
@@ -612,71 +650,73 @@ def by_rank(found: Found, count: int = 5) -> tuple[float, float]:
 
 def setting_text(params: Mapping[str, Any]) -> str:
     """Parameters in a few words: widths as 1024-10-1024."""
-    widths = [value for name, value in params.items() if name.startswith("hidden_units.")]
-    words = {name: value for name, value in params.items() if "hidden_units." not in name}
-    if widths:
-        words["hidden_units"] = "-".join(str(int(width)) for width in widths)
-    return ", ".join(f"{name} {value_text(value)}" for name, value in words.items())
+    layers = layer_axes(params)
+    shown = {name: value for name, value in params.items() if name not in layers}
+    if layers:
+        shown["hidden_units"] = "-".join(str(int(params[name])) for name in layers)
+    return ", ".join(f"{name} {value_text(value)}" for name, value in shown.items())
 
 
-def best_found(searches: Sequence[Found]) -> pd.DataFrame:
-    """For each model the study's best, and the best cell of all our searches of it.
+def best_found(searches: Sequence[SearchResult]) -> pd.DataFrame:
+    """For each model the study's best, and the best configuration of all our searches of it.
 
     Returns:
         Columns ``model``, ``published`` and ``published_test`` accuracy, ``acc``, ``sd``, ``n``,
-        ``test``, ``low``, ``high`` (none unless that search's winner was tested), ``search``,
+        ``test``, ``low``, ``high`` (missing unless that search's winner was tested), ``search``,
         ``setting``.
     """
     rows = []
     for model in dict.fromkeys(p.model for p in PUBLISHED):
         known = [p for p in PUBLISHED if p.model == model]
-        candidates = [found for found in searches if found.model == model and len(found.cells)]
+        candidates = [
+            search for search in searches if search.model == model and len(search.configurations)
+        ]
         if not candidates:
             continue
-        found = max(candidates, key=lambda f: f.cells["acc"].iloc[0])
-        cell, test = found.cells.iloc[0], tested(found) or {}
+        search = max(candidates, key=lambda one: one.configurations["acc"].iloc[0])
+        winner, test = search.configurations.iloc[0], tested(search) or {}
         rows.append(
             {
                 "model": model,
                 "published": max(p.value for p in known if p.metric == "val_acc"),
                 "published_test": max(p.value for p in known if p.metric == "test_acc"),
-                **{"acc": cell["acc"], "sd": cell["sd"], "n": int(cell["n"])},
+                **{"acc": winner["acc"], "sd": winner["sd"], "n": int(winner["n"])},
                 "test": test.get("acc"),
                 "low": test.get("low"),
                 "high": test.get("high"),
-                "search": found.name,
-                "setting": setting_text(dict(cell[found.params])),
+                "search": search.name,
+                "setting": setting_text(dict(winner[search.params])),
             }
         )
     return pd.DataFrame(rows)
 
 
-def efficiency(searches: Sequence[Found]) -> pd.DataFrame:
-    """Searches of the same model, as many layers, side by side: what was found, at what cost.
+def efficiency(searches: Sequence[SearchResult]) -> pd.DataFrame:
+    """Searches of models with equally many layers, side by side: what each found, at what cost.
 
     Costs are for one seed.
 
     Returns:
         Columns ``model``, ``search``, ``trials``, ``networks``, ``epochs`` (of all networks),
         ``seconds`` (of one core), ``best`` (mean over seeds of the best trial's accuracy), and
-        ``share_of_cost``, ``short_of_best`` against the costliest one of the model.
+        ``share_of_cost``, ``short_of_best`` compared with the most expensive one of the model.
     """
     rows = []
-    for found in searches:
-        if found.complete.empty:
+    for search in searches:
+        if search.complete.empty:
             continue
-        trials, networks = found.complete, found.networks
+        trials, networks = search.complete, search.networks
         seeds = trials["seed"].nunique()
-        layers = sum(name.startswith("hidden_units.") for name in found.params)
+        layers = len(layer_axes(search.params))
         rows.append(
             {
-                "model": f"{found.model}, {layers} layers" if layers else found.model,
-                "search": found.name,
+                "model": f"{search.model}, {layers} layers" if layers else search.model,
+                "search": search.name,
                 "trials": len(trials) / seeds,
                 "networks": len(networks) / seeds,
                 "epochs": networks["epochs"].sum() / seeds,
                 "seconds": networks["seconds"].sum() / seeds,
-                "best": trials.groupby("seed")[found.objective].max().mean(),
+                "best": trials.groupby("seed")[search.objective].max().mean(),
             }
         )
     table = pd.DataFrame(rows)

@@ -1,12 +1,13 @@
-"""The drawings of a report, from numbers that ``analysis`` has computed.
+"""The figures of a report, from numbers that ``analysis`` has computed.
 
-Nothing is computed here but the means that ``panel`` joins by lines. Each function returns a figure
-of one size, so that a page can lay them out in columns. Text and axes have a colour of their own
-(``INK``), which a page replaces by its own.
+Only ``panel`` computes something itself: the means that its lines join. All figures but the images
+of ``mistakes`` have one size, so that a page can arrange them in columns. Text and axes are drawn
+in one colour (``INK``), which the page replaces by its own text colour.
 """
 
 import base64
 import io
+import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from mnist_lightning.report.analysis import MANY, groups, value_text
 
 INK = "#1a1b1c"
 SIZE = (3.8, 2.9)  # inches
-# of about the same lightness, legible on white and on black; with markers, also without colour
+# about equally light, legible on white and on black; the markers help without colour
 COLOURS = (
     "#4477dd",
     "#1fa3b8",
@@ -68,16 +69,16 @@ LABELS = {
 
 
 def label(name: str) -> str:
-    """A column's name as a reader would say it."""
+    """A column's name as shown to the reader."""
     return LABELS.get(name, name.replace("_", " "))
 
 
 def svg(figure: Figure, alt: str) -> str:
-    """The figure as an element of a page: it takes the page's text colour.
+    """The figure as an SVG element of a page, in the page's text colour.
 
     Args:
         figure: to draw.
-        alt: what it shows, for who cannot see it.
+        alt: a description of what it shows, for screen readers.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
@@ -85,7 +86,9 @@ def svg(figure: Figure, alt: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # not unique in a page of several
+    text = re.sub(
+        r'<g id="[^"]*">', "<g>", text
+    )  # the ids are not unique on a page with several figures
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     quoted = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
@@ -93,7 +96,7 @@ def svg(figure: Figure, alt: str) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure on white, 150 dots an inch."""
+    """The figure on white, with 150 dots per inch."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": ""})
@@ -115,17 +118,17 @@ def _legend(axes: Axes, title: str | None = None, **where: Any) -> None:
         axes.legend(title=title, **where)
 
 
-def panel(cells: pd.DataFrame, x: str, colour: str | None, y: str = "acc") -> Figure:
-    """A column against a parameter, coloured by another; the lines join the means."""
+def panel(configurations: pd.DataFrame, x: str, colour: str | None, y: str = "acc") -> Figure:
+    """One column against a parameter, coloured by another parameter; lines join the means."""
     figure, axes = _axes("", label(x), label(y))
-    by = groups(cells[colour]) if colour else groups(pd.Series("", cells.index))
-    many = cells[x].nunique() > MANY
-    places = cells[x] if many else groups(cells[x]).cat.codes
+    by = groups(configurations[colour]) if colour else groups(pd.Series("", configurations.index))
+    many = configurations[x].nunique() > MANY
+    places = configurations[x] if many else groups(configurations[x]).cat.codes
     shades = list(by.cat.categories)
     for i, shade in enumerate(shades):
         chosen = by == shade
-        at, values = places[chosen], cells[y][chosen]
-        # side by side, or the last colour would hide the others
+        at, values = places[chosen], configurations[y][chosen]
+        # side by side: the last colour would hide the others
         shift = 0 if many else 0.6 * ((i + 0.5) / len(shades) - 0.5)
         axes.plot(
             at + shift,
@@ -143,11 +146,11 @@ def panel(cells: pd.DataFrame, x: str, colour: str | None, y: str = "acc") -> Fi
             [], [], MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], label=str(shade)
         )
     if many:
-        _log_if_wide(axes, cells[x])
+        _log_if_wide(axes, configurations[x])
     else:
-        names = groups(cells[x]).cat.categories
+        names = groups(configurations[x]).cat.categories
         axes.set_xticks(range(len(names)), names)
-    if y == "gap":  # a few networks are far off
+    if y == "gap":  # a few networks have very large gaps
         axes.set_yscale("symlog", linthresh=0.1)
         axes.margins(y=0.08)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: value_text(float(v))))
@@ -157,7 +160,7 @@ def panel(cells: pd.DataFrame, x: str, colour: str | None, y: str = "acc") -> Fi
 
 
 def _legend_above(axes: Axes, title: str, names: Sequence[Any]) -> None:
-    """In as many columns as have room side by side."""
+    """A legend above the axes, in as many columns as fit."""
     longest = max(len(str(name)) for name in names)
     _legend(
         axes,
@@ -178,7 +181,7 @@ def _log_if_wide(axes: Axes, values: pd.Series) -> None:
 
 
 def heat(table: pd.DataFrame, title: str, digits: int = 3, diverging: bool = False) -> Figure:
-    """A table in colours, each cell with its number."""
+    """A table as a heat map, with the number in each cell."""
     figure, axes = _axes(title)
     values = table.to_numpy(float)
     if diverging:
@@ -204,7 +207,7 @@ def heat(table: pd.DataFrame, title: str, digits: int = 3, diverging: bool = Fal
             continue
         red, green, blue, _ = shades((value - low) / ((high - low) or 1.0))
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
-        text = f"{round(value, digits) + 0:.{digits}f}"  # + 0: no minus before a zero
+        text = f"{round(value, digits) + 0:.{digits}f}"  # + 0 turns -0.0 into 0.0
         axes.text(
             column,
             row,
@@ -230,7 +233,7 @@ def marginal(rows: pd.DataFrame, axis: str) -> Figure:
 
 
 def bars(shares: pd.Series, title: str, x: str) -> Figure:
-    """Shares, the largest on top, each with its number."""
+    """Shares as horizontal bars with their numbers, the largest on top."""
     figure, axes = _axes(title, x)
     names = [" × ".join(label(part) for part in str(name).split(" × ")) for name in shares.index]
     axes.barh(range(len(shares))[::-1], shares, color=COLOURS[0], height=0.65)
@@ -243,7 +246,7 @@ def bars(shares: pd.Series, title: str, x: str) -> Figure:
 
 
 def curves(trial: Mapping[str, Any], stop: Mapping[str, Any], title: str) -> Figure:
-    """Losses of a trial; where the validation loss was lowest, and where it would have stopped."""
+    """Losses of a trial, with the lowest validation loss and where it would have stopped."""
     figure, axes = _axes(title, "epoch", "loss")
     epochs = range(1, len(trial["curves"]["val_loss"]) + 1)
     for i, (name, text) in enumerate((("train_loss", "training"), ("val_loss", "validation"))):
@@ -268,12 +271,12 @@ def curves(trial: Mapping[str, Any], stop: Mapping[str, Any], title: str) -> Fig
 
 
 def scatter(x: pd.Series, y: pd.Series, colour: pd.Series | None, titles: Sequence[str]) -> Figure:
-    """One number against another, a dot a cell.
+    """One number against another, a marker for each configuration.
 
     Args:
-        x: of each cell.
-        y: likewise.
-        colour: a category of each cell, or none.
+        x: a number for each configuration.
+        y: another one.
+        colour: a category for each configuration, or ``None``.
         titles: of the figure, of x, of y, of the colours.
     """
     title, x_title, y_title, colour_title = titles
@@ -294,7 +297,7 @@ def scatter(x: pd.Series, y: pd.Series, colour: pd.Series | None, titles: Sequen
 
 
 def confusion(counts: Sequence[Sequence[int]], title: str) -> Figure:
-    """Which digit was taken for which; the right answers are left out, they would outshine all."""
+    """How often each label was predicted as another one; correct predictions are left out."""
     table = pd.DataFrame(counts).astype(float)
     table.index.name, table.columns.name = "label", "predicted"
     values = table.to_numpy(copy=True)
@@ -303,16 +306,17 @@ def confusion(counts: Sequence[Sequence[int]], title: str) -> Figure:
     return heat(wrong, title, digits=0)
 
 
-def mistakes(found: Sequence[Mapping[str, Any]], columns: int = 10, rows: int = 4) -> Figure:
-    """Images that were taken for another digit, the surest mistakes first: label → prediction."""
-    shown = found[: columns * rows]
+def mistakes(records: Sequence[Mapping[str, Any]], columns: int = 10, rows: int = 4) -> Figure:
+    """Wrongly classified images, those with the highest probability first: label → prediction."""
+    shown = records[: columns * rows]
     lines = -(-len(shown) // columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2 * SIZE[0], 0.9 * lines), layout="constrained")
         for i, mistake in enumerate(shown):
             axes = figure.add_subplot(lines, columns, i + 1)
             pixels = np.frombuffer(zlib.decompress(base64.b64decode(mistake["pixels"])), np.uint8)
-            axes.imshow(pixels.reshape(28, 28), cmap="gray_r", vmin=0, vmax=255)
+            side = math.isqrt(pixels.size)
+            axes.imshow(pixels.reshape(side, side), cmap="gray_r", vmin=0, vmax=255)
             sure = f"{100 * mistake['probability']:.0f} %"
             axes.set_title(f"{mistake['label']} → {mistake['predicted']}\n{sure}", fontsize=7.5)
             axes.set_axis_off()

@@ -1,202 +1,88 @@
-"""``python -m mnist_lightning report FOLDER...``: what searches found, as one page.
-
-Reads what they left, computes (``analysis``), draws (``figures``), writes:
+"""The files of a report: what searches found, as one page, in words, as tables and as figures.
 
 index.html     everything, in one file that needs no other
 README.md      the findings and the main tables
-tables/        each table as CSV (all digits) and Markdown (as the page has it)
+tables/        each table as CSV (all digits) and Markdown (rounded, as on the page)
 figures/       each figure as PNG and SVG
 """
 
-import argparse
-import itertools
-import math
-import shlex
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import pandas as pd
+import jinja2
+from markupsafe import Markup, escape
 
-from mnist_lightning.console import PROGRAM, require
-from mnist_lightning.files import csv_cell, write_bytes, write_text
+from mnist_lightning.files import csv_cell, write_bytes
 from mnist_lightning.provenance import provenance
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from mnist_lightning.report.analysis import Found
-
-
-# The digits that a reader can use; columns that are not named here are shown as they are.
-DIGITS = {
-    **dict.fromkeys(("acc", "sd", "published", "repeated", "mean", "median", "best", "test"), 4),
-    **dict.fromkeys(("difference", "noise", "val_loss", "train_loss", "gap", "cost"), 4),
-    **dict.fromkeys(("published_test", "low", "high", "short_of_best"), 4),
-    **dict.fromkeys(("seconds", "epochs", "trials", "networks"), 0),
-    "share_of_cost": 3,
-}
-HEADINGS = {
-    "acc": "validation accuracy",
-    "sd": "± sd",
-    "val_loss": "validation loss",
-    "train_loss": "training loss",
-    "published_test": "published, test",
-    "low": "95 % from",
-    "high": "to",
-    "within": "within noise",
-    "short_of_best": "short of the best by",
-    "share_of_cost": "share of the cost",
-}
-
-
-@dataclass
-class Table:
-    """A table of the page, and of a file of its own.
-
-    Args:
-        name: of the file.
-        title: above it.
-        frame: its rows.
-        note: below it.
-        large: whether the page can sort and filter it.
-    """
-
-    name: str
-    title: str
-    frame: "pd.DataFrame"
-    note: str = ""
-    large: bool = False
-
-    @property
-    def headings(self) -> list[str]:
-        return [HEADINGS.get(name, name.replace("_", " ")) for name in self.frame.columns]
-
-    @property
-    def rows(self) -> list[list[tuple[str, Any]]]:
-        """For each cell its text and what it is sorted by."""
-        columns = list(self.frame.columns)
-        return [
-            [(_text(name, value), value) for name, value in zip(columns, row, strict=True)]
-            for row in self.frame.astype(object).itertuples(index=False, name=None)
-        ]
-
-    @property
-    def numeric(self) -> list[bool]:
-        """Which columns hold numbers."""
-        columns = (self.frame[name].dropna() for name in self.frame.columns)
-        return [
-            all(isinstance(v, int | float) and not isinstance(v, bool) for v in column.tolist())
-            for column in columns
-        ]
-
-    def markdown(self) -> str:
-        lines = [self.headings, ["---"] * len(self.headings)]
-        lines += [[text for text, _ in row] for row in self.rows]
-        lines = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return text.replace("<", "&lt;")  # Markdown passes HTML on
-
-
-def _text(column: str, value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if column in DIGITS and isinstance(value, int | float):
-        sign = "+" if column in ("difference", "cost") else ""
-        return f"{value:{sign},.{DIGITS[column]}f}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-@dataclass
-class Drawing:
-    """A figure of the page, and of files of its own."""
-
-    name: str
-    caption: str
-    figure: "Figure"
-    wide: bool = False
-
-    @property
-    def svg(self) -> str:
-        from mnist_lightning.report import figures
-
-        return figures.svg(self.figure, self.caption)
-
-
-@dataclass
-class Block:
-    """A heading with what stands below it."""
-
-    title: str
-    text: str = ""
-    tables: list[Table] = field(default_factory=list)
-    drawings: list[Drawing] = field(default_factory=list)
-
-
-@dataclass
-class Section:
-    """A search on the page."""
-
-    found: "Found"
-    facts: list[tuple[str, str]]
-    blocks: list[Block]
-
-    @property
-    def name(self) -> str:
-        return self.found.name
+from mnist_lightning.report import analysis, figures, findings, sections
+from mnist_lightning.report.analysis import SearchResult
+from mnist_lightning.report.published import COUNTERPARTS
+from mnist_lightning.report.sections import Block, Section, counts_text
 
 
 def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print) -> None:
     """Writes the report on the searches in some folders.
 
     Args:
-        folders: each that of a search, or one that holds several.
-        out: the folder to write to, made if it is not there.
-        say: is told what is being done.
+        folders: each the folder of a search, or one that holds several.
+        out: the folder to write to; it is made if it is not there.
+        say: is called with a line of text for each step.
 
     Raises:
-        ValueError: no search, a damaged file, or nothing to write to.
+        ValueError: there is no search, two have the same name, a file is damaged, or ``out`` cannot
+            be written.
     """
-    for package in ("jinja2", "matplotlib", "pandas"):
-        require(package, "a report")
-    import jinja2
-
-    from mnist_lightning.report import analysis, findings
-
-    searches = [found for folder in folders for found in analysis.read(folder)]
-    names = [found.name for found in searches]
+    searches = [search for folder in folders for search in analysis.read(folder)]
+    names = [search.name for search in searches]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two searches are called {twice[0]}: rename the folder of one of them")
-    for found in searches:
-        say(f"{found.name}: {counts_text(found)}")
-    overall = _overall(searches)
-    sections = []
-    for found in searches:
-        sections.append(Section(found, _facts(found), _blocks(found)))
-        say(f"{found.name}: {sum(len(b.drawings) for b in sections[-1].blocks)} figures")
+    for search in searches:
+        say(f"{search.name}: {counts_text(search)}")
+    overall = sections.overall(searches)
+    by_search = []
+    for search in searches:
+        by_search.append(sections.section(search))
+        say(f"{search.name}: {sum(len(b.drawings) for b in by_search[-1].blocks)} figures")
     said = findings.in_words(searches)
-    tables, pictures = out / "tables", out / "figures"
+    blocks = [*overall, *(block for section in by_search for block in section.blocks)]
+    files: list[tuple[str, str | bytes]] = [
+        *_table_files(blocks),
+        *_figure_files(blocks),
+        ("index.html", _page(searches, overall, by_search, said)),
+        ("README.md", _readme(searches, overall, by_search, said)),
+    ]
+    if studied := analysis.comparable(searches):
+        files.append(("tables/results.md", findings.results_table(studied)))
     try:
-        for folder in (tables, pictures):
-            folder.mkdir(parents=True, exist_ok=True)
+        for folder in ("tables", "figures"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {(error.strerror or '').lower()}") from error
-    blocks = [*overall, *(block for section in sections for block in section.blocks)]
+    for name, content in files:
+        write_bytes(out / name, content if isinstance(content, bytes) else content.encode())
+    say(f"\nreport       {out / 'index.html'}\nin words     {out / 'README.md'}")
+
+
+def _table_files(blocks: Sequence[Block]) -> Iterator[tuple[str, str]]:
     for table in (table for block in blocks for table in block.tables):
         cells = table.frame.astype(object).map(csv_cell)
-        write_text(tables / f"{table.name}.csv", cells.to_csv(index=False))
-        write_text(tables / f"{table.name}.md", table.markdown() + "\n")
-    if studied := analysis.comparable(searches):
-        write_text(tables / "results.md", findings.results_table(studied))
-    from mnist_lightning.report import figures
+        yield f"tables/{table.name}.csv", cells.to_csv(index=False)
+        yield f"tables/{table.name}.md", table.markdown() + "\n"
 
+
+def _figure_files(blocks: Sequence[Block]) -> Iterator[tuple[str, str | bytes]]:
     for drawing in (drawing for block in blocks for drawing in block.drawings):
-        write_text(pictures / f"{drawing.name}.svg", drawing.svg)
-        write_bytes(pictures / f"{drawing.name}.png", figures.png(drawing.figure))
+        yield f"figures/{drawing.name}.svg", drawing.svg
+        yield f"figures/{drawing.name}.png", figures.png(drawing.figure)
+
+
+def _page(
+    searches: Sequence[SearchResult],
+    overall: Sequence[Block],
+    by_search: Sequence[Section],
+    said: Sequence[str],
+) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mnist_lightning", "report"),
         autoescape=True,
@@ -204,24 +90,19 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
         lstrip_blocks=True,
     )
     environment.filters["bold"] = _bold
-    page = environment.get_template("page.html").render(
+    return environment.get_template("page.html").render(
         overall=overall,
-        sections=sections,
+        sections=by_search,
         findings=said,
-        unfinished=[found.name for found in searches if not found.finished],
+        unfinished=[search.name for search in searches if not search.finished],
         counts=counts_text,
         provenance=provenance(),
-        origins=[(found.name, found.about["provenance"]) for found in searches],
+        origins=[(search.name, search.about["provenance"]) for search in searches],
     )
-    write_text(out / "index.html", page)
-    write_text(out / "README.md", _readme(searches, overall, sections, said))
-    say(f"\nreport       {out / 'index.html'}\nin words     {out / 'README.md'}")
 
 
 def _bold(text: str) -> Any:
     """Markdown's **bold** as HTML, the rest escaped."""
-    from markupsafe import Markup, escape
-
     parts = text.split("**")
     return Markup("").join(
         Markup("<strong>{}</strong>").format(part) if i % 2 else escape(part)
@@ -229,404 +110,12 @@ def _bold(text: str) -> Any:
     )
 
 
-def counts_text(found: "Found") -> str:
-    """How far a search is, in words."""
-    counts = found.counts()
-    words = [f"{count:,} {what}" for what, count in counts.items() if count or what == "finished"]
-    return f"{', '.join(words)}" + ("" if found.finished else " – not finished yet")
-
-
-def _facts(found: "Found") -> list[tuple[str, str]]:
-    from mnist_lightning.report.analysis import setting_text, value_text
-
-    about, data, origin = found.about, found.about["data"], found.about["provenance"]
-    started, *grew = [each["provenance"]["time"] for each in [*about.get("grown_from", ()), about]]
-    shown = {
-        "image_size": f"{data['image_size']} pixels",
-        "normalization": f"normalization {data['normalization']}",
-    }
-    # what is an axis is told as one
-    seen = [text for name, text in shown.items() if f"data.{name}" not in found.params]
-    strategy = dict(about["strategy"])
-    name = strategy.pop("name")
-    options = ", ".join(f"{k} {v}" for k, v in strategy.items())
-    axes = "; ".join(
-        f"{axis}: "
-        + (
-            f"{values['low']} to {values['high']}"
-            if isinstance(values, dict)
-            else ", ".join(map(value_text, values))
-        )
-        for axis, values in about["space"].items()
-    )
-    seconds = float(found.networks["seconds"].sum()) if len(found.complete) else 0.0
-    code = origin["code"]
-    facts = [
-        ("trials", counts_text(found)),
-        ("model", found.model),
-        ("searched", axes),
-        ("fixed", setting_text(about["fixed"])),
-        ("strategy", f"{name}{f' ({options})' if options else ''}"),
-        ("second round", setting_text(about["second_round"] or {})),
-        ("seeds", ", ".join(map(str, about["seeds"]))),
-        (
-            "data",
-            ", ".join(
-                [
-                    f"{data['name']} ({data['source']})",
-                    f"split {data['split']} (seed {data['split_seed']})",
-                    *seen,
-                ]
-            ),
-        ),
-        ("ranked by", "val_acc after the last epoch" if found.objective == "val_acc" else "best"),
-        ("trained for", _duration(seconds) + " of one core"),
-        ("started", started),
-        ("grew", ", ".join(grew)),
-        ("code", f"mnist_lightning {code['mnist_lightning']}, {code.get('commit', '')[:12]}"),
-    ]
-    return [(name, text) for name, text in facts if text]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _overall(searches: Sequence["Found"]) -> list[Block]:
-    """What is said of all searches together."""
-    from mnist_lightning.report import analysis
-
-    compared_with_it = analysis.comparable(searches)
-    held = analysis.against_the_study(compared_with_it)
-    compared = analysis.efficiency(searches)
-    blocks = []
-    if held["repeated"].notna().any():
-        text = (
-            f"{held['repeated'].notna().sum()} of {len(held)} published figures of these models"
-            f" were measured again. {(held['within'] == True).sum()} of the"  # noqa: E712
-            f" {held['within'].notna().sum()} that can be judged agree within noise: half the width"
-            " of the 95 % interval of the difference, from other seeds and another shuffle of the"
-            " images. Where our setting differs from the study's, the note names it, and nothing is"
-            " judged. What was not measured is named."
-        )
-        table = held.drop(columns=["model"])
-        blocks.append(
-            Block("Published against repeated", text, [Table("published", "Row by row", table)])
-        )
-    best = analysis.best_found(compared_with_it)
-    if len(best):
-        text = (
-            "The study's best on validation and on test, beside the best of all searches above."
-            " Chosen on validation; the test images were scored afterwards, by the winner of"
-            " each search."
-        )
-        blocks.append(Block("The best found", text, [Table("best_found", "By model", best)]))
-    if len(compared) > 1:
-        text = (
-            "Costs of one seed. A search that trains fewer networks is cheaper; short of the best"
-            " says what that costs. The best of many trials owes something to luck."
-        )
-        table = Table("searches", "Searches of the same model beside each other", compared)
-        blocks.append(Block("The searches", text, [table]))
-    return blocks
-
-
-def _blocks(found: "Found") -> list[Block]:
-    """What is said of one search."""
-    if found.complete.empty:
-        failed = found.trials[found.trials["state"] == "FAIL"] if len(found.trials) else []
-        return [Block("No trial has finished yet")] + (
-            [Block("Failed", tables=[_failed(found)])] if len(failed) else []
-        )
-    return [
-        *_ranking(found),
-        *_panels(found),
-        *_dependence(found),
-        *_training(found),
-        *_test(found),
-    ]
-
-
-def _shown(cells: "pd.DataFrame", found: "Found") -> "pd.DataFrame":
-    """Cells without the columns that say nothing here."""
-    dropped = ["round"] if cells["round"].nunique() == 1 else []
-    if found.trials["seed"].nunique() == 1:
-        dropped += ["sd", "n"]
-    dropped += [name for name in found.about["fixed"] if found.cells[name].nunique() == 1]
-    return cells.drop(columns=dropped)
-
-
-def _failed(found: "Found") -> Table:
-    failed = found.trials[found.trials["state"] == "FAIL"]
-    return Table(f"{found.name}_failed", "Failed trials", failed[["id", "error"]])
-
-
-def _ranking(found: "Found") -> list[Block]:
-    name, cells = found.name, found.cells
-    tables = []
-    several = len(found.about["seeds"]) > 1
-    text = "A row is the mean over the seeds." if several else "One seed."
-    rounds = sorted(cells["round"].unique())
-    for number in rounds:
-        of = cells[cells["round"] == number]
-        which = f", round {number + 1}" if len(rounds) > 1 else ""
-        end = f"_round{number + 1}" if len(rounds) > 1 else ""
-        tables.append(Table(f"{name}_best{end}", f"Best five{which}", _shown(of.head(5), found)))
-        if len(of) > 10:
-            worst = _shown(of.tail(5), found)
-            tables.append(Table(f"{name}_worst{end}", f"Worst five{which}", worst))
-    everything = Table(f"{name}_all", f"All {len(cells)}", _shown(cells, found), large=True)
-    if len(cells) > 5:
-        tables.append(everything)
-    if (found.trials["state"] == "FAIL").any():
-        tables.append(_failed(found))
-    return [Block("The best and the worst", text, tables)]
-
-
-def _panels(found: "Found") -> list[Block]:
-    from mnist_lightning.report import figures
-
-    across = [axis for axis in found.axes if axis != "max_epochs"]
-    drawings = []
-    for x in across:
-        others = [axis for axis in found.axes if axis != x]
-        for colour in others:
-            drawings.append(
-                Drawing(
-                    f"{found.name}_{x}_by_{colour}",
-                    f"Validation accuracy against {figures.label(x)}, coloured by"
-                    f" {figures.label(colour)}; lines join the means.",
-                    figures.panel(found.first_round, x, colour),
-                )
-            )
-    return [Block("Accuracy against each parameter", "", [], drawings)] if drawings else []
-
-
-def _dependence(found: "Found") -> list[Block]:
-    from mnist_lightning.report import analysis, figures
-
-    name, axes, cells = found.name, found.axes, found.first_round
-    if not axes or len(cells) < 4:
-        return []
-    tables, drawings = [], []
-    numeric = analysis.numeric_axes(found)
-    if numeric:
-        table = analysis.correlations(found)
-        table.insert(0, "parameter", table.index)
-        tables.append(
-            Table(
-                f"{name}_correlations",
-                "Correlation with the validation accuracy",
-                table.reset_index(drop=True),
-            )
-        )
-        drawings.append(
-            Drawing(
-                f"{name}_correlations",
-                "Pearson's correlations among the parameters and with the validation accuracy.",
-                figures.heat(analysis.correlation_matrix(found), "correlation", 2, diverging=True),
-            )
-        )
-    importance, shares = analysis.importance(found), analysis.variance_shares(found)
-    if len(importance):
-        drawings.append(
-            Drawing(
-                f"{name}_importance",
-                "Importance of each parameter (fANOVA, by Optuna): its share of the variance.",
-                figures.bars(importance, "importance (fANOVA)", "share"),
-            )
-        )
-    if len(shares):
-        frame = shares.rename("share").rename_axis("parameter").reset_index()
-        tables.append(
-            Table(
-                f"{name}_variance",
-                "Shares of the variance of the accuracy",
-                frame,
-                f"The rest, {max(0.0, 1 - shares.sum()):.3f}, is due to three parameters and more"
-                " together. Exact, since the grid is complete."
-                if len(axes) > 2
-                else "Exact, since the grid is complete.",
-            )
-        )
-        drawings.append(
-            Drawing(
-                f"{name}_variance",
-                "Shares of the variance of the accuracy: each parameter alone, and pairs beyond"
-                " what the two do alone.",
-                figures.bars(shares.head(8), "variance of the accuracy", "share"),
-            )
-        )
-    marginals = analysis.marginals(found)
-    tables.append(
-        Table(
-            f"{name}_marginals",
-            "Each value of each parameter",
-            marginals,
-            "The best is what a value allows, the mean is how much it forgives.",
-        )
-    )
-    for axis in axes:
-        rows = marginals[marginals["axis"] == axis]
-        drawings.append(
-            Drawing(
-                f"{name}_marginal_{axis}",
-                f"Best, median and mean accuracy for each value of {figures.label(axis)}.",
-                figures.marginal(rows, axis),
-            )
-        )
-    for row, column in itertools.combinations(axes, 2):
-        drawings.append(
-            Drawing(
-                f"{name}_{row}_and_{column}",
-                f"Mean accuracy by {figures.label(row)} and {figures.label(column)} together.",
-                figures.heat(analysis.interaction(found, row, column), "mean accuracy"),
-            )
-        )
-    if {"lr", "batch_size", "max_epochs"} <= set(found.params) and "lr" in axes:
-        drawings.append(
-            Drawing(
-                f"{name}_travelled",
-                "Accuracy against learning rate times epochs over mini-batch size: how far a"
-                " training can go.",
-                figures.scatter(
-                    analysis.travelled(cells),
-                    cells["acc"],
-                    analysis.groups(cells["lr"]),
-                    ("", "lr · epochs / mini-batch size", figures.label("acc"), "learning rate"),
-                ),
-            )
-        )
-    text = (
-        "A correlation sees straight lines and one parameter at a time. Beside it: what each value"
-        " allows, which pairs act together, and which parameters decide."
-    )
-    return [Block("What the accuracy depends on", text, tables, drawings)]
-
-
-def _training(found: "Found") -> list[Block]:
-    from mnist_lightning.report import analysis, figures
-
-    name, stopped = found.name, analysis.stopped(found)
-    rows, drawings = [], []
-    for end in ("best", "median", "worst"):
-        if end != "best" and len(found.best_trials("best", 9)) < 9:
-            continue  # they would be the same ones
-        for rank, (index, trial) in enumerate(found.best_trials(end).iterrows(), 1):
-            stop = stopped.loc[index]
-            setting = analysis.setting_text(dict(trial[found.params]))
-            rows.append({"which": f"{end} {rank}", "setting": setting, **stop.drop("id")})
-            drawings.append(
-                Drawing(
-                    f"{name}_curves_{end}{rank}",
-                    f"Losses of {setting}; validation accuracy {trial[found.objective]:.4f}.",
-                    figures.curves(trial, stop, f"{end} {rank}"),
-                )
-            )
-    import pandas as pd
-
-    early = (stopped["saved"] > 0).mean()
-    text = (
-        f"Early stopping with a patience of {analysis.PATIENCE} epochs would have ended"
-        f" {100 * early:.0f} % of the trials, saved"
-        f" {100 * stopped['saved'].sum() / stopped['epochs'].sum():.0f} % of all epochs, and kept"
-        f" weights whose accuracy is {abs(stopped['cost'].mean()):.4f}"
-        f" {'below' if stopped['cost'].mean() >= 0 else 'above'} that of the last epoch, in the"
-        f" mean; {abs(stopped['cost']).max():.4f} at the most."
-    )
-    note = (
-        "lowest: epoch of the lowest validation loss; stop: where it would have stopped; saved:"
-        " epochs; kept: the epoch with the lowest loss until then; cost: accuracy after the last"
-        " epoch minus that of the kept one."
-    )
-    table = Table(f"{name}_stopping", "Early stopping, in hindsight", pd.DataFrame(rows), note)
-    blocks = [Block("Learning curves", text, [table], drawings)]
-    return [*blocks, *_overfitting(found)]
-
-
-def _overfitting(found: "Found") -> list[Block]:
-    from mnist_lightning.report import analysis, figures
-
-    cells, drawings = found.cells, []
-    colour = "lr" if "lr" in found.axes else None
-    size = analysis.capacity(found)
-    if size is not None and size.nunique() > 1:
-        figure = figures.panel(cells.assign(size=size), "size", colour, "gap")
-        caption = "The gap between validation and training loss against the size of the network."
-        drawings.append(Drawing(f"{found.name}_gap_by_size", caption, figure))
-    if cells["max_epochs"].nunique() > 1:
-        figure = figures.panel(cells, "max_epochs", colour, "gap")
-        caption = "The gap between validation and training loss against the number of epochs."
-        drawings.append(Drawing(f"{found.name}_gap_by_epochs", caption, figure))
-    if not drawings:
-        return []
-    text = (
-        f"The gap is largest, {cells['gap'].max():.3f}, for"
-        f" {analysis.setting_text(dict(cells.loc[cells['gap'].idxmax(), found.params]))}."
-        " The training loss is the mean over the mini-batches as they came, before each update."
-    )
-    return [Block("Overfitting", text, [], drawings)]
-
-
-def _test(found: "Found") -> list[Block]:
-    from mnist_lightning.report import analysis, figures
-    from mnist_lightning.runs import evaluations
-
-    test = analysis.tested(found)
-    partial = "".join(
-        f" Evaluation {each['evaluation']} scored {each['images']:,} of the {each['test_set']:,}"
-        " test images only."
-        for each in found.tests
-        if not evaluations.is_whole(each)
-    )
-    if test is None:
-        text = (
-            f"The winner has not been tested yet.{partial} To test it:"
-            f" python -m mnist_lightning test --ckpt_path {shlex.quote(str(found.path))}"
-        )
-        return [Block("Test", text)]
-    winner = analysis.setting_text(dict(found.cells.iloc[0][found.params]))
-    record = test["record"]
-    total = found.tests[-1]["evaluation"]
-    text = (
-        f"Chosen on validation: {winner}. On the {test['images']:,} test images: {test['acc']:.4f}"
-        f" (95 % interval {test['low']:.4f} to {test['high']:.4f}, Wilson). "
-        + ("Evaluated once." if total == 1 else f"Evaluation {record['evaluation']} of {total}.")
-        + (f" {record['note']}" if "note" in record else "")
-        + partial
-    )
-    drawings = []
-    if "confusion" in record:
-        drawings.append(
-            Drawing(
-                f"{found.name}_confusion",
-                "Mistakes by label and prediction, numbers of test images; right answers left out.",
-                figures.confusion(record["confusion"], "mistakes"),
-            )
-        )
-        if record["mistakes"]:
-            drawings.append(
-                Drawing(
-                    f"{found.name}_mistakes",
-                    "The surest mistakes: label → prediction, and its probability.",
-                    figures.mistakes(record["mistakes"]),
-                    wide=True,
-                )
-            )
-    return [Block("Test", text, [], drawings)]
-
-
 def _readme(
-    searches: Sequence["Found"],
+    searches: Sequence[SearchResult],
     overall: Sequence[Block],
-    sections: Sequence[Section],
+    by_search: Sequence[Section],
     said: Sequence[str],
 ) -> str:
-    from mnist_lightning.report import analysis
-    from mnist_lightning.report.published import COUNTERPARTS
-
     lines = [
         "# What the searches found",
         "",
@@ -634,15 +123,15 @@ def _readme(
         " [index.html](index.html).",
         "",
     ]
-    for found in searches:
-        lines.append(f"- `{found.name}`: {found.model}, {counts_text(found)}")
+    for search in searches:
+        lines.append(f"- `{search.name}`: {search.model}, {counts_text(search)}")
     lines += ["", "## In words", ""]
     lines += [f"- {text}" for text in said]
     for block in overall:
         lines += ["", f"## {block.title}", "", block.text]
         for table in block.tables:
             lines += ["", table.markdown()]
-    for section in sections:
+    for section in by_search:
         lines += ["", f"## {section.name}", ""]
         lines += [f"- {name}: {text}" for name, text in section.facts]
         for block in section.blocks:
@@ -656,38 +145,3 @@ def _readme(
         lines += ["| the study | here |", "|---|---|"]
         lines += [f"| {theirs} | {ours} |" for theirs, ours in COUNTERPARTS]
     return "\n".join(lines) + "\n"
-
-
-def main(argv: Sequence[str]) -> int:
-    """``python -m mnist_lightning report FOLDER... [--out FOLDER]``.
-
-    Raises:
-        ValueError: no search to report on, or nothing to write to.
-    """
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} report",
-        description="What searches found, as one page with tables and figures.",
-        exit_on_error=False,
-    )
-    parser.add_argument(
-        "folders",
-        nargs="*",
-        type=Path,
-        metavar="FOLDER",
-        help="of a search, finished or not, or one that holds several",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("report"), help="where to write (default: report)"
-    )
-    try:
-        given, unknown = parser.parse_known_args(list(argv))
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
-    if unknown:
-        raise ValueError(f"report: no option {unknown[0]}; it has --out FOLDER")
-    if not given.folders:
-        raise ValueError(
-            "report: of which search? Give its folder, like lightning_logs/search/NAME"
-        )
-    write(given.folders, given.out, lambda text: print(text, file=sys.stdout, flush=True))
-    return 0

@@ -1,7 +1,7 @@
-"""What the study published: the figures that a repetition is held against.
+"""What the study published: the figures that a repetition is compared with.
 
 The study trained a shallow network, deep networks and ResNet-18 on 50,400 of MNIST's 70,000 images,
-validated on 12,600 and tested on 7,000. Of its shuffle and its seeds nothing is known.
+validated on 12,600 and tested on 7,000. Its shuffle and its seeds are not known.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,12 @@ class Published:
     """One published figure.
 
     Args:
-        where: in the study.
+        where: table, figure or section of the study.
         model: name of a class in ``mnist_lightning.models``.
         metric: ``val_acc``, ``test_acc``, or ``correlation`` of an axis with ``val_acc``.
         value: as published.
-        params: of the model that reached it, as far as they are told; of a correlation, its axis.
+        params: of the model that reached it, as far as they are published; for a correlation, its
+            axis.
     """
 
     where: str
@@ -129,7 +130,7 @@ PUBLISHED = [
 
 _WIDTHS = [10, 20, 256, 512, 1024]
 
-# What the study searched: a search of ours that covers one of these repeats it.
+# What the study searched. A search that covers one of these grids repeats the study.
 GRIDS: list[tuple[str, Mapping[str, list[Any]]]] = [
     (
         "ShallowNetwork",
@@ -145,7 +146,7 @@ GRIDS: list[tuple[str, Mapping[str, list[Any]]]] = [
     ("ResNet18", {"regime": ["scratch", "finetune", "freeze"]}),
 ]
 
-# Where each table and figure of the study has its counterpart.
+# The counterpart of each table and figure of the study.
 COUNTERPARTS = [
     ("section 1.1, the perceptron's tensors", "`inspect --config perceptron.yaml`"),
     ("table 2.1, best and worst models", "the grid: best five, worst five"),

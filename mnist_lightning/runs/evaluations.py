@@ -1,6 +1,7 @@
 """The test evaluations of a run: each one is counted and described in its ``test.json``.
 
-Each further evaluation makes the test set a bit more of a validation set, so all are counted.
+The more often a test set is used to compare models, the more it becomes a validation set. So every
+evaluation is counted.
 """
 
 from collections.abc import Mapping
@@ -21,12 +22,12 @@ def record(
     test_set: int,
     **facts: Any,
 ) -> int:
-    """Adds an evaluation to ``test.json`` of the run, whatever other processes add meanwhile.
+    """Adds an evaluation to ``test.json`` of the run; other processes may do so at the same time.
 
     Args:
         run: the run's folder.
-        checkpoint: what was evaluated.
-        metrics: its figures.
+        checkpoint: the file that was evaluated.
+        metrics: the results, by name.
         images: how many images were scored.
         test_set: how many images the test set has.
         facts: what else to record, as plain JSON types.
@@ -35,7 +36,7 @@ def record(
         The number of the evaluation, from 1.
 
     Raises:
-        ValueError: ``test.json`` is damaged or cannot be written; it stays as it is.
+        ValueError: ``test.json`` is damaged or cannot be written; it is unchanged.
     """
     entry = {
         "checkpoint": checkpoint.name,
@@ -52,7 +53,7 @@ def record(
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The evaluations in ``test.json`` of the run, in their order; none where there is no file.
+    """The evaluations in ``test.json`` of the run, in order; none if there is no file.
 
     Raises:
         ValueError: the file is damaged.
@@ -68,11 +69,11 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 
 def _renamed(entry: Any) -> dict[str, Any]:
-    # the number's key used to be "look"
+    """An entry with today's name for its number, which was "look" in earlier versions."""
     known = entry if isinstance(entry, dict) else {}
     return {"evaluation" if key == "look" else key: value for key, value in known.items()}
 
 
 def is_whole(evaluation: Mapping[str, Any]) -> bool:
-    """Whether it scored the whole test set; older ones, which do not say, pass for whole."""
+    """Whether it scored the whole test set. Older records have no counts; they were whole."""
     return evaluation.get("images") == evaluation.get("test_set")

@@ -26,7 +26,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mnist_lightning.console import require
 from mnist_lightning.files import (
     JSON_BYTES,
     create_json,
@@ -445,7 +444,6 @@ def load_curves(*paths: str | os.PathLike[str]) -> "pandas.DataFrame":
 
 
 def _pandas() -> Any:
-    require("pandas", "a table")
     import pandas
 
     return pandas
