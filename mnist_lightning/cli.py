@@ -48,7 +48,7 @@ from mnist_lightning.data.sampling import in_image_order
 from mnist_lightning.files import csv_cell, printable, reason, write_text
 from mnist_lightning.models import inspection, own
 from mnist_lightning.models.classifier import Classifier
-from mnist_lightning.models.metrics import Diverged
+from mnist_lightning.models.epoch_metrics import Diverged
 from mnist_lightning.models.perceptron import Perceptron
 from mnist_lightning.models.resnet import ResNet18
 from mnist_lightning.parser import Parser, shorten

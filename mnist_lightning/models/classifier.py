@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mnist_lightning.checks import check_choice
 from mnist_lightning.classes import class_path
 from mnist_lightning.files import is_plain
-from mnist_lightning.models.metrics import EpochMetrics, divergence
+from mnist_lightning.models.epoch_metrics import EpochMetrics, divergence
 from mnist_lightning.training import resuming
 from mnist_lightning.training.execution import Execution
 

@@ -324,11 +324,9 @@ def importance(search: SearchResult) -> pd.Series:
 def _distribution(column: pd.Series) -> Any:
     """The values of a parameter as Optuna has them: categories, or a range where they are many."""
     if column.nunique() <= MANY:
-        return optuna.distributions.CategoricalDistribution(sorted(column.unique().tolist()))
-    low, high, log = column.min().item(), column.max().item(), bool(column.min() > 0)
-    if pd.api.types.is_integer_dtype(column):
-        return optuna.distributions.IntDistribution(low, high, log=log)
-    return optuna.distributions.FloatDistribution(low, high, log=log)
+        return space.distribution(sorted(column.unique().tolist()))
+    low, high = column.min().item(), column.max().item()
+    return space.distribution({"low": low, "high": high, "log": low > 0})
 
 
 def total_lr(configurations: pd.DataFrame) -> pd.Series:

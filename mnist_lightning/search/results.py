@@ -404,9 +404,11 @@ def load_results(*paths: str | os.PathLike[str]) -> "pandas.DataFrame":
         why it failed; (``curves``), which ``load_curves`` has as numbers.
 
     Raises:
-        ValueError: there is no search, a file is damaged, or pandas is not installed.
+        ValueError: there is no search, or a file is damaged.
+        ImportError: pandas is not installed; it comes with the extra ``search``.
     """
-    pandas = _pandas()
+    import pandas  # an extra: needed here alone
+
     rows = [
         {"search": name, **_flat(record), "curves": record["curves"]}
         for name, record in _records(paths)
@@ -430,7 +432,8 @@ def load_curves(*paths: str | os.PathLike[str]) -> "pandas.DataFrame":
     Raises:
         ValueError: as ``load_results``.
     """
-    pandas = _pandas()
+    import pandas  # an extra: needed here alone
+
     columns: dict[str, list[Any]] = {name: [] for name in ("search", "id", "epoch", *CURVES)}
     for search, record in _records(paths):
         curves = record["curves"]
@@ -441,12 +444,6 @@ def load_curves(*paths: str | os.PathLike[str]) -> "pandas.DataFrame":
         for name in CURVES:
             columns[name] += curves[name]
     return pandas.DataFrame(columns).astype(dict.fromkeys(CURVES, float) | {"epoch": int})
-
-
-def _pandas() -> Any:
-    import pandas
-
-    return pandas
 
 
 def _records(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, Record]]:
