@@ -535,7 +535,7 @@ def test_a_damaged_file_is_named_with_the_remedy(
             ready(made.module(tmp_path, source))
         text = str(error.value)
         assert str(folder / file) in text
-        assert "Delete it to have it fetched again, or put a good copy there" in text
+        assert "Delete it to download it again, or put a good copy there" in text
         assert "\n" not in text
 
 
