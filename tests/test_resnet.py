@@ -229,16 +229,16 @@ class Malicious:
     [
         (
             lambda s: {f"module.{k}": v for k, v in s.items()},
-            "missing: bn1.bias, .* 95 more; left over: module.bn1.bias, ",
+            "missing: bn1.bias, .* 95 more; unexpected: module.bn1.bias, ",
         ),
         (
             lambda s: {k: v for k, v in s.items() if k != "layer2.0.downsample.0.weight"},
             "missing: layer2.0.downsample.0.weight$",
         ),
-        (lambda s: {**s, "layer5.weight": torch.ones(1)}, "left over: layer5.weight$"),
+        (lambda s: {**s, "layer5.weight": torch.ones(1)}, "unexpected: layer5.weight$"),
         (
             lambda s: {**s, "conv1.weight": torch.ones(64, 3, 3, 3)},
-            "of another shape: conv1.weight$",
+            "wrong shape: conv1.weight$",
         ),
         (lambda s: {**s, "conv1.weight": torch.ones(64, 2, 7, 7)}, "another shape: conv1.weight"),
         (lambda s: {**s, "conv1.weight": torch.tensor(1.0)}, "another shape: conv1.weight"),
