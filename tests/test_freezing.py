@@ -363,7 +363,7 @@ def test_what_the_user_froze_stays_frozen(
         "trunk.0.bias",
     }
     assert {n for n, layer in plain.named_modules() if not layer.training} == {"trunk.1"}
-    said = "epoch 2: from here on everything trains but trunk.0.*"
+    said = "epoch 2: from here on everything trains, except trunk.0.*"
     assert (said in capsys.readouterr().out) == bool(unfreeze_at_epoch)
 
 
