@@ -9,9 +9,9 @@ def check_choice(name: str, value: object, choices: Any) -> None:
     Raises:
         ValueError: it is not; the message lists the allowed values.
     """
-    known = get_args(choices)
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def check_count(name: str, value: object) -> None:

@@ -109,7 +109,7 @@ class MNISTDataModule(LightningDataModule):
         check_choice("normalization", normalization, Normalization)
         folder = data_dir or os.environ.get("MNIST_DATA_DIR")
         if source == "auto" and (name or folder):
-            source = "mnist"  # the user chose a set: no fallback to the digits
+            source = "mnist"  # the user named a set or a folder: no fallback to the digits
         name = name or "MNIST"
         self.save_hyperparameters(ignore=["predict_dir"])
         self.hparams.update(name=name, source=source)  # a subclass may have passed other values

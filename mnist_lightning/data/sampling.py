@@ -81,7 +81,7 @@ def in_image_order(trainer: Trainer, loader: DataLoader, *columns: Tensor) -> tu
     Returns:
         The indices of the images, ascending, int64; then the columns in the same order, on the CPU.
     """
-    # not loader.sampler: for predictions Lightning replaces it inside a wrapped batch sampler
+    # not loader.sampler: for predictions Lightning wraps the batch sampler, with another sampler
     visited = chain.from_iterable(cast(Any, loader.batch_sampler))
     indices = torch.tensor(list(islice(visited, len(columns[0]))))
     shares: list[Any] = [(indices, *(column.cpu() for column in columns))]

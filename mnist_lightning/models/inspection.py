@@ -25,7 +25,7 @@ def layer_table(net: nn.Module, image: Tensor) -> list[Layer]:
     A layer that is used twice is listed twice; its parameters are counted once.
 
     Args:
-        net: the network; it is not changed (its training mode neither).
+        net: the network; its weights and its training mode are not changed.
         image: one image, ``(1, 1, height, width)``.
     """
     table: list[Layer] = []

@@ -172,7 +172,7 @@ def _operations(module: nn.Module, batch_size: int) -> float:
 
 
 def obstacle(trainer: Trainer) -> str | None:
-    """Says what might see or change single steps; None if nothing does."""
+    """Returns what might see or change single steps, for the message; None if nothing does."""
     module: LightningModule = trainer.lightning_module
     # checked first, because the strategy for several processes replaces the module's forward
     if trainer.world_size > 1:
@@ -221,7 +221,7 @@ def _harmless(callback: Callback) -> bool:
 
 
 def altered(instance: object, allowed: set[str]) -> str | None:
-    """Says which known method a subclass or the instance itself replaces; None if none.
+    """Returns which known method a subclass or the instance replaces, for the message, or None.
 
     A class declares that its steps are known with ``steps_known = True`` in its own body. Classes
     before it in the method resolution order may add names, and override the allowed ones.
@@ -258,9 +258,9 @@ def _own_loader(trainer: Trainer) -> DataLoader | None:
 
 
 def unfusable(trainer: Trainer) -> str | None:
-    """Says why steps need autograd and cannot be fused; None if they can.
+    """Returns why steps cannot be fused and need autograd; None if they can be fused.
 
-    It assumes that ``obstacle`` found nothing.
+    It assumes that ``obstacle`` returned None.
     """
     module: Any = trainer.lightning_module
     if not module.fusable:
