@@ -482,7 +482,7 @@ def test_a_partly_present_set_is_an_error_and_no_fallback(
         ({"image_size": 0}, "image_size must be a whole number, at least 1, got 0"),
     ],
 )
-def test_a_wrong_setting_is_named_with_the_law_and_the_value(
+def test_a_wrong_setting_is_named_with_the_rule_and_the_value(
     settings: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

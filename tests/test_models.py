@@ -250,13 +250,13 @@ def test_the_perceptrons_rule_gives_way_to_autograd(change: str, digits: MNISTDa
     assert same_weights(model.net, plain.net)
 
 
-def test_diverged_training_ends_with_a_word(digits: MNISTDataModule) -> None:
+def test_diverged_training_raises_an_error(digits: MNISTDataModule) -> None:
     with pytest.raises(ValueError, match=r"diverged in epoch 1.*lower.*lr"):
         trainer().fit(DeepNetwork([30, 20], lr=1e9), digits)
 
 
 @pytest.mark.parametrize(
-    ("make", "law"),
+    ("make", "message"),
     [
         (lambda: ShallowNetwork(0), "hidden_units must all be at least 1"),
         (lambda: ShallowNetwork(10, lr=0), "lr must be positive"),
@@ -264,6 +264,6 @@ def test_diverged_training_ends_with_a_word(digits: MNISTDataModule) -> None:
         (lambda: DeepNetwork([10]), "two sizes or more"),
     ],
 )
-def test_refuses(make, law: str) -> None:
-    with pytest.raises(ValueError, match=law):
+def test_refuses(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         make()
