@@ -73,7 +73,10 @@ def read_files(name: str, data_dir: Path) -> Pool:
     for part, kind in zip(images, ("train", "test"), strict=True):
         count = len(labels[0 if kind == "train" else 1])
         if len(part) != count:
-            raise ValueError(f"{name} in {data_dir}: {len(part)} {kind} images, {count} labels")
+            raise ValueError(
+                f"{name} in {data_dir} has {len(part)} {kind} images, {count} labels:"
+                " put good copies of the files there"
+            )
     return _pool(torch.cat(images), torch.cat(labels).long(), official_test=len(labels[1]))
 
 
