@@ -1,4 +1,4 @@
-"""The networks in plain PyTorch, usable alone; ResNet-18 is torchvision's own."""
+"""The networks as plain PyTorch modules, usable alone. ResNet-18 comes from torchvision."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ CLASSES = 10
 
 
 class AffineMap(nn.Module):
-    """The perceptron's scores y = x w + b, with w ``(784, 10)`` and b ``(1, 10)``."""
+    """Computes the perceptron's scores y = x w + b, with w ``(784, 10)`` and b ``(1, 10)``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,10 +24,10 @@ class AffineMap(nn.Module):
 
 
 def mlp(hidden_units: Sequence[int]) -> nn.Sequential:
-    """A plain multilayer perceptron: 784 -> hidden units, each layer with ReLU -> 10 scores.
+    """Makes a plain multilayer perceptron: 784 -> hidden layers with ReLU -> 10 scores.
 
     Raises:
-        ValueError: a layer without units.
+        ValueError: a layer has no units.
     """
     if any(units < 1 for units in hidden_units):
         raise ValueError(f"hidden_units must all be at least 1, got {list(hidden_units)}")

@@ -1,4 +1,4 @@
-"""What the tests share: small real data, a quick trainer, MNIST where it is at hand."""
+"""Shared fixtures and functions: small real data, a quick Trainer, MNIST if it is available."""
 
 import os
 import signal
@@ -10,8 +10,8 @@ import torch
 
 from mnist_lightning import MNISTDataModule
 
-torch.set_num_threads(1)  # small tensors, and two workers on two cores
-# a shell that starts the tests in the background has Ctrl-C ignored, in what they start too
+torch.set_num_threads(1)  # the tensors are small, and two test workers share two cores
+# a shell starts background jobs with Ctrl-C ignored, for their child processes too; undo this
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -32,7 +32,7 @@ def mnist_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def resnet18_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file like torchvision's pretrained one: the same names and shapes, other numbers."""
+    """A file like torchvision's pretrained one, with the same names and shapes, other values."""
     from torchvision.models import resnet18
 
     generator = torch.Generator().manual_seed(0)
@@ -46,7 +46,7 @@ def resnet18_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer(**settings: object) -> pl.Trainer:
-    """A Trainer that only trains: no files, no bar, on the CPU."""
+    """Makes a Trainer that only trains: on the CPU, without files or progress bar."""
     return pl.Trainer(
         **{
             "accelerator": "cpu",
@@ -62,6 +62,6 @@ def trainer(**settings: object) -> pl.Trainer:
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    """Bit for bit."""
+    """Returns True if all weights are bit-identical."""
     a, b = one.state_dict(), other.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -21,6 +21,7 @@ from PIL import Image
 from mnist_lightning import ShallowNetwork, __version__
 from mnist_lightning.__main__ import main
 from mnist_lightning.cli import CLI
+from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.models.inspection import layer_table
 
 FIT = "fit --config shallow --data.source digits --trainer.max_epochs 2".split()
@@ -284,8 +285,22 @@ def test_summary_has_commands_to_copy(capsys: pytest.CaptureFixture, tmp_path: P
     assert any(re.match(r"see it .*tensorboard(\.main)? --logdir ", line) for line in lines)
 
 
-def test_fast_dev_run_works(capsys: pytest.CaptureFixture) -> None:
-    assert main([*FIT, "--trainer.fast_dev_run", "true"]) == 0
+def test_fast_dev_run_takes_one_mini_batch_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    for name in ("training_step", "validation_step"):
+        step = getattr(Classifier, name)
+
+        def recorded(*arguments: object, name: str = name, step: Callable = step) -> object:
+            calls.append(name)
+            return step(*arguments)
+
+        monkeypatch.setattr(Classifier, name, recorded)
+    flags = ["--trainer.fast_dev_run", "true", "--trainer.default_root_dir", str(tmp_path)]
+    assert main([*FIT, *flags]) == 0
+    assert calls == ["training_step", "validation_step"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_inspect_prints_every_layer(capsys: pytest.CaptureFixture) -> None:

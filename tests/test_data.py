@@ -1,4 +1,4 @@
-"""Oracles: torchvision reads, scales and resizes the same files; scikit-learn has the digits."""
+"""Compares the data module with torchvision, which reads the same files, and scikit-learn."""
 
 import contextlib
 import gzip
@@ -44,13 +44,13 @@ COUNTS = (60, 10)  # training and test images of the small sets that are made he
 
 
 class Made:
-    """A small set of the MNIST format, known to the code under test by its checksums.
+    """A small data set in MNIST's format, whose checksums are patched into the code under test.
 
     Attributes:
         raw: the contents of the four files.
         packed: the same, as .gz.
-        images: all of them, the test images last.
-        labels: theirs.
+        images: all images, the test images last.
+        labels: the labels of the images.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str = "MNIST") -> None:
@@ -70,14 +70,13 @@ class Made:
         self.packed = {file: gzip.compress(content) for file, content in self.raw.items()}
         self.images = torch.from_numpy(np.concatenate(images))
         self.labels = torch.from_numpy(np.concatenate(labels)).long()
-        self.known = getattr(torchvision.datasets, name)
         resources = [(f"{file}.gz", md5(self.packed[file])) for file in FILES]
-        monkeypatch.setattr(self.known, "resources", resources)
+        monkeypatch.setattr(getattr(torchvision.datasets, name), "resources", resources)
         if name == "MNIST":
             monkeypatch.setattr(readers, "_MNIST_MD5", {f: md5(c) for f, c in self.raw.items()})
 
     def write(self, data_dir: Path, packed: tuple[str, ...] = ()) -> Path:
-        """Writes the files as torchvision lays them out, those named as .gz; returns the folder."""
+        """Writes the files in torchvision's layout, those in ``packed`` as .gz."""
         folder = data_dir / self.name / "raw"
         folder.mkdir(parents=True)
         for file in FILES:
@@ -112,7 +111,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever reaches for a mirror finds none, and proxies are not asked for this machine."""
+    """No mirror can be reached, and requests to this machine use no proxy."""
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:1/"])
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:1/"])
     monkeypatch.setattr(torchvision.datasets.KMNIST, "mirrors", ["http://127.0.0.1:1/"])
@@ -192,7 +191,7 @@ def test_other_sets_count_only_what_can_be_verified(
 
 
 def test_digits_are_scikit_learns(digits_module: MNISTDataModule) -> None:
-    """The labels are the same, and the images as torchvision enlarges the originals."""
+    """The labels are equal; the images equal torchvision's resize of the originals."""
     bunch = load_digits()
     train, val, test = split_indices(1797, 1797 // 7, "study", 0.2, 0)
     sets = zip(
@@ -208,7 +207,7 @@ def test_digits_are_scikit_learns(digits_module: MNISTDataModule) -> None:
         assert part.labels.tolist() == bunch.target[indices].tolist()
         frame = part.images.clone()
         frame[:, 4:24, 4:24] = 0
-        assert not frame.any(), "ink outside the 20 x 20 pixels that MNIST keeps to"
+        assert not frame.any(), "ink outside the central 20 x 20 pixels"
         originals = torch.tensor(bunch.images[indices]).float() * (255 / 16)
         theirs = transforms.functional.resize(originals, [20, 20])
         assert (part.images[:, 4:24, 4:24] - theirs).abs().max() <= 0.51
@@ -426,7 +425,7 @@ def test_auto_falls_back_to_the_digits_with_a_warning_and_a_record(
 def test_what_was_asked_for_is_never_swapped(
     asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither for the digits, nor by a download into a folder of other pictures."""
+    """No fallback to the digits, and no download into a folder of other images."""
     monkeypatch.chdir(tmp_path)
     arguments: dict[str, str] = {}
     if asked == "variable":
@@ -483,7 +482,7 @@ def test_a_partly_present_set_is_an_error_and_no_fallback(
         ({"image_size": 0}, "image_size must be a whole number, at least 1, got 0"),
     ],
 )
-def test_a_wrong_setting_is_named_with_the_law_and_the_value(
+def test_a_wrong_setting_is_named_with_the_rule_and_the_value(
     settings: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -535,7 +534,7 @@ def test_a_damaged_file_is_named_with_the_remedy(
             ready(made.module(tmp_path, source))
         text = str(error.value)
         assert str(folder / file) in text
-        assert "Delete it to have it fetched again, or put a good copy there" in text
+        assert "Delete it to download it again, or put a good copy there" in text
         assert "\n" not in text
 
 
@@ -563,7 +562,7 @@ def send(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
 
 @pytest.fixture
 def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], str]]:
-    """Starts a mirror whose answer to request number n is ``answer(handler, n)``."""
+    """A function that starts a mirror, which answers request n by ``answer(handler, n)``."""
     servers = []
 
     def start(answer: Answer) -> str:
@@ -592,7 +591,7 @@ def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], str]]
 
 
 def serve(files: dict[str, bytes]) -> Answer:
-    """Answers with the file asked for."""
+    """Makes an answer that sends the requested file."""
 
     def answer(handler: http.server.BaseHTTPRequestHandler, number: int) -> None:
         content = files.get(handler.path.lstrip("/").removesuffix(".gz"))
@@ -627,7 +626,7 @@ def test_the_mirror_that_answers_is_taken(
     assert len(ready(made.module(tmp_path)).train_set) == 50  # of 70: 7 test, 13 validate
 
 
-def test_a_download_mends_a_partly_present_set(
+def test_a_download_completes_a_partly_present_set(
     made: Made, mirror: Callable[[Answer], str], tmp_path: Path
 ) -> None:
     mirror(serve(made.packed))
@@ -652,7 +651,7 @@ def closed_port() -> str:
 
 
 def assert_refused(made: Made, data_dir: Path, what: str, seconds: float = 5) -> None:
-    """``mnist`` is an error, ``auto`` falls back, both in time; neither leaves anything."""
+    """``mnist`` raises an error, ``auto`` falls back; both in time, and both leave no files."""
     began = time.monotonic()
     with pytest.raises(ValueError, match=what) as error:
         made.module(data_dir).prepare_data()
@@ -732,7 +731,7 @@ def test_a_mirror_that_serves_something_else(
     later: Callable[[http.server.BaseHTTPRequestHandler], None],
     what: str,
 ) -> None:
-    """The first file is good, so that something could be left behind; another is not."""
+    """The first file is good, so that it might be left behind; another one is bad."""
 
     def answer(handler: http.server.BaseHTTPRequestHandler, number: int) -> None:
         if TRAIN_IMAGES in handler.path:
@@ -769,7 +768,7 @@ def test_a_folder_that_cannot_be_made(
 
 
 def draw(image: Tensor, path: Path, dark: bool = True, contrast: float = 1, at: int = 30) -> Path:
-    """Draws a 28 x 28 image ten times as large, somewhere on a sheet of paper."""
+    """Draws a 28 x 28 image, ten times enlarged, at a position on a sheet of paper."""
     sheet = torch.zeros(400, 500)
     sheet[at : at + 280, 2 * at : 2 * at + 280] = image.repeat_interleave(10, 0).repeat_interleave(
         10, 1
@@ -781,7 +780,7 @@ def draw(image: Tensor, path: Path, dark: bool = True, contrast: float = 1, at: 
 
 @pytest.fixture(scope="module")
 def three(digits_module: MNISTDataModule, tmp_path_factory: pytest.TempPathFactory) -> Tensor:
-    """A digit as ``read_image`` gives it: in MNIST's frame."""
+    """A digit as ``read_image`` returns it: centred as in MNIST."""
     index = int((digits_module.train_set.labels == 3).nonzero()[0])
     path = tmp_path_factory.mktemp("three") / "three.png"
     return read_image(draw(digits_module.train_set.images[index], path)).float()
@@ -811,7 +810,7 @@ def test_ink_is_ink_whatever_the_paper_the_contrast_and_the_format(
 
 
 def test_a_digit_is_centred_and_twenty_pixels_large(three: Tensor, tmp_path: Path) -> None:
-    """MNIST's own centres of mass are within half a pixel of (14, 14), and its boxes 20 pixels."""
+    """MNIST's centres of mass are within half a pixel of (14, 14); its boxes have 20 pixels."""
     image = read_image(draw(three, tmp_path / "a.png", at=90)).float()
     weight = image / image.sum()
     for axis in (0, 1):
@@ -821,7 +820,7 @@ def test_a_digit_is_centred_and_twenty_pixels_large(three: Tensor, tmp_path: Pat
 
 
 def test_mnists_own_digits_enlarged_come_back(mnist_dir: Path, tmp_path: Path) -> None:
-    """Pixels are right to 5 of 255 for most digits; one shifted by a pixel would be 20 off."""
+    """The mean error is below 5 of 255 for most digits; a shift of one pixel would give 20."""
     module = MNISTDataModule(data_dir=str(mnist_dir), source="mnist", split="canonical")
     module.setup()
     errors = []
@@ -890,7 +889,7 @@ def test_a_folder_of_pictures_is_read_in_the_order_of_names(three: Tensor, tmp_p
 
 
 def test_freed_memory_is_kept():
-    """Page faults of a buffer that is made again and again, in a process of its own."""
+    """Counts the page faults of a buffer that is allocated repeatedly, in a separate process."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("needs glibc")
     code = """

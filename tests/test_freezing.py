@@ -1,4 +1,4 @@
-"""Layer freezing, proved on what the training leaves behind: weights, statistics, optimizers."""
+"""Tests layer freezing by the results of trainings: weights, statistics, optimizers."""
 
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -54,8 +54,8 @@ def scheduled(module: "Plain", select: Select) -> Any:
 
 def on_plateau(module: "Plain", select: Select) -> Any:
     optimizer = groups(module, select)
-    # A loss that never falls enough: after an epoch each group is at its own end. Were it later,
-    # resuming would change the weights without any freezing: Lightning saves before this step.
+    # The loss never falls by the threshold, so each group has its min_lr after one epoch. Later,
+    # resuming would change the weights even without freezing: Lightning saves before this step.
     scheduler = ReduceLROnPlateau(optimizer, patience=0, threshold=10.0, min_lr=[0.004, 0.0002])
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss"}}
 
@@ -68,7 +68,7 @@ CONFIGURATIONS = [one_group, groups, scheduled, on_plateau, state_from_the_start
 
 
 class Plain(pl.LightningModule):
-    """Knows nothing of this project: optimizes all its parameters, with decay and two groups."""
+    """A module without this project's classes, with weight decay and two parameter groups."""
 
     def __init__(self, configure: Configure = groups, select: Select = everything) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ HEAD = {f"head.1.{n}" for n in ("weight", "bias")} | {
 def test_what_is_frozen_stays(
     plain: Plain, digits: MNISTDataModule, patterns: dict[str, Any], batch_norm: Any
 ) -> None:
-    """Bit for bit, in real steps with weight decay and a validation that calls train()."""
+    """Bit-identical, in real steps with weight decay and a validation that calls train()."""
     before = copy(plain)
     fit = trainer(
         callbacks=[LayerFreezing(**patterns, batch_norm=batch_norm)],
@@ -140,7 +140,7 @@ def test_what_is_frozen_stays(
 
 
 def test_training_is_that_of_the_head_alone(plain: Plain, digits: MNISTDataModule) -> None:
-    """Against a plain loop over the head, on features that a trunk in evaluation mode gives."""
+    """Equals a plain loop over the head, on the features of a trunk in evaluation mode."""
     digits.setup()
     alone = Plain()
     alone.load_state_dict(plain.state_dict())
@@ -183,7 +183,7 @@ def test_every_norm_layer(
     trainer(callbacks=[freezing], **few).fit(plain, digits)
     moves = STATISTICS & before.keys() if batch_norm == "adapt" else set()
     if isinstance(norm, nn.InstanceNorm2d):
-        moves -= {"trunk.1.num_batches_tracked"}  # which it has, but does not count
+        moves -= {"trunk.1.num_batches_tracked"}  # InstanceNorm never updates it
     assert changed(before, plain) == HEAD | moves
     assert all(layer.training for layer in plain.modules())
 
@@ -232,7 +232,7 @@ def test_unfreezing(
 
 @pytest.mark.parametrize("select", [everything, trainable, filtered])
 def test_what_thaws_trains_like_a_plain_loop(plain: Plain, select: Select) -> None:
-    """From the third epoch on, at the learning rate and decay of its own group."""
+    """From the third epoch on, with the learning rate and weight decay of its group."""
     batches = [(torch.randn(16, 1, 28, 28), torch.randint(10, (16,))) for _ in range(3)]
     alone = deepcopy(plain)
     head = AdamW(alone.head.parameters(), lr=0.01, weight_decay=0.1)
@@ -255,7 +255,7 @@ def test_what_thaws_trains_like_a_plain_loop(plain: Plain, select: Select) -> No
 def test_optimizers_of_what_trains_end_as_those_of_everything(
     digits: MNISTDataModule, configure: Configure
 ) -> None:
-    """The same weights, groups and learning rates, whichever way the module chooses."""
+    """Weights, groups and learning rates do not depend on how the module selects parameters."""
     results, rates = [], []
     for select in (everything, trainable):
         pl.seed_everything(5, verbose=False)
@@ -299,7 +299,7 @@ def test_resuming_changes_nothing(
     configure: Configure,
     select: Select,
 ) -> None:
-    """Four epochs at once, and two and two: the same weights, wherever the thaw lies."""
+    """Four epochs equal two and two, in every position of the unfreezing."""
     results = []
     for resume in (False, True):
         pl.seed_everything(5, verbose=False)
@@ -349,7 +349,7 @@ def test_what_the_user_froze_stays_frozen(
     unfreeze_at_epoch: int | None,
     select: Select,
 ) -> None:
-    """A layer by requires_grad, one by evaluation mode: during the training, and after it."""
+    """One layer by requires_grad, one by evaluation mode; during the training and after it."""
     plain.select = select
     plain.trunk[0].requires_grad_(False)
     plain.trunk[1].eval()
@@ -363,7 +363,7 @@ def test_what_the_user_froze_stays_frozen(
         "trunk.0.bias",
     }
     assert {n for n, layer in plain.named_modules() if not layer.training} == {"trunk.1"}
-    said = "epoch 2: from here on everything trains but trunk.0.*"
+    said = "epoch 2: from here on everything trains, except trunk.0.*"
     assert (said in capsys.readouterr().out) == bool(unfreeze_at_epoch)
 
 
@@ -371,7 +371,7 @@ def test_what_the_user_froze_stays_frozen(
 def test_who_calls_train_means_the_frozen_layers_too(
     plain: Plain, digits: MNISTDataModule, val_check_interval: int
 ) -> None:
-    """As ``Plain`` does after a validation: they are in training mode once the freezing is over."""
+    """``Plain`` calls it after a validation: the layers are then in training mode in the end."""
     plain.eval()
     trainer(
         callbacks=[LayerFreezing(train=["head.*"])],
@@ -395,7 +395,7 @@ class Fails(pl.Callback):
 
 @pytest.fixture
 def _interruptible() -> Iterator[None]:
-    """Lightning ignores further interrupts once it has seen one, here for all tests to come."""
+    """Restores the handler: after an interrupt, Lightning ignores all further ones."""
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)
@@ -435,7 +435,7 @@ def test_a_checkpoint_of_an_exception_says_what_was_frozen(
 
 
 def test_a_training_that_never_began_changes_nothing(plain: Plain, digits: MNISTDataModule) -> None:
-    """Not by what the callback remembers of the training before, either."""
+    """The callback does not apply what it stored in the training before."""
     few = {"limit_train_batches": 1, "limit_val_batches": 0}
     freezing = LayerFreezing(train=["head.*"])
     trainer(callbacks=[freezing], **few).fit(plain, digits)
@@ -451,7 +451,7 @@ def test_a_training_that_never_began_changes_nothing(plain: Plain, digits: MNIST
 
 
 def test_one_callback_in_several_trainings(plain: Plain, digits: MNISTDataModule) -> None:
-    """The same Trainer twice, with a validation between, and another one with another module."""
+    """The same Trainer twice, with a validation between, then another Trainer and module."""
     few = {"limit_train_batches": 2, "limit_val_batches": 1}
     freezing = LayerFreezing(train=["head.*"])
     fit = trainer(callbacks=[freezing], **few)
@@ -528,7 +528,7 @@ def test_bad_arguments(settings: dict[str, Any], message: str) -> None:
 
 
 def test_unfreezing_in_several_processes_is_refused(plain: Plain) -> None:
-    """DistributedDataParallel would leave the gradients of what is thawed unsynchronized."""
+    """DistributedDataParallel would not synchronize the gradients of unfrozen parameters."""
     freezing = LayerFreezing(train=["head.*"], unfreeze_at_epoch=1)
     with pytest.raises(ValueError, match="not in 2"):
         freezing.setup(SimpleNamespace(world_size=2), plain, "fit")  # type: ignore[arg-type]
@@ -537,7 +537,7 @@ def test_unfreezing_in_several_processes_is_refused(plain: Plain) -> None:
 def test_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """For every model: here the hidden layer of the shallow network keeps its first weights."""
+    """It works for every model: the hidden layer of a shallow network keeps its first weights."""
     monkeypatch.chdir(tmp_path)
     words = "fit --config shallow.yaml --data.source digits --freezing.train+ net.output.*"
     for epochs in (1, 2):

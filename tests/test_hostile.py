@@ -374,13 +374,13 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a weight that is not a number": (weight(lambda t: t * math.nan), "not a number"),
     "weights of 8 bits": (weight(lambda t: t.to(torch.int8)), "torch.int8"),
     "complex weights": (weight(lambda t: t.to(torch.complex64)), "torch.complex64"),
-    "sparse weights": (weight(lambda t: t.to_sparse()), "no dense tensor"),
+    "sparse weights": (weight(lambda t: t.to_sparse()), "not a dense tensor"),
     "whole numbers for weights": (weight(lambda t: t.long()), "contradicts itself"),
     "4 TB from 4 bytes": (
         weight(lambda t: torch.zeros(1).expand(10**6, 10**6)),
         "larger than its data",
     ),
-    "a text for a weight": (weight(lambda t: "weights"), "no tensors by name"),
+    "a text for a weight": (weight(lambda t: "weights"), "not a mapping of names to tensors"),
     "weights of another shape": (weight(lambda t: t[:1].clone()), "contradicts itself"),
     "10^9 hidden units": (entry("hyper_parameters", hidden_units=10**9), "contradicts itself"),
     "10^18 hidden units": (entry("hyper_parameters", hidden_units=10**18), "refuses its hyper"),
@@ -501,8 +501,8 @@ SEARCHES: dict[str, tuple[Callable[[Path], Any], str]] = {
 IMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "169 megapixels": (picture((13000, 13000)), "more than 50,000,000 pixels"),
     "10^18 pixels by its header": (declared(2**31 - 1, 2**31 - 1), "image"),
-    "a pipe": (pipe, "it is no file"),
-    "a folder": (folder, "it is no file"),
+    "a pipe": (pipe, "it is not a file"),
+    "a folder": (folder, "it is not a file"),
     "truncated": (
         lambda file: (picture((99, 99))(file), file.write_bytes(file.read_bytes()[:50])),
         "cannot be read as an image",

@@ -1,4 +1,4 @@
-"""The estimate of a training's memory, against what trainings really take."""
+"""Compares the estimated memory of trainings with the memory that they take."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from mnist_lightning import DeepNetwork, ResNet18, ShallowNetwork
 from mnist_lightning.__main__ import main
 from mnist_lightning.training import memory
 
-# The peak of a process that trains two steps, beside that of one that trains a tiny network.
+# Prints the peak memory of a process that trains two steps.
 PEAK = """
 import re, sys
 from pathlib import Path
@@ -22,7 +22,7 @@ images, batch, make = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 data = MNISTDataModule(source="digits", batch_size=batch, image_size=images)
 pl.Trainer(accelerator="cpu", max_steps=2, limit_val_batches=0, logger=False,
            enable_checkpointing=False, enable_progress_bar=False).fit(eval(make), data)
-# not getrusage: its peak counts what the process was before exec, the tests themselves
+# not getrusage: its peak includes the process before exec, which is the test process
 print("peak", 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]))
 """
 
@@ -43,14 +43,14 @@ def _peak(make: str, batch_size: int, image_size: int) -> int:
     ],
 )
 def test_the_estimate_is_near_the_peak(make: str, batch_size: int, image_size: int) -> None:
-    """Within a factor of two either way: it is there to tell 5 GB from 500."""
+    """Within a factor of two: enough to tell 5 GB from 500."""
     estimate = memory.training_bytes(lambda: eval(make), batch_size, image_size)
     taken = _peak(make, batch_size, image_size) - _peak("ShallowNetwork(1)", 8, 28)
     assert estimate / 2 < taken < estimate * 2
 
 
 def test_nothing_is_allocated() -> None:
-    """A petabyte of weights, and of images."""
+    """Estimates trainings with about a petabyte of weights or images."""
     huge = memory.training_bytes(partial(ShallowNetwork, 10**11), 8, 28)
     assert huge > 784 * 10**11 * 4
     assert memory.training_bytes(ResNet18, 10**9, 224) > 10**9 * 224**2 * 4
@@ -67,7 +67,7 @@ def test_adam_takes_more() -> None:
 class Odd(ShallowNetwork):
     def __init__(self) -> None:
         super().__init__(20)
-        assert float(torch.ones(1)) == 1  # no value without memory
+        assert float(torch.ones(1)) == 1  # fails on the meta device, which has no values
 
 
 def test_a_module_that_cannot_be_made_without_memory_is_not_judged() -> None:
@@ -78,7 +78,7 @@ def test_a_module_that_cannot_be_made_without_memory_is_not_judged() -> None:
 def test_memory_asked_for_in_vain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A sentence before anything starts, and nothing is left behind."""
+    """The command fails with a message before the training, and creates no files."""
     monkeypatch.chdir(tmp_path)
     flags = "--config shallow.yaml --data.source digits --model.hidden_units 100000000"
     assert main(["fit", *flags.split()]) == 1

@@ -1,4 +1,4 @@
-"""Each architecture against an oracle: autograd, a plain PyTorch loop, its own checkpoint."""
+"""Compares each architecture with an oracle: autograd, a plain PyTorch loop, its checkpoint."""
 
 import lightning.pytorch as pl
 import pytest
@@ -41,13 +41,13 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_contract(model: Classifier, digits: MNISTDataModule) -> None:
-    """Whatever the architecture: it scores ten classes, and every weight learns."""
+    """Every architecture scores ten classes, and every weight changes in training."""
     before = [parameter.clone() for parameter in model.parameters()]
     pl.seed_everything(3, verbose=False)
     fit = trainer(max_epochs=4)
     fit.fit(model, digits)
     assert model(torch.rand(4, 1, 28, 28)).shape == (4, 10)
-    # ten classes, balanced: one in ten is what a network gets that learned nothing
+    # ten balanced classes: an untrained network has an accuracy of 0.1
     assert fit.callback_metrics["val/acc"] > 0.4
     assert torch.isfinite(fit.callback_metrics["train/loss"])
     for old, new in zip(before, model.parameters(), strict=True):
@@ -56,7 +56,7 @@ def test_contract(model: Classifier, digits: MNISTDataModule) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_same_seed_is_bit_equal(name: str) -> None:
-    """Two trainings with one seed: the same weights, bit for bit; another seed: others."""
+    """Two trainings with one seed give bit-identical weights; another seed gives others."""
     trained = []
     for seed in (1, 1, 2):
         pl.seed_everything(seed, verbose=False)
@@ -68,7 +68,7 @@ def test_same_seed_is_bit_equal(name: str) -> None:
 
 
 def test_fit_equals_a_hand_written_loop(digits: MNISTDataModule) -> None:
-    """The Trainer does what the textbook says: the same weights, bit for bit."""
+    """The weights are bit-identical to those of a plain PyTorch loop."""
     pl.seed_everything(5, verbose=False)
     model = DeepNetwork(hidden_units=[30, 20], lr=0.1)
     pl.seed_everything(5, verbose=False)
@@ -87,7 +87,7 @@ def test_fit_equals_a_hand_written_loop(digits: MNISTDataModule) -> None:
 
 
 def test_metrics_are_means_over_the_images(digits: MNISTDataModule) -> None:
-    """val/loss and val/acc against one pass over the whole set: the last batch is smaller."""
+    """val/loss and val/acc equal one pass over the whole set; the last batch is smaller."""
     digits.eval_batch_size = 100  # 323 images: 100 + 100 + 100 + 23
     model = ShallowNetwork(20)
     run = trainer()
@@ -103,7 +103,7 @@ def test_metrics_are_means_over_the_images(digits: MNISTDataModule) -> None:
 def test_perceptron_rule_is_the_gradient_of_half_the_squared_error(
     batch: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    """What the delta rule moves w and b by against autograd, in float64."""
+    """The delta rule's changes of w and b equal autograd's, in float64."""
     images, labels = batch[0].double(), batch[1]
     model = Perceptron().double()
     rule = model.delta_rule(images, labels)
@@ -114,7 +114,7 @@ def test_perceptron_rule_is_the_gradient_of_half_the_squared_error(
 
 
 def test_perceptron_step_moves_by_lr_times_x_t_minus_y() -> None:
-    """One training step of the Trainer against the study's formula."""
+    """One training step of the Trainer equals the study's formula."""
     pl.seed_everything(0, verbose=False)
     model = Perceptron(lr=0.001)
     data = MNISTDataModule(source="digits", batch_size=5)
@@ -132,11 +132,11 @@ def test_perceptron_step_moves_by_lr_times_x_t_minus_y() -> None:
 
 def test_perceptron_loss_is_half_the_squared_error() -> None:
     scores, labels = torch.zeros(3, 10), torch.tensor([1, 2, 3])
-    assert Perceptron().loss(scores, labels) == 0.5  # each image misses its one by one
+    assert Perceptron().loss(scores, labels) == 0.5  # one score of each image is wrong by 1
 
 
 def test_checkpoint_round_trip(model: Classifier, digits: MNISTDataModule, tmp_path) -> None:
-    """Saved and loaded: the same scores, bit for bit, and the same hyper-parameters."""
+    """A loaded checkpoint gives bit-identical scores and the same hyper-parameters."""
     run = trainer()
     run.fit(model, digits)
     run.save_checkpoint(tmp_path / "model.ckpt")
@@ -148,7 +148,7 @@ def test_checkpoint_round_trip(model: Classifier, digits: MNISTDataModule, tmp_p
 
 @pytest.mark.parametrize("name", ["perceptron", "deep2"])
 def test_resume_is_bit_equal(name: str, tmp_path) -> None:
-    """Four epochs at a stretch against two, a checkpoint, and two more in another trainer."""
+    """Four epochs equal two, a checkpoint, and two more with another Trainer."""
     data = lambda: MNISTDataModule(source="digits")  # noqa: E731
     pl.seed_everything(0, verbose=False)
     whole = MODELS[name]()
@@ -158,14 +158,14 @@ def test_resume_is_bit_equal(name: str, tmp_path) -> None:
     first = trainer(max_epochs=2)
     first.fit(MODELS[name](), data())
     first.save_checkpoint(tmp_path / "half.ckpt")
-    torch.rand(100)  # whatever drew random numbers in between
+    torch.rand(100)  # other random numbers in between must not matter
     resumed = MODELS[name]()
     trainer(max_epochs=4).fit(resumed, data(), ckpt_path=tmp_path / "half.ckpt")
     assert same_weights(whole, resumed)
 
 
 def test_a_new_lr_wins_over_the_checkpoint(digits: MNISTDataModule, tmp_path) -> None:
-    """Lightning restores the optimizer with its old learning rate; the one asked for must hold."""
+    """Lightning restores the optimizer's old learning rate; the new one must replace it."""
     first = trainer()
     first.fit(ShallowNetwork(20, lr=0.1), digits)
     first.save_checkpoint(tmp_path / "a.ckpt")
@@ -175,7 +175,7 @@ def test_a_new_lr_wins_over_the_checkpoint(digits: MNISTDataModule, tmp_path) ->
 
 
 class Grouped(ShallowNetwork):
-    """Two groups, a schedule made of schedules, and rates that are multiples of lr."""
+    """A model with two groups, nested schedules, and rates that are multiples of lr."""
 
     def __init__(self, lr: float = 0.1, schedule: str = "step") -> None:
         super().__init__(20, lr)
@@ -204,7 +204,7 @@ class Grouped(ShallowNetwork):
 def test_a_new_lr_scales_all_groups_and_schedules(
     schedule: str, digits: MNISTDataModule, tmp_path
 ) -> None:
-    """Resumed at twice the rate: from there on each rate is twice what it would have been."""
+    """After a resume with twice the lr, each learning rate is doubled."""
     first = trainer()
     first.fit(Grouped(0.1, schedule), digits)
     first.save_checkpoint(tmp_path / "a.ckpt")
@@ -214,7 +214,7 @@ def test_a_new_lr_scales_all_groups_and_schedules(
         model = Grouped(lr, schedule)
         second.fit(model, digits, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
         rates.append([group["lr"] for group in second.optimizers[0].param_groups])
-    # OneCycleLR's rates do not start from the group's own
+    # OneCycleLR does not start from the learning rates of the groups
     assert rates[0][0] != rates[0][1]
     assert rates[1] == pytest.approx([2 * rate for rate in rates[0]], rel=1e-9)
 
@@ -226,7 +226,7 @@ class OwnLoss(Perceptron):
 
 @pytest.mark.parametrize("change", ["loss", "hook", "net"])
 def test_the_perceptrons_rule_gives_way_to_autograd(change: str, digits: MNISTDataModule) -> None:
-    """Where the rule is not the gradient of what is asked for: against a plain loop."""
+    """If the rule is not the gradient of the loss, the training equals a plain autograd loop."""
 
     def make() -> Perceptron:
         torch.manual_seed(0)
@@ -250,13 +250,13 @@ def test_the_perceptrons_rule_gives_way_to_autograd(change: str, digits: MNISTDa
     assert same_weights(model.net, plain.net)
 
 
-def test_diverged_training_ends_with_a_word(digits: MNISTDataModule) -> None:
+def test_diverged_training_raises_an_error(digits: MNISTDataModule) -> None:
     with pytest.raises(ValueError, match=r"diverged in epoch 1.*lower.*lr"):
         trainer().fit(DeepNetwork([30, 20], lr=1e9), digits)
 
 
 @pytest.mark.parametrize(
-    ("make", "law"),
+    ("make", "message"),
     [
         (lambda: ShallowNetwork(0), "hidden_units must all be at least 1"),
         (lambda: ShallowNetwork(10, lr=0), "lr must be positive"),
@@ -264,6 +264,6 @@ def test_diverged_training_ends_with_a_word(digits: MNISTDataModule) -> None:
         (lambda: DeepNetwork([10]), "two sizes or more"),
     ],
 )
-def test_refuses(make, law: str) -> None:
-    with pytest.raises(ValueError, match=law):
+def test_refuses(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         make()

@@ -369,7 +369,7 @@ def test_the_workers_of_a_search_find_it_too(folder: Path) -> None:
         (
             "fit --model my_tutorial.LitMNIST --early_stopping.monitor val_los"
             " --data.source digits",
-            "early stopping watches val_los, which is not logged in a validation; there is:"
+            "early stopping monitors val_los, which the validation does not log; it logs:"
             " val_loss, val_acc",
         ),
     ],

@@ -1,4 +1,4 @@
-"""What users add counts: each addition of ``twins`` on our models and on their plain twins."""
+"""Additions by users have their effect: each addition of ``twins``, with our models and twins."""
 
 import csv
 import functools
@@ -21,10 +21,10 @@ from mnist_lightning.data.sampling import epoch_order
 from mnist_lightning.training.execution import Execution
 
 README = Path(__file__).parent.parent / "README.md"
-# 566 images to train on, in 36 mini-batches; the rest validates
+# 566 training images in 36 mini-batches; the rest are validation images
 DATA: dict[str, Any] = {"source": "digits", "batch_size": 16, "val_fraction": 0.65}
 
-# An addition is tried with every model, or with ShallowNetwork alone.
+# each addition with every model, or only with ShallowNetwork
 COMBINATIONS = [
     (model, name)
     for name, addition in ADDITIONS.items()
@@ -35,7 +35,7 @@ COMBINATIONS = [
 
 
 class Epochs(Sampler):
-    """The order that a data module promises, written out."""
+    """A sampler in the order that the data module documents."""
 
     def __init__(self, n: int) -> None:
         self.n, self.epoch = n, 0
@@ -51,7 +51,7 @@ class Epochs(Sampler):
 
 
 class PlainData(pl.LightningDataModule):
-    """The same images as ours, by torch's own means."""
+    """The same images as ours, with torch's classes only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class PlainData(pl.LightningDataModule):
 
 
 class Probe(pl.Callback):
-    """The learning rates at the start of each epoch and at the end."""
+    """Records the learning rates at the start of each epoch and at the end."""
 
     def __init__(self) -> None:
         self.rates: list[list[float]] = []
@@ -83,7 +83,7 @@ class Probe(pl.Callback):
 
 
 class Outcome(NamedTuple):
-    """All that a training leaves behind."""
+    """All results of a training."""
 
     weights: list[Tensor]
     rates: list[list[float]]
@@ -156,7 +156,7 @@ def _same(ours: dict[str, float], theirs: dict[str, float], varies: tuple[str, .
 
 @pytest.fixture(scope="module", autouse=True)
 def _digits_read_once() -> Iterator[None]:
-    """A tenth of a second, some hundred times."""
+    """Saves a tenth of a second in each of some hundred tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "read_digits", functools.cache(module.read_digits))
         yield
@@ -167,7 +167,7 @@ def test_what_is_added_counts(
     model: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     addition, (kind, twin, way, arguments) = ADDITIONS[name], MODELS[model]
-    if model == "resnet":  # of 20 times the work
+    if model == "resnet":  # takes 20 times as long
         addition.settings = {**addition.settings, "limit_train_batches": 2, "max_epochs": 2}
         addition.settings["limit_val_batches"] = 0
     folders = [tmp_path / side for side in ("ours", "theirs")]
@@ -175,7 +175,7 @@ def test_what_is_added_counts(
         folder.mkdir()
     plain_data = PlainData() if model == "plain" and addition.data is MNISTDataModule else None
     ours = _train(kind, arguments, addition.data, addition, folders[0])
-    # ... and without our machinery
+    # the twin trains without Execution
     monkeypatch.setattr(Execution, "on_train_start", lambda *_: None)
     theirs = _train(twin, {}, plain_data or addition.data, addition, folders[1])
     assert theirs.said == []
@@ -197,14 +197,14 @@ def test_what_is_added_counts(
     for mine, other in zip(ours.rows, theirs.rows, strict=True):
         _same(mine, other, addition.varies)
 
-    # and it went as fast as the table says
+    # README's table says how the training took its steps
     order = [FUSED, MANY, ONE]
     expected = max(addition.way, way, key=order.index)
     assert _way(ours.said) == expected, ours.said
 
 
 def _way(said: list[str]) -> str:
-    """Of the first epoch."""
+    """How the first epoch took its steps."""
     if said[0].startswith("one step at a time"):
         return ONE
     return FUSED if "fused" in said[0].split(";")[0].split(":")[1] else MANY

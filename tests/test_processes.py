@@ -1,4 +1,4 @@
-"""Several processes share an evaluation: each image counts once, and all is as with one process."""
+"""Several processes share an evaluation: each image counts once, the results equal one process."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ LOADERS = {"val_dataloader": "val_set", "test_dataloader": "test_set"}
 
 
 def _module(processes: int, rank: int, **settings: object) -> MNISTDataModule:
-    """The data as this process of several has it."""
+    """Makes the data module as the process ``rank`` of several has it."""
     data = MNISTDataModule(source="digits", eval_batch_size=50, **settings)
     data.setup()
     data.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
@@ -42,7 +42,7 @@ def test_each_image_goes_to_one_process(processes: int, loader: str) -> None:
 
 
 def _photos(folder: Path, count: int) -> Path:
-    """Digits in files, named after what they show; the names are not in the labels' order."""
+    """Writes digits as files, named after their labels but not in the order of the labels."""
     folder.mkdir()
     digits = load_digits()
     for index in range(count):
@@ -53,7 +53,7 @@ def _photos(folder: Path, count: int) -> Path:
 
 
 def test_fewer_images_than_processes_are_refused(tmp_path: Path) -> None:
-    """In every process, so that none waits for another."""
+    """Every process raises the error, so that none waits for another."""
     photos = _photos(tmp_path / "photos", 5)
     for rank in range(7):
         data = _module(7, rank, predict_dir=str(photos))
@@ -72,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _shared(processes: int, *words: object) -> str:
-    """Runs a command in several processes; nothing is to be warned of. Returns its output."""
+    """Runs a command in several processes, checks for warnings, and returns its output."""
     command = [*map(str, words), "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp"]
     done = subprocess.run(
         [sys.executable, "-m", "mnist_lightning", *command, "--trainer.devices", str(processes)],
@@ -103,7 +103,7 @@ def test_two_processes_give_each_image_its_own_answer(run: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_three_processes_predict_as_one(run: Path) -> None:
-    """The validation images; then a part of them, which are others than one process would take."""
+    """First all validation images; then a limited part, which differs from that of one process."""
     words = ("predict", "--ckpt_path", run)
     assert main([str(word) for word in words]) == 0
     alone = _answers(run)
@@ -130,7 +130,7 @@ def test_three_processes_validate_and_test_as_one(
     assert three["test/loss"] == pytest.approx(one["test/loss"], rel=1e-6)
     assert three["confusion"] == one["confusion"]
     assert three["mistakes"] == one["mistakes"]
-    # the first 120 images, dealt out
+    # the first 120 images, shared by three processes
     assert (limited["images"], limited["test_set"]) == (120, 256)
     assert sum(map(sum, limited["confusion"])) == 120
     assert [m for m in one["mistakes"] if m["image"] < 120] == limited["mistakes"]

@@ -1,4 +1,4 @@
-"""ResNet-18 against torchvision's own; its weights against any file one might give it."""
+"""Compares ResNet-18 with torchvision's, and loads weights from good and bad files."""
 
 import os
 import pickle
@@ -30,7 +30,7 @@ def digits() -> MNISTDataModule:
 
 @pytest.fixture
 def official(resnet18_file: Path) -> nn.Module:
-    """Torchvision's own network, three channels and 1,000 classes, with the weights of the file."""
+    """Torchvision's network with three channels, 1,000 classes and the weights of the file."""
     net = resnet18()
     net.load_state_dict(torch.load(resnet18_file, weights_only=True))
     return net.eval()
@@ -49,7 +49,7 @@ def test_parameters() -> None:
 
 
 def test_layer_table_is_the_studys(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its table 4.1: 68 layers, for images of 28 x 28 pixels. Nothing is fetched for it."""
+    """The study's table 4.1: 68 layers, for images of 28 x 28 pixels. Nothing is downloaded."""
     words = "inspect --config resnet18_finetune.yaml --data.image_size 28 --data.source digits"
     assert main(words.split()) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -71,7 +71,7 @@ def test_layer_table_is_the_studys(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_scratch_is_torchvisions_initialisation() -> None:
-    """The same distribution: as many channels out, the same kernels, so the same deviations."""
+    """Same output channels and kernels, therefore the same standard deviations."""
     ours, theirs = ResNet18().net.state_dict(), resnet18().state_dict()
     for name, value in ours.items():
         if value.ndim == 4:
@@ -82,23 +82,23 @@ def test_scratch_is_torchvisions_initialisation() -> None:
 def test_summed_stem_is_the_gray_image_three_times(
     official: nn.Module, resnet18_file: Path
 ) -> None:
-    """Every pixel of the stem's output, the border's too; then the scores of the whole network."""
+    """Compares every pixel of the stem's output, with the border; then the network's scores."""
     ours = model("finetune", str(resnet18_file), "sum")
     ours.load_pretrained()
     net, official = ours.net.eval().double(), official.double()
     net.fc = official.fc
     data = MNISTDataModule(source="digits", image_size=64, normalization="imagenet")
     gray = data.preprocess(torch.randint(0, 256, (4, 28, 28), dtype=torch.uint8)).double()
-    assert gray[:, :, 0].abs().min() > 0  # a border of zeros would prove nothing about padding
+    assert gray[:, :, 0].abs().min() > 0  # with a border of zeros, padding would not matter
     three = gray.expand(-1, 3, -1, -1)
-    # in double precision: what is left is the rounding of the summed filters to single
+    # In double precision. The summed filters were rounded to single precision.
     stem = official.conv1(three)
     torch.testing.assert_close(net.conv1(gray), stem, rtol=0, atol=1e-7 * stem.abs().max().item())
     torch.testing.assert_close(net(gray), official(three), rtol=1e-5, atol=1e-6)
 
 
 def test_imagenet_normalization_is_the_mean_of_its_channels() -> None:
-    """The figures that the docstring gives for what one scalar leaves out."""
+    """Checks the docstring's numbers on one normalisation scalar for three channels."""
     preset = ResNet18_Weights.IMAGENET1K_V1.transforms()
     mean, std = NORMALIZATIONS["imagenet"]
     assert mean == pytest.approx(sum(preset.mean) / 3, abs=5e-4)
@@ -133,7 +133,7 @@ EVERYTHING = {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"}
     [
         ("finetune", [], EVERYTHING),
         ("freeze", [], {"layer4", "fc"}),
-        # what is said to the callback takes precedence over the regime
+        # the callback's patterns take precedence over the regime
         ("freeze", [LayerFreezing(train=["net.fc.*"])], {"fc"}),
         (
             "freeze",
@@ -150,7 +150,7 @@ def test_regimes_in_plain_python(
     callbacks: list[Callback],
     moves: set[str],
 ) -> None:
-    """Fitting alone starts from the file and trains what the regime says: weights, statistics."""
+    """``fit`` starts from the file and changes the weights and statistics of the regime only."""
     ours = model(regime, str(resnet18_file), lr=0.01)
     fc = ours.net.fc.weight.clone()
     trainer(callbacks=callbacks, **FEW).fit(ours, digits)
@@ -158,7 +158,7 @@ def test_regimes_in_plain_python(
     expected["conv1.weight"] = expected["conv1.weight"].sum(1, keepdim=True)
     after = ours.net.state_dict()
     assert blocks_changed(expected, after) == moves
-    if callbacks and "bn1" in moves:  # only the statistics of what is frozen
+    if callbacks and "bn1" in moves:  # of the frozen layers, only the statistics change
         changed = {n for n in after if not after[n].equal(expected[n])}
         frozen = {n for n in changed if n.split(".")[0] not in ("layer4", "fc")}
         assert all(n.endswith(("running_mean", "running_var", "tracked")) for n in frozen)
@@ -167,7 +167,7 @@ def test_regimes_in_plain_python(
 def test_who_has_weights_needs_no_pretrained_ones(
     resnet18_file: Path, digits: MNISTDataModule, tmp_path: Path
 ) -> None:
-    """Test, resume, train further, predict: all without the file that the training began with."""
+    """Test, resume, train and predict work without the file of pretrained weights."""
     file = tmp_path / "pretrained.pth"
     file.symlink_to(resnet18_file)
     ours, fit = model("finetune", str(file)), trainer(**FEW)
@@ -229,19 +229,19 @@ class Malicious:
     [
         (
             lambda s: {f"module.{k}": v for k, v in s.items()},
-            "missing: bn1.bias, .* 95 more; left over: module.bn1.bias, ",
+            "missing: bn1.bias, .* 95 more; unexpected: module.bn1.bias, ",
         ),
         (
             lambda s: {k: v for k, v in s.items() if k != "layer2.0.downsample.0.weight"},
             "missing: layer2.0.downsample.0.weight$",
         ),
-        (lambda s: {**s, "layer5.weight": torch.ones(1)}, "left over: layer5.weight$"),
+        (lambda s: {**s, "layer5.weight": torch.ones(1)}, "unexpected: layer5.weight$"),
         (
             lambda s: {**s, "conv1.weight": torch.ones(64, 3, 3, 3)},
-            "of another shape: conv1.weight$",
+            "wrong shape: conv1.weight$",
         ),
-        (lambda s: {**s, "conv1.weight": torch.ones(64, 2, 7, 7)}, "another shape: conv1.weight"),
-        (lambda s: {**s, "conv1.weight": torch.tensor(1.0)}, "another shape: conv1.weight"),
+        (lambda s: {**s, "conv1.weight": torch.ones(64, 2, 7, 7)}, "wrong shape: conv1.weight$"),
+        (lambda s: {**s, "conv1.weight": torch.tensor(1.0)}, "wrong shape: conv1.weight$"),
         (lambda s: [s], "not a state dict"),
         (lambda s: {"state_dict": s}, "not a state dict"),
         (lambda s: nn.Linear(1, 1), "holds code besides tensors: refused"),
@@ -264,7 +264,7 @@ def test_damaged_files(official: nn.Module, tmp_path: Path, suffix: str, keep: i
     file = tmp_path / f"weights{suffix}"
     _write(official.state_dict(), file)
     os.truncate(file, keep)
-    with pytest.raises(ValueError, match="is damaged, or no file of "):
+    with pytest.raises(ValueError, match=r"is damaged, or not a (PyTorch|safetensors) file"):
         model("finetune", str(file)).load_pretrained()
 
 
@@ -282,7 +282,7 @@ def test_code_is_refused_and_not_run(tmp_path: Path, new_format: bool) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Torchvision's cache, empty; no network."""
+    """Torchvision's cache is empty, and there is no network."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError("no network")
@@ -303,7 +303,7 @@ def test_the_cache_is_used(cache: Path, official: nn.Module) -> None:
 def test_without_network_one_line_says_what_to_put_where(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And no run's folder is left behind."""
+    """The command also leaves no run folder."""
     monkeypatch.chdir(tmp_path)
     assert main("fit --config resnet18_finetune.yaml --data.source digits".split()) == 1
     message = capsys.readouterr().err
@@ -338,7 +338,7 @@ def test_processors_without_bf16_are_told(
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 1000])
 def test_one_cycle(steps: int) -> None:
-    """Straight up over a quarter, straight down over the rest; never beyond, never below zero."""
+    """Linear rise over a quarter of the steps, linear fall over the rest; always in [0, 1]."""
     shares = [one_cycle(step, steps) for step in range(steps)]
     top = shares.index(1.0)
     assert top == max(1, steps // 4) - 1
@@ -358,7 +358,7 @@ class Rates(Callback):
 
 
 def test_schedule_goes_on_where_it_was(digits: MNISTDataModule, tmp_path: Path) -> None:
-    """Resumed: the same rates and the same weights as without a break. With another lr: scaled."""
+    """A resumed training has the same rates and weights; with another lr, scaled rates."""
     straight, whole, checkpoint = Rates(), None, tmp_path / "second.ckpt"
 
     class Save(Callback):
@@ -382,7 +382,7 @@ def test_schedule_goes_on_where_it_was(digits: MNISTDataModule, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_compiling_changes_speed_alone(digits: MNISTDataModule) -> None:
-    """The same weights under the same names, up to rounding."""
+    """The names of the weights are equal, the values up to rounding."""
     trained = [model(lr=0.01, compile=compile) for compile in (False, True)]
     for each in trained:
         trainer(limit_train_batches=1, limit_val_batches=0).fit(each, digits)
@@ -394,7 +394,7 @@ def test_compiling_changes_speed_alone(digits: MNISTDataModule) -> None:
 
 @pytest.mark.slow
 def test_small_config_learns_mnist(mnist_dir: Path, tmp_path: Path) -> None:
-    """One epoch of the recipe for small machines; the whole recipe's figures stand in its file."""
+    """One epoch of the recipe for small machines; its file has the results of the whole recipe."""
     words = (
         f"fit --config resnet18_small.yaml --data.data_dir {mnist_dir} --trainer.max_epochs 1"
         f" --early_stopping.enabled false --trainer.default_root_dir {tmp_path}"

@@ -1,4 +1,4 @@
-"""Early stopping, checkpoints, runs, dashboards: against runs without them, and from outside."""
+"""Tests early stopping, checkpoints, run folders and dashboards, also against other runs."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ from mnist_lightning.models.classifier import Batch
 
 
 class Losses(Callback):
-    """Notes the validation loss of each epoch, and the weights after it."""
+    """Records the validation loss of each epoch, and the weights after it."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -50,7 +50,7 @@ def _train(epochs: int, *callbacks: Callback, model=None) -> tuple[ShallowNetwor
 
 @pytest.mark.parametrize("patience", [1, 3])
 def test_early_stopping_against_a_run_without_it(patience: int) -> None:
-    """It stops where the loss, without it, had gone `patience` epochs without a new minimum."""
+    """It stops when the other run's loss had no new minimum for `patience` epochs."""
     _, whole = _train(20)
     best, since, stop = math.inf, 0, 0
     while since < patience:
@@ -71,7 +71,7 @@ def test_early_stopping_turned_off_changes_nothing() -> None:
 
 
 def test_early_stopping_keeps_the_patience_asked_for_on_resume(tmp_path: Path) -> None:
-    """Lightning's own takes it from the checkpoint, over the one that was asked for."""
+    """Lightning's callback would take the patience from the checkpoint."""
     first = EarlyStopping(patience=3)
     first.wait_count = 2
     second = EarlyStopping(patience=7)
@@ -81,7 +81,7 @@ def test_early_stopping_keeps_the_patience_asked_for_on_resume(tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `fit`, as a user makes it."""
+    """The folder of a run of `fit`, with the flags that users give."""
     root = tmp_path_factory.mktemp("work")
     words = "--config shallow.yaml --data.source digits --trainer.max_epochs 6".split()
     assert main(["fit", *words, "--trainer.default_root_dir", str(root)]) == 0
@@ -113,7 +113,7 @@ def test_best_checkpoint_is_of_the_epoch_with_the_highest_val_acc(run: Path) -> 
     best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["epoch"] == accuracies.index(max(accuracies))
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 5
-    # and it scores what it was chosen for
+    # its accuracy is the highest one
     model = ShallowNetwork.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
     (metrics,) = trainer().validate(model, MNISTDataModule(source="digits"), verbose=False)
     assert metrics["val/acc"] == pytest.approx(max(accuracies))
@@ -129,7 +129,7 @@ def test_provenance_says_where_it_comes_from(run: Path) -> None:
 
 
 def test_resume_goes_on_in_the_same_folder(run: Path, tmp_path: Path) -> None:
-    """Three epochs, then three more, against six at a stretch: the same table, the same weights."""
+    """Three epochs, then three more, give the same table and weights as six."""
     words = "--config shallow.yaml --data.source digits --trainer.max_epochs 3".split()
     assert main(["fit", *words, "--trainer.default_root_dir", str(tmp_path)]) == 0
     part = tmp_path / "lightning_logs" / "shallow" / "version_0"
@@ -156,7 +156,7 @@ def test_resume_goes_on_in_the_same_folder(run: Path, tmp_path: Path) -> None:
 def test_resume_keeps_every_bit_in_each_precision(
     precision: str, optimizer: str, tmp_path: Path
 ) -> None:
-    """Lightning alone loads weights of 64 bits into a model that still has 32."""
+    """Without our hook, Lightning loads 64-bit weights into a model that still has 32 bits."""
 
     def train(epochs: int, *callbacks: Callback, ckpt_path: Path | None = None) -> ShallowNetwork:
         pl.seed_everything(0, verbose=False)
@@ -206,7 +206,7 @@ def test_tensorboard_has_the_curves_over_epochs(run: Path) -> None:
 
 
 class OwnModel(ShallowNetwork):
-    """Of a user: logs by step and by epoch, under a schedule by step."""
+    """A user's model: logs by step and by epoch, with a schedule by step."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         loss = super().training_step(batch, batch_idx)
@@ -226,7 +226,7 @@ class OwnModel(ShallowNetwork):
 def _fit_own_model(
     folder: Path, epochs: int, interval: str | None, resume_after: int | None = None
 ) -> pl.Trainer:
-    """81 steps an epoch, every 20th of which is logged; a checkpoint after each epoch."""
+    """Trains 81 steps an epoch, logs every 20th, and saves a checkpoint after each epoch."""
     pl.seed_everything(0, verbose=False)
     saved = folder / "checkpoints"
     saver = ModelCheckpoint(saved, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
@@ -253,13 +253,13 @@ def test_figures_by_step_have_an_axis_of_their_own(
     interval: str | None, lr_at: list[int], tmp_path: Path
 ) -> None:
     run = _fit_own_model(tmp_path / "run", 4, interval)
-    # the table: a row an epoch, with the last value in it
+    # metrics.csv: one row per epoch, with the last value
     rows = _rows(tmp_path / "run")
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
     assert [float(row["own/steps"]) for row in rows] == [79, 159, 239, 319]
     last = [max(step for step in lr_at if step < 81 * epoch) for epoch in (1, 2, 3, 4)]
     assert [float(row["lr-SGD"]) for row in rows] == pytest.approx([0.1 / (1 + s) for s in last])
-    # TensorBoard: finished epochs in the run itself, steps beside it
+    # TensorBoard: epochs in the run folder, steps in a subfolder
     curves, by_step = _scalars(tmp_path / "run"), _scalars(tmp_path / "run" / "by_step")
     assert {tuple(step for step, _ in points) for points in curves.values()} == {(1, 2, 3, 4)}
     assert {"val/loss", "train/loss", "own/loss_epoch"} <= curves.keys()
@@ -267,7 +267,7 @@ def test_figures_by_step_have_an_axis_of_their_own(
     assert by_step.keys() == {"by_step/own/steps", "by_step/own/loss_step", "by_step/lr-SGD"}
     assert by_step["by_step/own/steps"] == [(step, step) for step in range(19, 324, 20)]
     assert by_step["by_step/lr-SGD"] == [(s, pytest.approx(0.1 / (1 + s))) for s in lr_at]
-    # and what is tested afterwards is the network of the last epoch
+    # a test after the training is logged in the row of the last epoch
     (metrics,) = run.test(run.model, MNISTDataModule(source="digits"), verbose=False)
     tested = [row["test/acc"] for row in _rows(tmp_path / "run")]
     assert tested == ["", "", "", str(metrics["test/acc"])]
@@ -276,7 +276,7 @@ def test_figures_by_step_have_an_axis_of_their_own(
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 def test_a_resumed_run_keeps_its_figures_by_step(interval: str, tmp_path: Path) -> None:
-    """Killed in its third epoch, resumed after the second: the same as in one go."""
+    """A run that is resumed after its second epoch, with a third already logged, equals one run."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     _fit_own_model(whole, 4, interval)
     _fit_own_model(part, 3, interval)
@@ -289,7 +289,7 @@ def test_a_resumed_run_keeps_its_figures_by_step(interval: str, tmp_path: Path) 
 
 
 def test_an_epoch_late_in_a_run_costs_the_table_no_more_than_an_early_one(tmp_path: Path) -> None:
-    """Each figure is formatted once or twice, however many epochs come after it."""
+    """Each value is formatted at most three times, for any number of later epochs."""
 
     class Figure(float):
         formatted = 0
@@ -304,7 +304,7 @@ def test_an_epoch_late_in_a_run_costs_the_table_no_more_than_an_early_one(tmp_pa
             logger.log_metrics({"epoch": epoch, name: Figure(epoch)})
             logger.save()
     assert Figure.formatted <= 100 * 3
-    # what comes late is in the table all the same: a new column, and an earlier epoch's figure
+    # late values are in the table too: a new column, and a value of an earlier epoch
     logger.log_metrics({"epoch": 99, "a, b": 0.5})
     logger.log_metrics({"epoch": 2, "val/loss": 7.5})
     logger.save()
@@ -316,7 +316,7 @@ def test_an_epoch_late_in_a_run_costs_the_table_no_more_than_an_early_one(tmp_pa
 
 
 def test_hparams_tab_has_the_same_columns_for_different_models(tmp_path: Path) -> None:
-    """Asked of TensorBoard's own backend: what its HParams page would show for three models."""
+    """Asks TensorBoard's backend what its HParams page shows for three models."""
     from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
     from tensorboard.context import RequestContext
     from tensorboard.plugins.base_plugin import TBContext
@@ -392,7 +392,7 @@ def test_test_is_logged_into_the_run_and_counted(run: Path, capsys: pytest.Captu
 
 @pytest.mark.slow
 def test_ddp_on_two_processes_equals_one(tmp_path: Path) -> None:
-    """Two processes with mini-batches of 8 against one with 16: same mini-batches, same weights."""
+    """Two processes with mini-batches of 8 give the same weights as one process with 16."""
     for model in ("shallow", "perceptron"):
         states = []
         for name, flags in (
@@ -427,7 +427,7 @@ def test_ddp_on_two_processes_equals_one(tmp_path: Path) -> None:
 
 
 def test_plain_python_needs_no_command_line(digits: MNISTDataModule, tmp_path: Path) -> None:
-    """As in any Lightning project; and the checkpoint is then good for the command line."""
+    """Works as in any Lightning project; the command line can use the checkpoint."""
     saver = ModelCheckpoint(tmp_path, filename="best", monitor="val/acc", mode="max")
     run = trainer(callbacks=[saver, EarlyStopping()], enable_checkpointing=True)
     run.fit(ShallowNetwork(20), digits)
@@ -436,7 +436,7 @@ def test_plain_python_needs_no_command_line(digits: MNISTDataModule, tmp_path: P
 
 
 def test_same_weights_notices_a_difference() -> None:
-    """The oracle's own test."""
+    """Tests the function that other tests rely on."""
     torch.manual_seed(0)
     one, other = ShallowNetwork(5), ShallowNetwork(5)
     assert same_weights(one, one)

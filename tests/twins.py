@@ -1,9 +1,9 @@
-"""Plain Lightning twins of our models, and all that users add to a training.
+"""Plain Lightning twins of our models, and what users add to a training.
 
-A twin shares no code with ``mnist_lightning.models``: a LightningModule as a textbook has it. What
-a user adds (``ADDITIONS``) goes onto one of our models and onto its twin alike; ``test_parity``
-compares what comes out. Each addition says how the training steps then: fused, in many steps
-through autograd, or one step at a time.
+A twin is a LightningModule as in a textbook; it shares no code with ``mnist_lightning.models``.
+``test_parity`` applies each of the ``ADDITIONS`` to one of our models and to its twin, and compares
+the results. Each addition also states how the training takes its steps: fused, many steps with
+autograd, or one step at a time.
 """
 
 import inspect
@@ -32,10 +32,10 @@ FUSED, MANY, ONE = "fused", "many steps", "one at a time"
 
 
 class Twin(pl.LightningModule):
-    """A classifier as Lightning's documentation teaches it, with the names of ours."""
+    """A classifier as in Lightning's documentation, with the attribute names of ours."""
 
     sums = False
-    """Whether the loss that is descended is the sum over the mini-batch."""
+    """True if training minimises the sum over the mini-batch, not the mean."""
 
     def __init__(self, net: nn.Module, lr: float, optimizer: str = "sgd") -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class TwinDeep(Twin):
 
 
 class TwinPerceptron(Twin):
-    """Half the squared error, its gradient by autograd."""
+    """Half the squared error, with autograd."""
 
     sums = True
 
@@ -134,7 +134,7 @@ class TwinResNet(Twin):
 
 
 def _own_net() -> nn.Sequential:
-    """With batch normalisation and dropout: statistics and random numbers count too."""
+    """Has batch normalisation and dropout, to compare statistics and random numbers too."""
     return nn.Sequential(
         nn.Flatten(), nn.Linear(784, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2),
         nn.Linear(12, 10),
@@ -142,7 +142,7 @@ def _own_net() -> nn.Sequential:
 
 
 class Own(Classifier):
-    """A model as README has users write it."""
+    """A user's model, as in README."""
 
     def __init__(self, lr: float = 0.1) -> None:
         super().__init__(_own_net(), lr, "sgd")
@@ -158,9 +158,9 @@ class Model(NamedTuple):
     ours: type[pl.LightningModule]
     twin: type[pl.LightningModule]
     way: str
-    """How it steps if nothing is added."""
+    """How it takes its steps without an addition."""
     arguments: dict[str, Any] = {}  # noqa: RUF012 (never changed)
-    """Of ours; a twin has them built in."""
+    """Arguments of our model; the twin has them built in."""
 
 
 MODELS = {
@@ -175,22 +175,22 @@ MODELS = {
 
 @dataclass
 class Addition:
-    """What a user adds: methods of the model, callbacks, settings of the Trainer or of the data."""
+    """A user's addition: methods of the model, callbacks, settings of the Trainer or the data."""
 
     way: str = FUSED
-    """How ``ShallowNetwork`` steps with it."""
+    """How ``ShallowNetwork`` takes its steps with it."""
     methods: dict[str, Any] = field(default_factory=dict)
     callbacks: Callable[[str], list[pl.Callback]] = lambda folder: []
     settings: dict[str, Any] = field(default_factory=dict)
     data: type[MNISTDataModule] = MNISTDataModule
     then: Callable[[Any], None] = lambda model: None
-    """Done to the model after it is made."""
+    """Called with the model after it is made."""
     everywhere: bool = False
-    """Whether it is tried with every model, not with ``ShallowNetwork`` alone."""
+    """True to test it with every model, not only with ``ShallowNetwork``."""
     but: tuple[str, ...] = ()
-    """The models that cannot have it."""
+    """Models that it cannot be used with."""
     varies: tuple[str, ...] = ()
-    """Logged names whose values no two trainings share, such as seconds."""
+    """Logged names whose values differ in every training, such as seconds."""
 
 
 def _optimizer(way: str, make: Callable[[Any], Any], everywhere: bool = False) -> Addition:
@@ -286,17 +286,18 @@ SCHEDULERS = {
 }
 
 
-def _with(way: str, *made: Callable[..., Any], everywhere: bool = False, **more: Any) -> Addition:
+def _with(way: str, *makers: Callable[..., Any], everywhere: bool = False, **more: Any) -> Addition:
     def make(folder: str) -> list[pl.Callback]:
         return [
-            one(folder) if "folder" in inspect.signature(one).parameters else one() for one in made
+            maker(folder) if "folder" in inspect.signature(maker).parameters else maker()
+            for maker in makers
         ]
 
     return Addition(way, callbacks=make, everywhere=everywhere, **more)
 
 
 class Backbone(lc.BaseFinetuning):
-    """Freezes the first layer, and thaws it in the second epoch with a learning rate of its own."""
+    """Freezes the first layer; unfreezes it in the second epoch, with another learning rate."""
 
     def freeze_before_training(self, pl_module: Any) -> None:
         self.freeze(next(m for m in pl_module.net.modules() if list(m.parameters(recurse=False))))
@@ -312,14 +313,14 @@ def _trainable(self: Any) -> Any:
 
 
 class FreezesLate(pl.Callback):
-    """Freezes by hand when the training is set up already."""
+    """Sets ``requires_grad`` after the training was set up."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         next(pl_module.net.parameters()).requires_grad_(False)
 
 
 class Replaces(pl.Callback):
-    """Another activation, when the training has begun already."""
+    """Replaces an activation after the training has begun."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         names = [n for n, m in pl_module.net.named_children() if isinstance(m, nn.ReLU)]
@@ -327,7 +328,7 @@ class Replaces(pl.Callback):
 
 
 class LooksAtGradients(pl.Callback):
-    """At an epoch's end, without any hook for steps."""
+    """Reads a gradient at the end of an epoch, without a hook for steps."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -361,7 +362,7 @@ class LogsNorm(pl.Callback):
 
 
 class BringsAnother(pl.Callback):
-    """Adds a callback that acts on mini-batches, when the training runs already."""
+    """Adds a callback that acts on mini-batches during the training."""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.current_epoch == 0:
@@ -369,7 +370,7 @@ class BringsAnother(pl.Callback):
 
 
 class ChangesInValidation(pl.Callback):
-    """In a validation within an epoch: the optimizer, and what trains."""
+    """Changes the optimizer and ``requires_grad`` in a validation within an epoch."""
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.global_step > 40:
@@ -402,7 +403,7 @@ CALLBACKS = {
         FUSED,
         lambda: lc.BatchSizeFinder(max_trials=2, steps_per_trial=2),
         everywhere=True,
-        but=("own", "plain"),  # a last mini-batch of one image, which BatchNorm refuses
+        but=("own", "plain"),  # the last mini-batch has one image, and BatchNorm refuses that
     ),
     "GradientAccumulationScheduler": _with(
         FUSED, lambda: lc.GradientAccumulationScheduler({0: 1, 1: 4}), everywhere=True
@@ -412,7 +413,7 @@ CALLBACKS = {
         Backbone,
         methods={"configure_optimizers": _trainable},
         everywhere=True,
-        but=("perceptron",),  # which has a single layer
+        but=("perceptron",),  # it has a single layer
     ),
     "BackboneFinetuning": _with(
         MANY,
@@ -425,7 +426,7 @@ CALLBACKS = {
     "ModelPruning": _with(
         FUSED,
         lambda: lc.ModelPruning("l1_unstructured", amount=0.3, parameter_names=["weight"]),
-        settings={"precision": "32-true"},  # as its masks; fused until it prunes
+        settings={"precision": "32-true"},  # its masks are float32; steps are fused until it prunes
     ),
     "Timer by step": _with(ONE, lambda: lc.Timer(timedelta(hours=1))),
     "Timer by epoch": _with(FUSED, lambda: lc.Timer(timedelta(hours=1), interval="epoch")),
@@ -574,7 +575,7 @@ class Noisy(MNISTDataModule):
 
 
 class Sorted(MNISTDataModule):
-    """With a train loader of its own."""
+    """Overrides the train loader."""
 
     def train_dataloader(self) -> Any:
         return self._loader(self.train_set, self.batch_size)
@@ -683,7 +684,7 @@ def _counting_callback(hook: str) -> Callable[[str], list[pl.Callback]]:
 
 
 def _counting_method(hook: str) -> dict[str, Any]:
-    """Counts its calls, then does what the class below does."""
+    """Makes a method that counts its calls and calls the base class's method."""
 
     def count(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.calls[hook] = self.calls.get(hook, 0) + 1
@@ -744,7 +745,7 @@ ADDITIONS = {name: addition for group in GROUPS.values() for name, addition in g
 
 
 def ways_table() -> str:
-    """How ``ShallowNetwork`` steps with each addition, as markdown: README has it."""
+    """Makes README's table of how ``ShallowNetwork`` takes its steps with each addition."""
     titles = {FUSED: "many steps, fused", MANY: "many steps, autograd", ONE: "one at a time"}
     lines = [f"| | {' | '.join(titles.values())} |", "|---|" + "---|" * len(titles)]
     for title, group in GROUPS.items():

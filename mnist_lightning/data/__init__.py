@@ -1,4 +1,4 @@
-"""Images in: found or fetched, verified, split, batched, resized."""
+"""Image data: find or download it, verify, split, batch and resize it."""
 
 from mnist_lightning.moved import former_names
 

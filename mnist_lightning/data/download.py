@@ -12,33 +12,33 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-_REACH_SECONDS = 8  # for a mirror to answer at all
-_STALL_SECONDS = 10  # without a single byte, once it has
+_REACH_SECONDS = 8  # longest wait for a mirror's first answer
+_STALL_SECONDS = 10  # longest wait for the next byte of a download
 
 
 def download(name: str, data_dir: Path) -> None:
-    """Fetches a set through torchvision, from the first of its mirrors that answers.
+    """Downloads a data set with torchvision, from the first mirror that answers.
 
     Raises:
-        OSError: no mirror answers, or one stalls; nothing is left behind.
+        OSError: no mirror answers, or the download stalls or is damaged. No partial files remain.
     """
     import torchvision.datasets
 
-    known = getattr(torchvision.datasets, name)
-    made = not data_dir.exists()
-    with answering(known.mirrors, known.resources[0][0]) as mirror:
+    dataset = getattr(torchvision.datasets, name)
+    is_new = not data_dir.exists()
+    with answering(dataset.mirrors, dataset.resources[0][0]) as mirror:
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
-                # a class of the same name, because torchvision names its folder after it
-                type(name, (known,), {"mirrors": [mirror]})(folder, download=True)
+                # the subclass has the same name, because torchvision names its folder after it
+                type(name, (dataset,), {"mirrors": [mirror]})(folder, download=True)
                 target = data_dir / name / "raw"
                 target.mkdir(parents=True, exist_ok=True)
                 for file in (Path(folder) / name / "raw").iterdir():
                     os.replace(file, target / file.name)
         except (RuntimeError, http.client.HTTPException, OSError) as error:
-            # RuntimeError is torchvision's word for a failed or damaged download
-            if made:
+            # torchvision raises RuntimeError for a failed or damaged download
+            if is_new:
                 with contextlib.suppress(OSError):
                     data_dir.rmdir()
             reason = " ".join(str(error).split())
@@ -47,10 +47,12 @@ def download(name: str, data_dir: Path) -> None:
 
 @contextlib.contextmanager
 def answering(mirrors: Sequence[str], file: str) -> Iterator[str]:
-    """The first mirror that answers for the file; within, a download that stalls is given up.
+    """Yields the first mirror that answers for the file.
+
+    Inside the context, sockets time out after ``_STALL_SECONDS``, so that a stalled download fails.
 
     Raises:
-        OSError: none answers within ``_REACH_SECONDS``.
+        OSError: no mirror answers within ``_REACH_SECONDS``.
     """
     mirror = _first_to_answer(mirrors, file)
     timeout = socket.getdefaulttimeout()
@@ -62,7 +64,7 @@ def answering(mirrors: Sequence[str], file: str) -> Iterator[str]:
 
 
 def _first_to_answer(mirrors: Sequence[str], file: str) -> str:
-    """Asks all mirrors at once; waits at most ``_REACH_SECONDS``, even for a silent name server."""
+    """Asks all mirrors in parallel; the time limit covers name resolution too."""
     answers: queue.Queue[str | Exception] = queue.Queue()
 
     def ask(mirror: str) -> None:
@@ -73,7 +75,7 @@ def _first_to_answer(mirrors: Sequence[str], file: str) -> str:
             answers.put(error)
 
     for mirror in mirrors:
-        # a daemon: a thread stuck in name resolution must not keep the program from ending
+        # a daemon, so that a thread stuck in name resolution does not keep the program running
         threading.Thread(target=ask, args=(mirror,), daemon=True).start()
     reason = f"no mirror answered within {_REACH_SECONDS} s"
     deadline = time.monotonic() + _REACH_SECONDS

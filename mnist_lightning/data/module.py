@@ -1,6 +1,6 @@
-"""MNIST and the sets of the same format: found or fetched, verified, split, batched, resized.
+"""Data module for MNIST and data sets of the same format.
 
-The whole set lives in memory as uint8 tensors. A mini-batch is one indexing operation; scaling,
+The whole set is kept in memory as uint8 tensors. A mini-batch is one indexing operation; scaling,
 normalisation and the resize to 224 pixels happen per batch, on the device that trains.
 """
 
@@ -48,24 +48,24 @@ class MNISTDataModule(LightningDataModule):
     """The 70,000 digits, split into train, validation and test, in mini-batches.
 
     Args:
-        name: which set of the MNIST format: MNIST, unless you say another.
+        name: name of the data set; by default MNIST.
         source: ``mnist`` takes the set named above, from ``data_dir`` or else from its mirrors;
-            ``digits`` takes the 1,797 real 8x8 digits that scikit-learn carries, enlarged to 28x28;
-            ``auto`` prefers the first and, where nothing was asked for (no name, no ``data_dir``,
-            no ``MNIST_DATA_DIR``), falls back to the second, with a warning.
-        data_dir: holds ``MNIST/raw/...`` in torchvision's layout, raw or .gz. Without it, the
-            environment variable ``MNIST_DATA_DIR``, else ``data``.
-        split: ``study`` pools all 70,000 images, shuffles them and gives 63,000 for training and
-            validation and 7,000 for the test; ``canonical`` keeps MNIST's own 10,000 test images.
-        val_fraction: share of the training pool that validates.
-        split_seed: draws the split, and nothing else does.
+            ``digits`` takes scikit-learn's 1,797 real 8x8 digits, enlarged to 28x28; ``auto`` takes
+            ``mnist`` and, if neither name nor ``data_dir`` nor ``MNIST_DATA_DIR`` is given, falls
+            back to ``digits`` with a warning.
+        data_dir: folder that contains ``MNIST/raw/...`` in torchvision's layout, raw or .gz. The
+            default is the environment variable ``MNIST_DATA_DIR``, else ``data``.
+        split: ``study`` shuffles all 70,000 images and takes 63,000 for training and validation and
+            7,000 for the test; ``canonical`` keeps MNIST's official 10,000 test images.
+        val_fraction: share of the non-test images for validation.
+        split_seed: the only seed that the split depends on.
         batch_size: images in a training mini-batch, in each process.
         eval_batch_size: images in a validation or test mini-batch; changes memory, not results.
-        image_size: pixels a side that the model sees. Other than 28, each batch is resized
-            (bilinear, antialiased where it shrinks) on the device.
+        image_size: side of the images that the model receives, in pixels. If it is not 28, each
+            batch is resized (bilinear, antialiased when it shrinks) on the device.
         normalization: ``unit`` divides pixels by 255; ``mnist`` and ``imagenet`` then subtract
             that set's mean and divide by its standard deviation, one scalar for the gray channel.
-        predict_dir: a folder of image files for ``predict``; without it, the validation images.
+        predict_dir: folder of image files for ``predict``; by default the validation images.
 
     A batch is ``(images, labels)``: from the loaders uint8 ``(b, 28, 28)`` and int64 ``(b,)``;
     after ``on_after_batch_transfer``, which the Trainer calls, the images are float32
@@ -77,7 +77,7 @@ class MNISTDataModule(LightningDataModule):
     val_set: ImageSet
     test_set: ImageSet
     checksum: str
-    """SHA-256 over images and labels as read, whatever files they came from."""
+    """SHA-256 over images and labels as read; raw and .gz files give the same value."""
 
     steps_known = True  # see execution.altered
 
@@ -109,10 +109,10 @@ class MNISTDataModule(LightningDataModule):
         check_choice("normalization", normalization, Normalization)
         folder = data_dir or os.environ.get("MNIST_DATA_DIR")
         if source == "auto" and (name or folder):
-            source = "mnist"  # asked for: nothing else will do
+            source = "mnist"  # the user named a set or a folder: no fallback to the digits
         name = name or "MNIST"
         self.save_hyperparameters(ignore=["predict_dir"])
-        self.hparams.update(name=name, source=source)  # a subclass was perhaps given others
+        self.hparams.update(name=name, source=source)  # a subclass may have passed other values
         self.name, self.source, self.split = name, source, split
         self.data_dir = Path(folder or "data")
         self.val_fraction, self.split_seed = val_fraction, split_seed
@@ -123,38 +123,39 @@ class MNISTDataModule(LightningDataModule):
         self._no_download = "not tried"
 
     def prepare_data(self) -> None:
-        """Fetches the files if they are not there yet; in one process only."""
+        """Downloads missing files; Lightning calls it in one process only."""
         missing = missing_files(self.name, self.data_dir)
         if self.source == "digits" or not missing:
             return
-        if len(missing) == len(FILES) and (pictures := first_picture(self.data_dir)):
+        if len(missing) == len(FILES) and (image := first_picture(self.data_dir)):
+            # the user's own image folder: do not download into it
             raise ValueError(
-                not_there(self.name, self.data_dir, f"it holds other pictures ({pictures.name})")
+                not_there(self.name, self.data_dir, f"it holds other images ({image.name})")
             )
         try:
             download(self.name, self.data_dir)
         except OSError as error:
-            # a set that is there in part was meant to be used: no falling back to the digits
+            # if some files are present, the user meant this set: no fallback to the digits
             if self.source == "mnist" or len(missing) < len(FILES):
                 reason = f"no {', no '.join(missing)}; {error}"
                 raise ValueError(not_there(self.name, self.data_dir, reason)) from error
             self._no_download = str(error)
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads, verifies and splits the set; every process gets the same split."""
+        """Reads, verifies and splits the set; the split is the same in every process."""
         if self._loaded:
             return
         if self.source == "auto":
-            gone = len(missing_files(self.name, self.data_dir)) == len(FILES)
-            self.source = "digits" if gone else "mnist"
+            all_missing = len(missing_files(self.name, self.data_dir)) == len(FILES)
+            self.source = "digits" if all_missing else "mnist"
             if self.source == "digits":
                 rank_zero_warn(
-                    f"{self.name} is not in {self.data_dir}, nor was it fetched"
+                    f"{self.name} is not in {self.data_dir} and was not downloaded"
                     f" ({self._no_download}): training on scikit-learn's 1,797 small digits"
                     " instead. The results say"
                     f" nothing about {self.name}. {where_to_put(self.name, self.data_dir)}"
                 )
-            # from here on the run is about this source: checkpoints must not say "auto"
+            # checkpoints must name the source that was used, not "auto"
             self.hparams["source"] = self.source
         pool = read_digits() if self.source == "digits" else read_files(self.name, self.data_dir)
         self.checksum = pool.checksum
@@ -165,7 +166,7 @@ class MNISTDataModule(LightningDataModule):
             if not len(indices):
                 raise ValueError(
                     f"val_fraction {self.val_fraction} of {len(train) + len(val):,} images leaves"
-                    f" none to {part} on; the study takes 0.2"
+                    f" none to {part} on; the study uses 0.2"
                 )
         self.train_set = ImageSet(pool.images[train], pool.labels[train])
         self.val_set = ImageSet(pool.images[val], pool.labels[val])
@@ -173,7 +174,7 @@ class MNISTDataModule(LightningDataModule):
         self._loaded = True
 
     def describe(self) -> str:
-        """One line: which data this is, after ``setup``."""
+        """Describes the data in one line; call it after ``setup``."""
         name = self.name if self.source == "mnist" else "scikit-learn's digits"
         sizes = f"{len(self.train_set):,} / {len(self.val_set):,} / {len(self.test_set):,}"
         return f"{name}, split {self.split} (seed {self.split_seed}): {sizes} train / val / test"
@@ -184,7 +185,7 @@ class MNISTDataModule(LightningDataModule):
             self.train_set,
             num_replicas=trainer.world_size if trainer else 1,
             rank=trainer.global_rank if trainer else 0,
-            # set by seed_everything, for this process and those that it starts
+            # seed_everything sets it for this process and its child processes
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
         )
         return self._loader(self.train_set, self.batch_size, sampler)
@@ -203,10 +204,10 @@ class MNISTDataModule(LightningDataModule):
         return self._eval_loader(ImageSet(images, unknown))
 
     def predict_files(self) -> list[Path]:
-        """The image files of ``predict_dir``, sorted by name.
+        """Lists the image files of ``predict_dir``, sorted by name.
 
         Raises:
-            ValueError: the folder is missing or holds no image.
+            ValueError: the folder is missing or contains no image.
         """
         folder = Path(self.predict_dir or "")
         files = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES)
@@ -220,7 +221,7 @@ class MNISTDataModule(LightningDataModule):
         images, labels = batch
         pixels = self.preprocess(images)
         if self.trainer is not None:
-            # "64-true" and "bf16-true" convert what they are given, but before this hook
+            # Lightning converts batches for "64-true" and "bf16-true" before this hook
             pixels = self.trainer.precision_plugin.convert_input(pixels)
         return pixels, labels
 
@@ -236,23 +237,23 @@ class MNISTDataModule(LightningDataModule):
         return pixels
 
     def _eval_loader(self, data: ImageSet) -> DataLoader:
-        """Each image once, in order. Of several processes, each gets its own share of them.
+        """Makes a loader of each image once, in order; several processes share the images.
 
         Raises:
-            ValueError: fewer images than processes.
+            ValueError: there are fewer images than processes.
         """
         trainer = self.trainer
         if trainer is None or trainer.world_size == 1:
             return self._loader(data, self.eval_batch_size)
         processes = trainer.world_size
         if len(data) < processes:
-            # Lightning stops a process without a batch, and the others would wait for it
+            # Lightning would end a process without a batch, and the others would wait for it
             raise ValueError(
                 f"{processes} processes cannot share {len(data)} images:"
-                f" --trainer.devices {len(data)} or fewer"
+                f" use --trainer.devices {len(data)} or fewer"
             )
-        # Lightning leaves it in place, where its own for several processes would repeat images
-        # until all processes had as many
+        # Lightning does not replace this sampler; its default for several processes repeats images
+        # until all processes have equally many
         share = UnrepeatedDistributedSampler(
             data, num_replicas=processes, rank=trainer.global_rank, shuffle=False
         )
@@ -262,5 +263,5 @@ class MNISTDataModule(LightningDataModule):
     def _loader(
         data: ImageSet, batch_size: int, sampler: DistributedSampler | None = None
     ) -> DataLoader:
-        # no worker processes: indexing takes less time than handing the batch over would
+        # no worker processes: indexing takes less time than sending the batch between processes
         return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=as_is)

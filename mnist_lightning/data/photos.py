@@ -1,4 +1,4 @@
-"""Photographed and drawn digits, prepared as MNIST prepared its own."""
+"""Reads photographed or drawn digits and prepares them as the makers of MNIST did."""
 
 from pathlib import Path
 
@@ -7,28 +7,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IMAGES = {".png", ".jpg", ".jpeg", ".gif", ".webp"}  # endings of the files that predict reads
-_MOST_PIXELS = 50_000_000  # a photo: unpacked, each takes some 20 bytes
+IMAGES = {".png", ".jpg", ".jpeg", ".gif", ".webp"}  # suffixes of the files that predict reads
+_MOST_PIXELS = 50_000_000  # each pixel takes about 20 bytes of memory while it is processed
 
 
 def read_image(path: Path) -> Tensor:
-    """One photographed or drawn digit as MNIST would hold it: uint8, shape ``(28, 28)``.
+    """Reads one photographed or drawn digit in MNIST's format: uint8, shape ``(28, 28)``.
 
-    As in the making of MNIST, the ink is light on dark, scaled to fit 20 x 20 pixels, and put with
-    its centre of mass in the middle of 28 x 28.
+    As in MNIST, the ink is light on dark, scaled to fit 20 x 20 pixels, and its centre of mass lies
+    in the middle of 28 x 28 pixels.
 
-    Transparent parts count as white paper; the turn that a camera notes is undone.
+    Transparent parts count as white paper. The rotation in the EXIF data is applied.
 
     Raises:
-        ValueError: the file is no image, or there is nothing on it.
+        ValueError: the file is not an image, or the image is blank.
     """
     pixels = torch.from_numpy(_decode(path))
-    # what the edges show is the paper; what differs most from it is the ink, dark or light
+    # the median of the border is the paper; the ink, dark or light, differs most from it
     pixels -= torch.cat([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]).median()
     if pixels.max() < -pixels.min():
         pixels = -pixels
     if pixels.max() < 25:
-        raise ValueError(f"{path} shows nothing: all its pixels are nearly alike")
+        raise ValueError(f"{path} shows nothing: all its pixels are almost equal. Remove it")
     pixels = pixels.clamp(min=0) * (255 / pixels.max())
     ink = pixels > 64
     rows, columns = ink.any(1).nonzero().flatten(), ink.any(0).nonzero().flatten()
@@ -39,7 +39,7 @@ def read_image(path: Path) -> Tensor:
     weight = digit / digit.sum()
     centre_y = (weight.sum(1) * torch.arange(height)).sum()
     centre_x = (weight.sum(0) * torch.arange(width)).sum()
-    # MNIST's own centres of mass lie within half a pixel of row and column 14, not of 13.5
+    # the centres of mass of MNIST's digits lie within half a pixel of row and column 14, not 13.5
     top = int((14 - centre_y).round().clamp(0, 28 - height))
     left = int((14 - centre_x).round().clamp(0, 28 - width))
     framed = torch.zeros(28, 28)
@@ -48,11 +48,11 @@ def read_image(path: Path) -> Tensor:
 
 
 def _decode(path: Path) -> np.ndarray:
-    """An image file as float32 gray values from 0 to 255, shape ``(height, width)``."""
+    """Reads an image file as float32 gray values from 0 to 255, shape ``(height, width)``."""
     from PIL import Image, ImageOps
 
-    if not path.is_file():  # a pipe, say, which might never end
-        raise ValueError(f"{path} cannot be read as an image: it is no file. Remove it")
+    if not path.is_file():  # reading a pipe might never end
+        raise ValueError(f"{path} cannot be read as an image: it is not a file. Remove it")
     pixels = 0
     try:
         with Image.open(path) as file:
@@ -65,7 +65,7 @@ def _decode(path: Path) -> np.ndarray:
             paper = Image.new("RGBA", picture.size, "white")
             paper.alpha_composite(picture.convert("RGBA"))
             return np.array(paper.convert("L"), np.float32)
-    except Exception as error:  # of many kinds, for the many ways to be damaged
+    except Exception as error:  # PIL raises many types for damaged files
         if pixels > _MOST_PIXELS or isinstance(error, Image.DecompressionBombError):
             raise ValueError(
                 f"{path} has more than {_MOST_PIXELS:,} pixels: scale it down, or remove it"

@@ -1,4 +1,4 @@
-"""Readers: a whole set as uint8 tensors, verified. MNIST's files, and scikit-learn's digits."""
+"""Readers of whole data sets as verified uint8 tensors: MNIST's files, scikit-learn's digits."""
 
 import gzip
 import hashlib
@@ -21,7 +21,7 @@ FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-# MD5 of the uncompressed files. Those of the .gz files come from torchvision, for every set.
+# MD5 of the uncompressed files. torchvision has the MD5 of the .gz files of every set.
 _MNIST_MD5 = dict(
     zip(
         FILES,
@@ -37,7 +37,7 @@ _MNIST_MD5 = dict(
 
 
 class Pool(NamedTuple):
-    """All images of a set, its own test images last."""
+    """All images of a data set; the last ``official_test`` of them are its official test set."""
 
     images: Tensor
     labels: Tensor
@@ -52,15 +52,15 @@ def _pool(images: Tensor, labels: Tensor, official_test: int) -> Pool:
 
 
 def read_digits() -> Pool:
-    """Scikit-learn's 8x8 digits, in MNIST's frame: 20 x 20 pixels of ink within 28 x 28."""
-    # its file alone: importing scikit-learn takes as long as importing PyTorch
+    """Reads scikit-learn's 8x8 digits, enlarged as in MNIST: 20 x 20 pixels of ink in 28 x 28."""
+    # reads the data file directly: importing scikit-learn takes as long as importing PyTorch
     file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
     table = torch.from_numpy(np.loadtxt(str(file), delimiter=",", dtype=np.float32))
     small = table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)
     large = F.interpolate(small, size=(20, 20), mode="bilinear", antialias=True)
     images = F.pad(large, (4, 4, 4, 4)).round().to(torch.uint8).squeeze(1)
     labels = table[:, -1].long()
-    # no official test set: the last seventh stands in for it, MNIST's own proportion
+    # The digits have no official test set. The last seventh is used, the same share as in MNIST.
     return _pool(images, labels, official_test=len(labels) // 7)
 
 
@@ -73,18 +73,21 @@ def read_files(name: str, data_dir: Path) -> Pool:
     for part, kind in zip(images, ("train", "test"), strict=True):
         count = len(labels[0 if kind == "train" else 1])
         if len(part) != count:
-            raise ValueError(f"{name} in {data_dir}: {len(part)} {kind} images, {count} labels")
+            raise ValueError(
+                f"{name} in {data_dir} has {len(part)} {kind} images, {count} labels:"
+                " put good copies of the files there"
+            )
     return _pool(torch.cat(images), torch.cat(labels).long(), official_test=len(labels[1]))
 
 
 def _read_idx(name: str, stem: str, data_dir: Path) -> np.ndarray:
-    """One file of the IDX format as a uint8 array, after checking magic, length and checksum."""
+    """Reads an IDX file as a uint8 array, after checks of magic number, length and checksum."""
     paths = _paths(name, stem, data_dir)
     path = next((file for file in paths if file.is_file()), None)
     if path is None:
         reason = f"no {' and no '.join(file.name for file in paths)}"
         raise ValueError(not_there(name, data_dir, reason))
-    remedy = "Delete it to have it fetched again, or put a good copy there."
+    remedy = "Delete it to download it again, or put a good copy there."
     content = path.read_bytes()
     packed = path.suffix == ".gz"
     if packed:
@@ -112,14 +115,14 @@ def _packed_md5(name: str) -> dict[str, str]:
 
 
 def _paths(name: str, file: str, data_dir: Path) -> list[Path]:
-    """Where a file may lie, the preferred place first."""
+    """Lists the paths where a file may be, in order of preference."""
     packed = data_dir / name / "raw" / f"{file}.gz"
     # only MNIST's uncompressed files have a published checksum
     return [packed.with_suffix(""), packed] if name == "MNIST" else [packed]
 
 
 def missing_files(name: str, data_dir: Path) -> list[str]:
-    """The files of the set that are there in no form that can be verified."""
+    """Lists the files of the set that do not exist in any form that can be verified."""
     return [
         file if name == "MNIST" else f"{file}.gz"
         for file in FILES
@@ -128,15 +131,15 @@ def missing_files(name: str, data_dir: Path) -> list[str]:
 
 
 def where_to_put(name: str, data_dir: Path) -> str:
-    ending = "[.gz]" if name == "MNIST" else ".gz"
+    suffix = "[.gz]" if name == "MNIST" else ".gz"
     return (
-        f"Put the four files ({FILES[0]}{ending} ...) into {data_dir / name / 'raw'}, or point"
+        f"Put the four files ({FILES[0]}{suffix} ...) into {data_dir / name / 'raw'}, or point"
         " MNIST_DATA_DIR or --data.data_dir at the folder that holds them."
     )
 
 
 def first_picture(folder: Path) -> Path | None:
-    """The first image file in a folder or in one of its own folders, if any: not for a download."""
+    """Finds the first image file in a folder or its direct subfolders."""
     files = chain(folder.glob("*"), folder.glob("*/*"))
     return next((file for file in files if file.suffix.lower() in IMAGES), None)
 

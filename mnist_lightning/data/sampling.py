@@ -1,4 +1,4 @@
-"""Which images make a mini-batch: the split, the order of an epoch, the shares of processes."""
+"""Chooses the images of each mini-batch: split, order in an epoch, shares of the processes."""
 
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
-    """The order in which epoch ``epoch`` of a training with ``seed`` visits ``n`` images.
+    """Computes the order in which a training with ``seed`` visits ``n`` images in ``epoch``.
 
-    It depends on these three numbers alone: not on what else drew random numbers, nor on how often
-    the training was interrupted, nor on the number of processes. Whoever trains on this order (the
-    Trainer, or many models at once) sees the same mini-batches.
+    The order depends only on these three numbers: not on other random numbers, interruptions or the
+    number of processes. The Trainer and the training of many models at once therefore use the same
+    mini-batches.
 
     Returns:
         A permutation of ``range(n)``, int64, shape ``(n,)``.
@@ -45,44 +45,45 @@ class ImageSet(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         # DataLoader's fetcher calls this with the indices of the whole mini-batch
         rows = torch.tensor(indices)
-        # several times as fast as plain indexing, with the same result
+        # index_select is several times as fast as indexing, with the same result
         return self.images.index_select(0, rows), self.labels.index_select(0, rows)
 
 
 class EpochSampler(DistributedSampler):
-    """Visits the training set in ``epoch_order``, dealt out to the processes one by one.
+    """Visits the training set in ``epoch_order``; the processes take its images in turn.
 
-    Being a ``DistributedSampler``, Lightning tells it the epoch and leaves it in place under DDP:
-    n processes with mini-batches of b images then see, together, the very mini-batches that one
-    process sees with n * b.
+    It is a ``DistributedSampler``, so Lightning sets its epoch and does not replace it under DDP.
+    Together, n processes with mini-batches of b images see the same mini-batches as one process
+    with mini-batches of n * b.
     """
 
     start = 0
-    """How many of this process's images the next pass leaves out, having been trained on before."""
+    """Number of this process's images that the next pass skips, because a resumed epoch has already
+    trained on them."""
 
     def __iter__(self) -> Iterator[int]:
         order = epoch_order(len(cast(ImageSet, self.dataset)), self.seed, self.epoch).tolist()
-        order += order[: self.total_size - len(order)]  # all processes take as many steps
+        order += order[: self.total_size - len(order)]  # all processes take equally many steps
         start, self.start = self.start, 0
         return iter(order[self.rank :: self.num_replicas][start:])
 
 
 def in_image_order(trainer: Trainer, loader: DataLoader, *columns: Tensor) -> tuple[Tensor, ...]:
-    """Puts together the rows that all processes made of their shares of an evaluation.
+    """Gathers the rows of an evaluation from all processes, sorted by image.
 
-    Every process must call it, and each gets the whole.
+    Every process must call it; each receives all rows.
 
     Args:
-        trainer: of the evaluation, which is over.
-        loader: of this process.
-        columns: a row for each image, in the loader's order; as many rows as images were scored.
+        trainer: the Trainer, after the evaluation.
+        loader: the loader of this process.
+        columns: values with one row for each scored image, in the loader's order.
 
     Returns:
-        The indices of the images, ascending, int64; then the columns, in that order, on the CPU.
+        The indices of the images, ascending, int64; then the columns in the same order, on the CPU.
     """
-    # for predictions Lightning wraps the batch sampler, and the loader's own sampler is another
-    dealt = chain.from_iterable(cast(Any, loader.batch_sampler))
-    indices = torch.tensor(list(islice(dealt, len(columns[0]))))
+    # not loader.sampler: for predictions Lightning wraps the batch sampler, with another sampler
+    visited = chain.from_iterable(cast(Any, loader.batch_sampler))
+    indices = torch.tensor(list(islice(visited, len(columns[0]))))
     shares: list[Any] = [(indices, *(column.cpu() for column in columns))]
     if trainer.world_size > 1:
         (share,), shares = shares, [None] * trainer.world_size
@@ -93,23 +94,23 @@ def in_image_order(trainer: Trainer, loader: DataLoader, *columns: Tensor) -> tu
 
 
 def as_is(batch: Any) -> Any:
-    """Collates nothing: the data set gives whole mini-batches."""
+    """Returns the batch unchanged: a collate function for ``ImageSet``, which returns batches."""
     return batch
 
 
 def split_indices(
     n: int, official_test: int, split: str, val_fraction: float, split_seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the train, validation and test images.
+    """Draws the indices of the training, validation and test images.
 
     Args:
-        n: images in all; the last ``official_test`` of them are the set's own test images.
-        split: ``study`` tests on a random tenth of all, ``canonical`` on the set's own.
-        val_fraction: share of the others that validates.
-        split_seed: seeds a private generator, so that no other randomness moves the split.
+        n: total number of images; the last ``official_test`` are the official test images.
+        split: ``study`` tests on a random tenth of all images, ``canonical`` on the official ones.
+        val_fraction: share of the remaining images for validation.
+        split_seed: seed of a private generator, so that the split depends on no other randomness.
 
     Returns:
-        Three int64 tensors, disjoint, which together hold ``range(n)``.
+        Three disjoint int64 tensors that together contain ``range(n)``.
     """
     generator = torch.Generator().manual_seed(split_seed)
     if split == "study":

@@ -1,4 +1,4 @@
-"""The architectures, each a LightningModule around a plain ``torch.nn.Module``, its ``net``."""
+"""The architectures; each is a LightningModule whose ``net`` is a plain ``torch.nn.Module``."""
 
 from mnist_lightning.moved import former_names
 

@@ -6,5 +6,5 @@ from mnist_lightning.models.perceptron import Perceptron
 from mnist_lightning.models.resnet import ResNet18
 
 ARCHITECTURES: dict[str, type[Classifier]] = {
-    kind.__name__: kind for kind in (Perceptron, ShallowNetwork, DeepNetwork, ResNet18)
+    cls.__name__: cls for cls in (Perceptron, ShallowNetwork, DeepNetwork, ResNet18)
 }

@@ -27,16 +27,17 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 
 
 class Classifier(LightningModule):
-    """What all classifiers share: one step for train, validation and test, and its metrics.
+    """Base class of the classifiers: training, validation and test steps, and their metrics.
 
     Logs ``<stage>/loss`` and ``<stage>/acc`` once an epoch, each the mean over the epoch's images.
     Those of ``train`` are accumulated during training, before each update.
 
-    The arguments of a subclass are its hyper-parameters, without ``save_hyperparameters()``: those
-    that are plain values (numbers, texts, lists and mappings of them), and so load as data.
+    The constructor arguments of a subclass are saved as its hyper-parameters, without a call of
+    ``save_hyperparameters()``. Only plain values (numbers, strings, lists and mappings of them) are
+    saved, so that checkpoints load without running code.
 
-    It works with any Trainer and loader of images and labels. How a training steps is decided by
-    ``Execution``, a callback that it brings along.
+    It works with any Trainer and loader of images and labels. It adds the callback ``Execution`` to
+    the Trainer, which decides how many mini-batches the training takes at once.
 
     Args:
         net: maps images ``(b, 1, height, width)`` to class scores ``(b, 10)``.
@@ -45,14 +46,14 @@ class Classifier(LightningModule):
 
     Raises:
         ValueError: the learning rate is not positive, or the optimizer is unknown.
-        Diverged: in training, at the end of an epoch or before a checkpoint is saved: the loss is
-            no longer finite.
+        Diverged: the loss is no longer finite. Raised in training, at the end of an epoch or before
+            a checkpoint is saved.
     """
 
     steps_known = True  # see execution.altered
     fusable = False
-    """Whether ``Execution`` may fuse steps where ``execution.unfusable`` finds nothing against it:
-    the class says that cross entropy of ``net`` is all that a step computes."""
+    """True if a training step computes only the cross entropy of ``net``. ``Execution`` may then
+    fuse steps, if ``execution.unfusable`` finds no obstacle."""
 
     def __init__(self, net: nn.Module, lr: float, optimizer: OptimizerName) -> None:
         super().__init__()
@@ -63,10 +64,10 @@ class Classifier(LightningModule):
         if type(self) is not Classifier:
             frame = cast(FrameType, cast(FrameType, inspect.currentframe()).f_back)
             arguments: dict[str, Any] = {}
-            for of_one in collect_init_args(frame, [], classes=(Classifier,)):
-                arguments |= of_one
-            other = [name for name, value in arguments.items() if not is_plain(value)]
-            self.save_hyperparameters(frame=frame, ignore=other)
+            for class_arguments in collect_init_args(frame, [], classes=(Classifier,)):
+                arguments |= class_arguments
+            not_plain = [name for name, value in arguments.items() if not is_plain(value)]
+            self.save_hyperparameters(frame=frame, ignore=not_plain)
         self.epoch_metrics = EpochMetrics()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -74,11 +75,11 @@ class Classifier(LightningModule):
         return self.net(images)
 
     def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Mean over the mini-batch, a scalar; cross entropy unless a model says otherwise."""
+        """Mean loss of the mini-batch, a scalar. Cross entropy, unless a subclass overrides it."""
         return F.cross_entropy(scores, labels)
 
     def score(self, stage: str, scores: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a mini-batch, which is noted with its accuracy for the epoch's metrics."""
+        """Computes the loss of a mini-batch, and adds loss and accuracy to the epoch's metrics."""
         loss = self.loss(scores, labels)
         correct = (scores.argmax(1) == labels).sum()
         self.epoch_metrics.note(stage, loss.detach() * len(labels), correct, len(labels))
@@ -92,7 +93,7 @@ class Classifier(LightningModule):
         self.score("val", self(batch[0]), batch[1])
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Class probabilities, ``(b, 10)``, for callbacks that look at single images."""
+        """Class probabilities, ``(b, 10)``, for callbacks that evaluate single images."""
         scores = self(batch[0])
         self.score("test", scores, batch[1])
         return scores.softmax(1)
@@ -130,28 +131,28 @@ class Classifier(LightningModule):
         return OPTIMIZERS[self.optimizer](self.parameters(), lr=self.lr)  # type: ignore[call-arg]
 
     def configure_callbacks(self) -> list[Callback]:
-        """The callbacks that this model brings along, where the Trainer has none of their kind."""
+        """Adds ``Execution`` if the Trainer does not have one."""
         present = self.trainer.callbacks  # type: ignore[attr-defined]
         return [] if any(isinstance(c, Execution) for c in present) else [Execution()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # so that a checkpoint alone is enough to test it, whoever trained it
+        # so that the checkpoint can be tested without any other file
         checkpoint["model_class"] = class_path(type(self))
         noted = self.epoch_metrics.noted("train")
         if noted and self._trainer is not None and self.trainer.world_size == 1:
-            if not torch.stack([one.loss for one in noted]).isfinite().all():
-                # rather than save it over the last good one
+            if not torch.stack([sums.loss for sums in noted]).isfinite().all():
+                # do not overwrite the last good checkpoint
                 raise divergence(self, noted, self.lr)
             checkpoint["seen"] = self.epoch_metrics.saved()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A resumed training takes the learning rate of this model, not the one it was saved with.
+        """Sets this model's learning rate in the saved state, in place of the saved one.
 
         Lightning restores the optimizer's and the schedulers' state after this hook.
         """
         resuming.count_manual_steps(checkpoint)
         resuming.take_lr(checkpoint, self.lr)
-        if saved := checkpoint.get("seen"):  # of the epoch that it lies in
+        if saved := checkpoint.get("seen"):  # metrics of an unfinished epoch
             self.epoch_metrics.restore(saved, self.device)
         if self._trainer is not None and self.trainer.precision == "64-true":
-            self.double()  # Lightning would first load the weights into float32, which rounds them
+            self.double()  # otherwise Lightning loads the weights into float32 first, with rounding

@@ -1,4 +1,4 @@
-"""What a model is made of, read off a real forward pass or a real training step."""
+"""Tables of a model's layers and tensors, from a real forward pass or training step."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from mnist_lightning.models.perceptron import Perceptron
 
 
 class Layer(NamedTuple):
-    """One call of a layer: its name, the shape that came out (batch first, -1), its parameters."""
+    """One call of a layer: its name, output shape (batch first, as -1) and parameter count."""
 
     name: str
     output_shape: tuple[int, ...]
@@ -20,26 +20,26 @@ class Layer(NamedTuple):
 
 
 def layer_table(net: nn.Module, image: Tensor) -> list[Layer]:
-    """Every layer, in the order in which a forward pass is done with them.
+    """Lists every layer, in the order in which a forward pass finishes them.
 
-    A layer that is used twice stands twice, its parameters once.
+    A layer that is used twice is listed twice; its parameters are counted once.
 
     Args:
-        net: left as it was (its training mode too).
+        net: the network; its weights and its training mode are not changed.
         image: one image, ``(1, 1, height, width)``.
     """
     table: list[Layer] = []
     counted: set[nn.Parameter] = set()
 
-    def note(module: nn.Module, _: object, output: Tensor) -> None:
-        own = set(module.parameters(recurse=False)) - counted
-        counted.update(own)
+    def append_row(module: nn.Module, _: object, output: Tensor) -> None:
+        parameters = set(module.parameters(recurse=False)) - counted
+        counted.update(parameters)
         name = f"{type(module).__name__}-{len(table) + 1}"
-        table.append(Layer(name, (-1, *output.shape[1:]), sum(p.numel() for p in own)))
+        table.append(Layer(name, (-1, *output.shape[1:]), sum(p.numel() for p in parameters)))
 
     layers = [m for m in net.modules() if m is not net and not isinstance(m, nn.Sequential)]
-    # a net that is itself a layer, like the perceptron's map
-    hooks = [module.register_forward_hook(note) for module in layers or [net]]
+    # without inner layers, the net is itself a layer, such as the perceptron's AffineMap
+    hooks = [module.register_forward_hook(append_row) for module in layers or [net]]
     was_training = net.training
     try:
         net.eval()
@@ -53,7 +53,7 @@ def layer_table(net: nn.Module, image: Tensor) -> list[Layer]:
 
 
 def format_layers(table: list[Layer], net: nn.Module) -> str:
-    """The table as text, with totals that are counted from the network and not from the table."""
+    """Formats the table as text. The totals are counted from the network, not from the table."""
     total = sum(p.numel() for p in net.parameters())
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     assert sum(layer.parameters for layer in table) == total, "a parameter belongs to no layer"
@@ -65,11 +65,11 @@ def format_layers(table: list[Layer], net: nn.Module) -> str:
 def tensor_table(
     model: Perceptron, data: MNISTDataModule, images: Tensor, labels: Tensor
 ) -> list[tuple[str, str, str]]:
-    """The tensors of one live step of the perceptron: name, shape, meaning.
+    """Lists the tensors of one real step of the perceptron: name, shape, meaning.
 
     Args:
-        model: takes one step's gradients; its weights stay.
-        data: that the mini-batch comes from, after ``setup``.
+        model: computes the update of one step; its weights are not changed.
+        data: the data of the mini-batch, after ``setup``.
         images: ``(b, 1, 28, 28)``.
         labels: ``(b,)``.
     """
@@ -99,7 +99,7 @@ def tensor_table(
 def format_table(
     header: tuple[str, ...], rows: Iterable[tuple[str, ...]], right: tuple[int, ...] = ()
 ) -> str:
-    """Columns as wide as their widest cell; those in ``right`` are aligned to the right."""
+    """Formats columns as wide as their widest cell; those in ``right`` are aligned right."""
     rows = list(rows)
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [

@@ -28,7 +28,7 @@ class DeepNetwork(Classifier):
     """784 -> two or more hidden layers -> 10, ReLU, cross entropy.
 
     Args:
-        hidden_units: sizes of the hidden layers, from the input's side to the output's.
+        hidden_units: sizes of the hidden layers, from input to output.
         lr: learning rate.
         optimizer: ``sgd`` (plain), ``adam`` or ``adamw``.
     """
@@ -44,6 +44,6 @@ class DeepNetwork(Classifier):
         if len(hidden_units) < 2:
             raise ValueError(
                 f"hidden_units of a DeepNetwork must be two sizes or more, got {hidden_units}."
-                " For one hidden layer there is ShallowNetwork."
+                " For one hidden layer use ShallowNetwork."
             )
         super().__init__(mlp(hidden_units), lr, optimizer)

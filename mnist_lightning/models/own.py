@@ -1,4 +1,4 @@
-"""Models and data of the user's own: what any LightningModule can do without being a Classifier."""
+"""Support for the user's models and data: LightningModules that are not Classifiers."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -18,24 +18,24 @@ from mnist_lightning.training.callbacks import EarlyStopping
 
 
 class Watched(NamedTuple):
-    """The figures of a validation that decide, each with ``min`` or ``max``."""
+    """The monitored validation metrics, each with its mode, ``min`` or ``max``."""
 
     best: tuple[str, str] | None
-    """Of the checkpoint that is kept as the best one; without it, the last epoch is."""
+    """Selects the best checkpoint; without it, the last epoch is the best."""
     stopping: tuple[str, str] | None
-    """Of early stopping; without it, all epochs are trained."""
+    """Controls early stopping; without it, all epochs are trained."""
 
 
 class ValidationFails(ValueError):
-    """A validation that is tried before a training fails; within the training it may not."""
+    """The trial validation before a training failed; a validation within it may still succeed."""
 
 
 def figures(model: LightningModule, data: LightningDataModule) -> list[str]:
-    """The names that a model logs in a validation; tried on a copy, with one mini-batch.
+    """Lists the metrics that a model's validation logs: runs it on a copy, with one mini-batch.
 
     Raises:
-        ValidationFails: its ``validation_step`` fails on the data, or needs what only a training
-            has: an optimizer, a GPU, what ``training_step`` left behind.
+        ValidationFails: its ``validation_step`` fails on the data, or needs something that exists
+            only in a training: an optimizer, a GPU, attributes that ``training_step`` sets.
     """
     if not is_overridden("validation_step", model):
         return []
@@ -49,7 +49,7 @@ def figures(model: LightningModule, data: LightningDataModule) -> list[str]:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.loggers = [DummyLogger()]  # takes pictures, as TensorBoard would, and drops them
+        trainer.loggers = [DummyLogger()]  # accepts images like TensorBoard, and discards them
         try:
             trainer.validate(copy.deepcopy(model), datamodule=data, verbose=False)
         except ValueError:
@@ -64,7 +64,7 @@ def figures(model: LightningModule, data: LightningDataModule) -> list[str]:
 
 
 def watched(names: Sequence[str]) -> Watched:
-    """What decides in a training whose validation logs figures of these names."""
+    """Chooses the monitored metrics from the names that a validation logs."""
     loss, accuracy = find("loss", names), find("acc", names)
     lowest = (loss, "min") if loss else None
     highest = (accuracy, "max") if accuracy else None
@@ -72,7 +72,7 @@ def watched(names: Sequence[str]) -> Watched:
 
 
 def compared(model: LightningModule, data: LightningDataModule) -> list[str]:
-    """The names of the loss and the accuracy that the trials of a search are compared by.
+    """Finds the names of the loss and the accuracy by which a search compares its trials.
 
     Raises:
         ValueError: the model does not log both in a validation.
@@ -88,43 +88,45 @@ def compared(model: LightningModule, data: LightningDataModule) -> list[str]:
 
 
 def stopping(wanted: EarlyStopping, names: Sequence[str]) -> tuple[EarlyStopping, str]:
-    """Early stopping for a model that logs figures of these names in a validation.
+    """Adapts early stopping to the metrics that a model logs in a validation.
 
     Returns:
-        What was wanted, or the same that watches what there is; and what watches what, in words.
+        The callback, which may monitor another metric than ``wanted``; and one line that says
+        which metrics select the best checkpoint and end the training.
 
     Raises:
-        ValueError: it is to watch another figure of a validation than there are.
+        ValueError: the monitored validation metric is not logged.
     """
-    best, last = watched(names)
-    kept = f"best.ckpt is by {best[0]}" if best else "best.ckpt is of the last epoch"
+    best, stop = watched(names)
+    checkpoint_text = f"best.ckpt is by {best[0]}" if best else "best.ckpt is of the last epoch"
     if not wanted.enabled:
-        return wanted, kept
-    asked = wanted.monitor
-    if asked not in names and asked != "val/loss":
-        if asked.startswith("val"):
+        return wanted, checkpoint_text
+    monitor = wanted.monitor
+    if monitor not in names and monitor != "val/loss":
+        if monitor.startswith("val"):
             raise ValueError(
-                f"early stopping watches {asked}, which is not logged in a validation; there is:"
+                f"early stopping monitors {monitor}, which the validation does not log; it logs:"
                 f" {', '.join(names) or 'nothing'}"
             )
-        return wanted, f"{kept}, early stopping by {asked}"  # of the training, which will show
-    if asked not in names:
-        monitor, mode = last or (asked, "min")
+        # a training metric: Lightning checks it in the training
+        return wanted, f"{checkpoint_text}, early stopping by {monitor}"
+    if monitor not in names:
+        monitor, mode = stop or (monitor, "min")
         wanted = EarlyStopping(
-            last is not None, monitor, wanted.patience, abs(wanted.min_delta), mode
+            stop is not None, monitor, wanted.patience, abs(wanted.min_delta), mode
         )
-    ended = f"early stopping by {wanted.monitor}" if wanted.enabled else "no early stopping"
-    return wanted, f"{kept}, {ended}"
+    stopping_text = f"early stopping by {wanted.monitor}" if wanted.enabled else "no early stopping"
+    return wanted, f"{checkpoint_text}, {stopping_text}"
 
 
 def find(kind: str, names: Sequence[str]) -> str | None:
-    """The name of a ``loss`` or ``acc`` among those of figures: ``val/loss``, ``val_loss``, ..."""
+    """Finds the name of the ``loss`` or ``acc`` among metrics: ``val/loss``, ``val_loss``, ..."""
     known = [name for name in (f"val/{kind}", f"val_{kind}") if name in names]
     return next((name for name in [*known, *names] if kind in name), None)
 
 
 class TrainLoss(Callback):
-    """The mean of what ``training_step`` returns in an epoch, of a model that does not log it."""
+    """Averages the loss that ``training_step`` returns, for a model that does not log it."""
 
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
@@ -140,23 +142,23 @@ class TrainLoss(Callback):
             self._losses.append(loss.detach())
 
     def mean(self) -> float:
-        """Over the mini-batches of the epoch; 0 for a model that steps by itself."""
+        """Mean over the mini-batches of the epoch; 0 if ``training_step`` returned no loss."""
         return float(torch.stack(self._losses).mean()) if self._losses else 0.0
 
 
 def logs_as_ours(model: LightningModule) -> bool:
-    """Whether a validation is that of ``Classifier``, which logs ``val/loss`` and ``val/acc``."""
+    """Returns True if the validation is ``Classifier``'s, which logs ``val/loss``, ``val/acc``."""
     steps = ("validation_step", "on_validation_epoch_end")
     return all(getattr(type(model), name) is getattr(Classifier, name, None) for name in steps)
 
 
 def describe(data: LightningDataModule) -> str:
-    """One line: which data this is, after ``setup``."""
+    """Describes the data in one line; call it after ``setup``."""
     return data.describe() if isinstance(data, MNISTDataModule) else f"data: {type(data).__name__}"
 
 
 def test_images(data: LightningDataModule, trainer: Trainer, scored: int) -> int:
-    """How many images the test set has, as far as that can be known."""
+    """Counts the images of the test set; ``scored`` if the data does not tell."""
     if isinstance(data, MNISTDataModule):
         return len(data.test_set)
     try:
@@ -166,10 +168,10 @@ def test_images(data: LightningDataModule, trainer: Trainer, scored: int) -> int
 
 
 def check_can(command: str, model: LightningModule) -> None:
-    """Refuses a command that a model has no step for.
+    """Checks that a model has the step that a command needs.
 
     Raises:
-        ValueError: it cannot be scored, or does not predict.
+        ValueError: the step is missing; the message names it.
     """
     name = type(model).__name__
     step = {"validate": "validation_step", "test": "test_step"}.get(command)
@@ -177,8 +179,10 @@ def check_can(command: str, model: LightningModule) -> None:
         raise ValueError(f"{command} needs a {step}, which {name} does not have: add it there")
     if command == "predict" and not is_overridden("predict_step", model):
         if type(model).forward is LightningModule.forward:
-            raise ValueError(f"predict needs a forward or a predict_step, and {name} has neither")
-        # Lightning's own would hand the labels to forward as well
+            raise ValueError(
+                f"predict needs a forward or a predict_step, and {name} has neither: add one"
+            )
+        # Lightning's predict_step would pass the labels to forward as well
         model.predict_step = partial(_predict, model)  # type: ignore[method-assign]
 
 
@@ -187,24 +191,27 @@ def _predict(model: LightningModule, batch: Any, *_: Any) -> Any:
 
 
 def probabilities(answers: Sequence[Any], classes: int | None, model: str) -> Tensor:
-    """Class probabilities from what a model predicts: these, logits or log probabilities.
+    """Converts predictions to class probabilities.
 
     Args:
-        answers: of each mini-batch, ``(b, classes)``.
-        classes: how many the data has, where that is known.
-        model: its name, for the message.
+        answers: predictions of each mini-batch, ``(b, classes)``: probabilities, logits or log
+            probabilities.
+        classes: number of classes of the data, if known.
+        model: name of the model, for the message.
 
     Raises:
-        ValueError: they are no scores of classes.
+        ValueError: the predictions are not class scores.
     """
     wrong = next((a for a in answers if not isinstance(a, Tensor) or a.ndim != 2), None)
     if wrong is None:
         scores = torch.cat(list(answers)).float()
         if scores.shape[1] == (classes or scores.shape[1]):
             sums = scores.sum(1)
-            ready = bool((scores >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), 1e-3)
-            return scores if ready else scores.softmax(1)
+            are_probabilities = bool((scores >= 0).all()) and torch.allclose(
+                sums, torch.ones_like(sums), 1e-3
+            )
+            return scores if are_probabilities else scores.softmax(1)
         wrong = scores
     shape = f"shape {tuple(wrong.shape)}" if isinstance(wrong, Tensor) else type(wrong).__name__
     wanted = f"(images, {classes or 'classes'})"
-    raise ValueError(f"predict labels images by class scores {wanted}; {model} gives {shape}")
+    raise ValueError(f"predict needs class scores of shape {wanted}; {model} returns {shape}")

@@ -13,11 +13,11 @@ from mnist_lightning.training.execution import hooked
 
 
 class Perceptron(Classifier):
-    """784 -> 10 with the delta rule, written out: the weights' gradients need no autograd.
+    """784 -> 10 with the delta rule, computed explicitly, without autograd.
 
-    With one-hot labels t and scores y = x w + b, a mini-batch moves w by ``lr * x^T (t - y)`` and b
-    by the sum of ``lr * (t - y)`` over the images: the descent of half the squared error, summed
-    over the mini-batch (Widrow and Hoff 1960, "Adaptive switching circuits").
+    With one-hot labels t and scores y = x w + b, a mini-batch changes w by ``lr * x^T (t - y)`` and
+    b by the sum of ``lr * (t - y)`` over the images. This is gradient descent on half the squared
+    error, summed over the mini-batch (Widrow and Hoff 1960, "Adaptive switching circuits").
 
     Args:
         lr: learning rate, for the sum over the mini-batch (not the mean).
@@ -31,16 +31,16 @@ class Perceptron(Classifier):
         self._moves: tuple[Tensor, Tensor, Tensor] | None = None
 
     def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Half the squared error against one-hot labels, mean over the mini-batch."""
+        """Half the squared error with one-hot labels, mean over the mini-batch."""
         return (F.one_hot(labels, CLASSES) - scores).square().sum(1).mean() / 2
 
     @torch.no_grad()
     def delta_rule(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """One mini-batch through the rule.
+        """Computes the delta rule for one mini-batch.
 
         Returns:
-            Every tensor of the step under the study's names; ``dw`` and ``db`` are what w and b
-            move by at a learning rate of 1.
+            Every tensor of the step under the study's names; ``dw`` and ``db`` are the changes of w
+            and b at a learning rate of 1.
         """
         net = cast(AffineMap, self.net)
         x = images.flatten(1)
@@ -52,7 +52,7 @@ class Perceptron(Classifier):
 
     def on_train_start(self) -> None:
         if isinstance(self.trainer.model, DistributedDataParallel):
-            # it would wait for gradients of autograd; backward exchanges those of the rule
+            # autograd computes no gradients to exchange; backward exchanges those of the rule
             self.trainer.model.require_backward_grad_sync = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -66,7 +66,7 @@ class Perceptron(Classifier):
         return loss
 
     def _follows_rule(self) -> bool:
-        """Whether the rule is the gradient of this model's loss: a subclass may have another."""
+        """Returns True if the rule is the gradient of this model's loss; subclasses may differ."""
         methods = (getattr(self, name).__func__ for name in ("forward", "loss"))
         return (
             tuple(methods) == (Classifier.forward, Perceptron.loss)
@@ -78,13 +78,14 @@ class Perceptron(Classifier):
         super().backward(loss, *args, **kwargs)
         if self._moves is None:
             return
-        # autograd stopped at the loss of training_step, and left the factor that the Trainer set
-        own, *moves = self._moves
+        # The loss of training_step is a leaf of autograd. Its gradient is the factor by which the
+        # Trainer scaled the loss.
+        loss_leaf, *moves = self._moves
         self._moves = None
         for parameter, move in zip(self.net.parameters(), moves, strict=True):
             if parameter.requires_grad:
-                # over several processes, the sum over all their mini-batches
+                # with several processes, the sum over all their mini-batches
                 total = self.trainer.strategy.reduce(move, reduce_op="sum")
-                gradient = -total * cast(Tensor, own.grad)
+                gradient = -total * cast(Tensor, loss_leaf.grad)
                 old = parameter.grad
                 parameter.grad = gradient if old is None else old + gradient

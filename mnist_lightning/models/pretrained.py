@@ -12,20 +12,24 @@ from mnist_lightning.weights import read_tensors
 
 
 def pretrained_tensors(weights: str, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The pretrained tensors without those of fc, checked against the shapes of our own."""
-    known = weights in ResNet18_Weights.__members__
-    path = _cached(ResNet18_Weights[weights]) if known else Path(weights)
+    """Reads the pretrained tensors except those of fc, and checks them against ``shapes``.
+
+    Raises:
+        ValueError: there are no such weights, or they are not weights of ResNet-18.
+    """
+    is_name = weights in ResNet18_Weights.__members__
+    path = _cached(ResNet18_Weights[weights]) if is_name else Path(weights)
     names = ", ".join(ResNet18_Weights.__members__)
-    if not path.is_file():  # also a pipe, which might never end
+    if not path.is_file():  # refuses a pipe too: reading it might never end
         raise ValueError(f"weights must be {names} or a file; there is no file {path}")
     tensors = read_tensors(path, f"Give other weights: --model.weights FILE, or {names}.")
     tensors = {name: value for name, value in tensors.items() if not name.startswith("fc.")}
     needed = {name for name in shapes if not name.startswith("fc.")}
-    # counters that files older than PyTorch 0.4.1 do not have
+    # files older than PyTorch 0.4.1 do not have these counters
     counters = {name for name in needed if name.endswith(".num_batches_tracked")}
 
     def fits(name: str) -> bool:
-        # an image's channels are the stem's own affair
+        # the first convolution may have 1 or 3 input channels: ``stem`` says how they are used
         ours, theirs = list(shapes[name]), list(tensors[name].shape)
         if name == "conv1.weight" and theirs[1:2] in ([1], [3]):
             ours[1] = theirs[1]
@@ -33,12 +37,12 @@ def pretrained_tensors(weights: str, shapes: Mapping[str, torch.Size]) -> dict[s
 
     faults = {
         "missing": needed - counters - tensors.keys(),
-        "left over": tensors.keys() - needed,
-        "of another shape": {name for name in needed & tensors.keys() if not fits(name)},
+        "unexpected": tensors.keys() - needed,
+        "wrong shape": {name for name in needed & tensors.keys() if not fits(name)},
     }
     if any(faults.values()):
-        named = (f"{what}: {_some(names)}" for what, names in faults.items() if names)
-        raise ValueError(f"{path} holds no weights of ResNet-18; {'; '.join(named)}")
+        lists = (f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
+        raise ValueError(f"{path} does not hold weights of ResNet-18; {'; '.join(lists)}")
     return tensors
 
 
@@ -48,7 +52,7 @@ def _some(names: Collection[str], most: int = 5) -> str:
 
 
 def _cached(weights: ResNet18_Weights) -> Path:
-    """The file in torchvision's cache, fetched if it is not there."""
+    """Returns the file in torchvision's cache; downloads it if it is missing."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     file = folder / Path(weights.url).name
     if not file.is_file():
@@ -57,7 +61,7 @@ def _cached(weights: ResNet18_Weights) -> Path:
                 weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as error:  # RuntimeError: a damaged download
             raise ValueError(
-                f"{file.name} is not in {folder}, and could not be fetched: {error}."
+                f"{file.name} is not in {folder}, and could not be downloaded: {error}."
                 " Put it there, or name another file: --model.weights FILE"
             ) from error
     return file

@@ -24,32 +24,32 @@ class ResNet18(Classifier):
     """ResNet-18 for one channel and ten classes: 11,175,370 parameters.
 
     ``net`` is torchvision's (He et al. 2015, "Deep residual learning for image recognition",
-    arXiv:1512.03385), in the memory format channels_last, which convolutions in bf16 prefer.
+    arXiv:1512.03385), in the memory format channels_last, which is faster for convolutions in bf16.
 
-    A pretrained stem expects three channels. ``sum`` adds up its filters, which for a gray image is
-    the same as the image three times, also at the border, since all three channels are then padded
-    alike. That holds exactly for pixels normalised by one mean and deviation, as the data's
-    normalization ``imagenet`` does: (0.449, 0.226), the means over ImageNet's channels. Its own
-    normalisation, one for each channel, would scale such pixels by 0.987, 1.009 and 1.004, and
-    shift them by -0.16, -0.03 and +0.19.
+    A pretrained first convolution, the stem, expects three channels. ``sum`` adds its filters over
+    the channels. For a gray image this equals the image repeated three times, also at the border,
+    because all three channels are padded equally. It is exact for pixels normalised by one mean and
+    one deviation, as the data's normalization ``imagenet`` does: (0.449, 0.226), the means over
+    ImageNet's channels. ImageNet's normalisation for each channel would scale such pixels by 0.987,
+    1.009 and 1.004, and shift them by -0.16, -0.03 and +0.19.
 
-    Pretrained weights are loaded when a training starts from nothing; whoever has a checkpoint does
-    not need them. Alone, ``load_pretrained`` does it.
+    Pretrained weights are loaded when a new training starts; a checkpoint does not need them.
+    ``load_pretrained`` loads them without a training.
 
     Args:
-        regime: ``scratch`` draws all weights; ``finetune`` starts from pretrained ones and trains
-            them all; ``freeze`` starts from pretrained ones and trains layer4 and fc alone (which
-            the callback ``LayerFreezing`` sees to, and its own patterns take precedence).
-        weights: ``IMAGENET1K_V1``, from torchvision's cache or its address, or a file (.pth,
-            .safetensors) with a state dict of ResNet-18. Its fc is not used: other classes.
-        stem: what becomes of the pretrained first convolution: ``sum``, or ``reset`` to draw it
-            anew as the study did.
-        lr: learning rate; under a schedule, its peak.
+        regime: ``scratch`` draws all weights; ``finetune`` starts from pretrained weights and
+            trains all of them; ``freeze`` starts from pretrained weights and trains only layer4 and
+            fc, with the callback ``LayerFreezing``, whose patterns take precedence.
+        weights: ``IMAGENET1K_V1``, from torchvision's cache or download, or a file (.pth,
+            .safetensors) with a state dict of ResNet-18. Its fc is ignored: it has other classes.
+        stem: how to use the pretrained first convolution: ``sum``, or ``reset`` to draw new weights
+            as the study did.
+        lr: learning rate; with ``one_cycle``, the maximum.
         optimizer: ``sgd`` (plain), ``adam`` or ``adamw``.
-        schedule: of the learning rate: ``constant``, or ``one_cycle``, which rises over the first
+        schedule: learning rate schedule: ``constant``, or ``one_cycle``, which rises over the first
             quarter of the steps and falls to zero over the rest.
-        compile: trains through torch.compile, which takes a minute or more to start and is meant
-            for a GPU: on a CPU it was slower.
+        compile: trains with torch.compile, which takes a minute or more to start. It is meant for a
+            GPU; on a CPU it was slower.
     """
 
     def __init__(
@@ -71,42 +71,42 @@ class ResNet18(Classifier):
         super().__init__(net.to(memory_format=torch.channels_last), lr, optimizer)  # type: ignore[call-overload]
         self.regime, self.weights, self.stem, self.schedule = regime, weights, stem, schedule
         self.trained_by_default = ["net.layer4.*", "net.fc.*"] if regime == "freeze" else []
-        self._drawn = True
-        net.register_load_state_dict_post_hook(self._loaded)
+        self._is_new = True
+        net.register_load_state_dict_post_hook(self._note_loaded)
 
-    def _loaded(self, *_: object) -> None:
-        # from a checkpoint, a file, another model: what was loaded is not to be overwritten
-        self._drawn = False
+    def _note_loaded(self, *_: object) -> None:
+        # weights were loaded, from a checkpoint or elsewhere: load_pretrained must keep them
+        self._is_new = False
 
     def load_pretrained(self) -> None:
-        """Loads what ``regime`` asks for, unless the network has had weights loaded already.
+        """Loads pretrained weights if ``regime`` needs them and no weights were loaded before.
 
         Raises:
-            ValueError: the weights cannot be had, are no state dict of ResNet-18, or hold code.
+            ValueError: the weights are not available, are not of ResNet-18, or hold code.
         """
-        if self.regime == "scratch" or not self._drawn:
+        if self.regime == "scratch" or not self._is_new:
             return
-        own = self.net.state_dict()
-        loaded = pretrained_tensors(
-            self.weights, {name: value.shape for name, value in own.items()}
+        state = self.net.state_dict()
+        pretrained = pretrained_tensors(
+            self.weights, {name: value.shape for name, value in state.items()}
         )
         if self.stem == "sum":
-            loaded["conv1.weight"] = loaded["conv1.weight"].float().sum(1, keepdim=True)
+            pretrained["conv1.weight"] = pretrained["conv1.weight"].float().sum(1, keepdim=True)
         else:
-            del loaded["conv1.weight"]
-        self.net.load_state_dict({**own, **loaded})
+            del pretrained["conv1.weight"]
+        self.net.load_state_dict({**state, **pretrained})
 
     def configure_callbacks(self) -> list[Callback]:
-        # for a Trainer made in Python; the command line's has one, with what its flags say
-        brought = super().configure_callbacks()
+        # for a Trainer made in Python; the command line adds a LayerFreezing with its flags
+        added = super().configure_callbacks()
         present = self.trainer.callbacks  # type: ignore[attr-defined]
         has_one = any(isinstance(c, LayerFreezing) for c in present)
-        return [*brought, LayerFreezing()] if self.trained_by_default and not has_one else brought
+        return [*added, LayerFreezing()] if self.trained_by_default and not has_one else added
 
     def on_fit_start(self) -> None:
         self.load_pretrained()
         if self.hparams["compile"]:
-            self.net.compile()  # in place: the names of the weights stay
+            self.net.compile()  # in place, so that the names of the weights do not change
         bf16 = "bf16" in str(self.trainer.precision)
         if bf16 and self.device.type == "cpu" and _emulates_bf16():
             rank_zero_warn(
@@ -114,13 +114,13 @@ class ResNet18(Classifier):
             )
 
     def configure_optimizers(self) -> Any:
-        # one pass over the 11 million parameters, where the default takes several
+        # fused: one pass over the 11 million parameters; the default takes several
         optimizer = OPTIMIZERS[self.optimizer](self.parameters(), lr=self.lr, fused=True)  # type: ignore[call-arg]
         if self.schedule == "constant":
             return optimizer
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
-            raise ValueError("schedule one_cycle needs an end: set max_epochs, or max_steps")
+            raise ValueError("schedule one_cycle needs a last step: set max_epochs or max_steps")
         scheduler = LambdaLR(optimizer, lambda step: one_cycle(step, int(steps)))
         return {
             "optimizer": optimizer,
@@ -129,16 +129,16 @@ class ResNet18(Classifier):
 
 
 def one_cycle(step: int, steps: int) -> float:
-    """Share of the peak learning rate at ``step`` of ``steps``: straight up, then straight to zero.
+    """Factor of the maximum learning rate at ``step`` of ``steps``: linear rise, then linear fall.
 
-    After Smith and Topin 2017, "Super-convergence" (arXiv:1708.07120), without its last stretch.
+    After Smith and Topin 2017, "Super-convergence" (arXiv:1708.07120), without its final phase.
     """
     rise = max(1, steps // 4)
     return max(0.0, min((step + 1) / rise, (steps - step) / max(1, steps - rise + 1)))
 
 
 def _emulates_bf16() -> bool:
-    if not hasattr(torch.cpu, "get_capabilities"):  # PyTorch too old to tell
+    if not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch
         return False
-    known = torch.cpu.get_capabilities()
-    return not any(known.get(name) for name in ("avx512_bf16", "bf16"))  # x86, ARM
+    capabilities = torch.cpu.get_capabilities()
+    return not any(capabilities.get(name) for name in ("avx512_bf16", "bf16"))  # x86, ARM

@@ -1,1 +1,1 @@
-"""How a training steps, stops, freezes layers and shows where it is."""
+"""The training: executions, callbacks, layer freezing, progress on the console."""

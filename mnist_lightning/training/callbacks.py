@@ -1,4 +1,4 @@
-"""Callbacks for any LightningModule: early stopping, checkpoints within an epoch, mistakes."""
+"""Callbacks for any LightningModule: early stopping, checkpoints within an epoch, test mistakes."""
 
 import base64
 import os
@@ -16,21 +16,26 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from mnist_lightning.data.sampling import in_image_order
+from mnist_lightning.nets import CLASSES
 
 
 class EarlyStopping(callbacks.EarlyStopping):
     """Ends the training when the validation loss has stopped falling.
 
-    Lightning's own, with a default to watch and a switch to turn it off.
+    Lightning's callback, with a default metric and a switch to turn it off.
 
     Args:
-        enabled: without it, the training always takes ``max_epochs``.
-        monitor: the logged value to watch.
+        enabled: if False, the training always takes ``max_epochs``.
+        monitor: the logged metric to monitor.
         patience: epochs without improvement before the training ends.
-        min_delta: a smaller change is no improvement.
-        mode: ``min`` where less is better, ``max`` where more is.
+        min_delta: a smaller change does not count as an improvement.
+        mode: ``min`` if lower is better, ``max`` if higher is better.
+
+    Raises:
+        ValueError: ``patience`` is below 1.
     """
 
     def __init__(
@@ -51,7 +56,7 @@ class EarlyStopping(callbacks.EarlyStopping):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not hasattr(trainer, "val_check_interval"):
-            # a time; Lightning 2.6 then looks for the attribute all the same
+            # The interval is a time. Lightning 2.6 would read the missing attribute and fail.
             self._check_on_train_epoch_end = False
         super().setup(trainer, pl_module, stage)
 
@@ -64,25 +69,25 @@ class EarlyStopping(callbacks.EarlyStopping):
             super().on_validation_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Lightning would restore the patience too, over the one just asked for
+        # keep the patience of this training; Lightning would restore the saved one
         super().load_state_dict({**state_dict, "patience": self.patience})
 
 
 class SafePoints(Callback):
-    """Saves ``last.ckpt`` within an epoch too, and in every checkpoint the random generators.
+    """Saves ``last.ckpt`` within epochs, and the random generators in every checkpoint.
 
-    Every few minutes, and when the training is told to stop. A training that goes on from there
-    takes the same mini-batches with the same random numbers as one that was never stopped, and its
-    figures of that epoch count the mini-batches before, too.
+    It saves every few minutes and when the training is asked to stop. A training that resumes from
+    there takes the same mini-batches with the same random numbers as an uninterrupted one. The
+    metrics of that epoch include the mini-batches before the checkpoint.
 
-    It needs a ``ModelCheckpoint(filename="last")``, whose file it writes, the data module's own
-    loader, and a single process: in any other training only whole epochs are saved.
+    It needs a ``ModelCheckpoint(filename="last")``, whose file it writes, the loader of
+    ``MNISTDataModule``, and a single process. In other trainings only whole epochs are saved.
 
     Args:
-        minutes: of training since the last checkpoint; with 0, after each execution.
+        minutes: training time between checkpoints; with 0, it saves after each execution.
 
     Raises:
-        ValueError: a negative number of minutes.
+        ValueError: ``minutes`` is negative.
     """
 
     def __init__(self, minutes: float = 5.0) -> None:
@@ -90,7 +95,7 @@ class SafePoints(Callback):
             raise ValueError(f"save_every_minutes must be 0 or more, got {minutes}")
         self.minutes = minutes
         self.training = False
-        """Whether steps are being taken, so that a stop can wait for the end of one."""
+        """True during the training: a stop can then wait for the end of a step."""
         self._stopping = False
         self._saved = 0.0
         self._generators: dict[str, Any] | None = None
@@ -123,54 +128,58 @@ class SafePoints(Callback):
             random.setstate(states["python"])
 
     def stop(self, trainer: Trainer) -> None:
-        """Has the training end after the step at hand, or after the validation at hand.
+        """Ends the training after the current step, or after the current validation.
 
-        Lightning would end within a validation, where nothing can be saved.
+        Lightning would end within a validation, where no checkpoint can be saved.
         """
         self._stopping = True
-        # of a SIGTERM, Lightning's own handler has noted it already
+        # for a SIGTERM, Lightning's handler may have set it already
         trainer._signal_connector.received_sigterm = not trainer.validating
 
     @contextmanager
     def stop_on_signals(self, trainer: Trainer) -> Iterator[list[int]]:
-        """Within, Ctrl-C ends a training as SIGTERM does, after a step; a second one at once.
+        """Makes Ctrl-C and SIGTERM end the training after a step; a second Ctrl-C ends it at once.
 
         Yields:
-            The numbers of the signals, as they come.
+            A list that receives the numbers of the signals.
         """
         received: list[int] = []
         if trainer.world_size > 1 or threading.current_thread() is not threading.main_thread():
             yield received
             return
 
-        def note(number: int, _: Any) -> None:
+        def handle(number: int, _: Any) -> None:
             received.append(number)
             if not self.training or received.count(signal.SIGINT) > 1:
                 raise KeyboardInterrupt
             if number == signal.SIGINT and len(received) == 1:
-                # the training may be printing just now, so not through its buffer
-                at_hand = b"validation" if trainer.validating else b"step"
-                os.write(2, b"\nstopping after this %b; Ctrl-C again stops at once\n" % at_hand)
+                # not through the buffer of stderr, which the training may be writing to
+                current = b"validation" if trainer.validating else b"step"
+                os.write(2, b"\nstopping after this %b; Ctrl-C again stops at once\n" % current)
             self.stop(trainer)
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {
+            number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield received
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer._signal_connector.received_sigterm &= not self._stopping  # told in the step before
+        # if the signal came in the step before, stop only after the validation
+        trainer._signal_connector.received_sigterm &= not self._stopping
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer._signal_connector.received_sigterm |= self._stopping
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer._signal_connector.received_sigterm |= self._stopping  # came after that hook
+        # for a signal that came after on_validation_end
+        trainer._signal_connector.received_sigterm |= self._stopping
 
     def after_execution(self, trainer: Trainer, stopping: bool) -> None:
-        """Saves if it is time to; called within an epoch, while nothing is half done."""
+        """Saves if the time has come or the training stops; called between two executions."""
         if stopping or time.monotonic() - self._saved >= 60 * self.minutes:
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, callbacks.ModelCheckpoint) and callback.filename == "last":
@@ -186,14 +195,14 @@ class SafePoints(Callback):
 
 
 class Mistakes(Callback):
-    """Notes what a test got wrong: a confusion matrix, and the images of the surest errors.
+    """Collects a test's confusion matrix and the wrong predictions with the highest probability.
 
     Args:
-        most: how many images to keep.
+        most: number of images to keep.
     """
 
     images: int
-    """How many images the test scored, in all processes."""
+    """Number of images that the test scored, in all processes."""
 
     def __init__(self, most: int = 60) -> None:
         self.most = most
@@ -208,33 +217,33 @@ class Mistakes(Callback):
     ) -> None:
         labels = batch[1]
         self.images += len(labels)
-        # a model with a test_step of its own may return its loss, or nothing
+        # a user's test_step may return its loss, or nothing
         if isinstance(outputs, Tensor) and outputs.ndim == 2:
             probability, predicted = outputs.float().max(1)
             self._seen.append((probability.cpu(), predicted.cpu(), labels.cpu()))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        counted = torch.tensor(self.images, device=pl_module.device)
-        self.images = int(trainer.strategy.reduce(counted, reduce_op="sum"))
+        images = torch.tensor(self.images, device=pl_module.device)
+        self.images = int(trainer.strategy.reduce(images, reduce_op="sum"))
         if self._seen:
             columns = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
             self._rows = in_image_order(trainer, cast(Any, trainer.test_dataloaders), *columns)
 
     def facts(self, images: Tensor) -> dict[str, Any]:
-        """What was noted, as plain JSON types.
+        """Returns the confusion matrix and the mistakes as plain JSON types.
 
         Args:
             images: the test images, uint8, ``(n, 28, 28)``.
 
         Returns:
-            ``confusion[label][predicted]``, numbers of images; ``mistakes``, the surest first, each
-            with its ``image``'s row and its ``pixels`` (28 x 28 bytes, zlib, base64).
+            ``confusion[label][predicted]``, numbers of images; ``mistakes``, the highest
+            probability first, each with its index ``image`` and its ``pixels`` (28 x 28 bytes,
+            zlib, base64). Empty if no class probabilities were collected.
         """
         if not self._rows:
             return {}
         index, probability, predicted, labels = self._rows
-        confusion = torch.zeros(10, 10, dtype=torch.int64)
-        confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+        confusion = multiclass_confusion_matrix(predicted, labels, num_classes=CLASSES)
         wrong = (predicted != labels).nonzero().flatten()
         surest = wrong[probability[wrong].argsort(descending=True, stable=True)][: self.most]
         return {

@@ -1,16 +1,14 @@
-"""How a training steps: one mini-batch at a time, as Lightning does, or many in one execution.
+"""Trains one mini-batch at a time, as Lightning does, or many mini-batches in one execution.
 
-Small networks spend their time in the framework. An execution takes k mini-batches out of the
-loader at once and makes the k updates that Lightning would make, without what Lightning does
-between two mini-batches (Keras calls k ``steps_per_execution``). Where the network is a multilayer
-perceptron under plain SGD, the updates themselves are fused: see ``stacked``, here with a stack of
-one.
+Small networks spend most of their time in the framework. An execution takes k mini-batches from the
+loader at once and makes the same k updates as Lightning, without Lightning's work between two
+mini-batches (Keras calls k ``steps_per_execution``). If the network is a multilayer perceptron
+under plain SGD, the updates themselves are fused: see ``stacked``, here with a stack of one.
 
-Both are admitted only where everything that could see or change a step is known: the lists below
-name what is known, and whatever is not on them takes Lightning's own way, one mini-batch at a time.
-Each epoch decides anew, and each execution checks again. The last mini-batch before a validation,
-the end of an epoch or the end of the training always takes Lightning's own way, so that all that
-Lightning does at such a moment is done by Lightning.
+Both are used only if everything that could see or change a step is known. The lists below name what
+is known; with anything else, Lightning trains one mini-batch at a time. Each epoch decides again,
+and each execution checks again. Lightning itself always trains the last mini-batch before a
+validation, the end of an epoch or the end of the training, and does all its work at these moments.
 """
 
 import ctypes
@@ -53,17 +51,17 @@ from mnist_lightning.training.freezing import LayerFreezing
 from mnist_lightning.training.progress import ProgressBar
 from mnist_lightning.training.stacked import BLOCK_ROWS, Population
 
-# An execution of fewer operations than these is worth joining with others: about 0.1 s of
-# arithmetic, next to the millisecond that Lightning takes for a mini-batch.
+# Operations in one execution, unless the user sets the number of steps: about 0.1 s of arithmetic.
+# Lightning's overhead of a millisecond per mini-batch is small in comparison.
 OPERATIONS = 1e10
 MOST_STEPS = 256
-# Below so many operations a mini-batch, threads wait for each other longer than they compute.
+# With fewer operations per mini-batch, threads wait for each other longer than they compute.
 ONE_THREAD = 2e9
 
 CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 
-# What may be overridden, because it neither sees nor changes a single step. Any other name, such as
-# a hook of a later version of Lightning, is taken for one that does.
+# Names that may be overridden, because they neither see nor change a single step. Any other name,
+# such as a hook of a later version of Lightning, is assumed to do so.
 _ANY_CLASS = set(
     "__init__ __module__ __doc__ __qualname__ __annotations__ __parameters__ __abstractmethods__"
     " __dict__ __weakref__"
@@ -105,10 +103,10 @@ CALLBACK_NAMES = _BETWEEN_EPOCHS | set(
 )
 STEP_HOOKS = sorted({n for n in dir(Callback) if not n.startswith("__")} - CALLBACK_NAMES)
 
-# Progress bars are told about executions in place of mini-batches.
+# Progress bars are updated once per execution instead of once per mini-batch.
 BARS = (ProgressBar, callbacks.TQDMProgressBar, callbacks.RichProgressBar)
-# Callbacks that have a hook for mini-batches, and when it does nothing there. A subclass is another
-# callback, unless it says ``steps_known = True`` in its own body.
+# Callbacks with hooks for mini-batches, each with a condition under which these hooks do nothing.
+# Subclasses are not included, unless their class body has ``steps_known = True``.
 HARMLESS: dict[type[Callback], Callable[[Any], bool]] = {
     callbacks.ModelCheckpoint: lambda c: (
         c._every_n_train_steps < 1 and c._train_time_interval is None
@@ -121,43 +119,43 @@ HARMLESS: dict[type[Callback], Callable[[Any], bool]] = {
 
 
 class Way(NamedTuple):
-    """How an epoch steps."""
+    """How an epoch takes its steps."""
 
     steps: int
     """Mini-batches in an execution."""
     fused: bool
     reason: str | None
-    """Why not faster, if anything hinders it."""
+    """Why it is not faster, if there is a reason."""
 
     def __str__(self) -> str:
         if self.steps == 1:
             return f"one step at a time: {self.reason}"
-        how = "fused" if self.fused else f"autograd: {self.reason}" if self.reason else "autograd"
-        return f"steps per execution: {self.steps}, {how}"
+        mode = "fused" if self.fused else f"autograd: {self.reason}" if self.reason else "autograd"
+        return f"steps per execution: {self.steps}, {mode}"
 
 
 def choose(trainer: Trainer, steps: int | None, fused: bool) -> Way:
-    """How the epoch at hand steps.
+    """Chooses how the current epoch takes its steps.
 
     Args:
-        trainer: in training.
-        steps: as asked for; by default so many that Lightning's share is small.
-        fused: whether steps may be fused.
+        trainer: the Trainer, in training.
+        steps: mini-batches in an execution; None chooses enough to make the overhead small.
+        fused: if True, steps may be fused.
     """
     if reason := obstacle(trainer):
         return Way(1, False, reason)
     if steps == 1:
-        return Way(1, False, "as asked for")
+        return Way(1, False, "as requested")
     module, loader = trainer.lightning_module, _own_loader(trainer)
     if steps is None:
         if _convolves(module):
-            return Way(1, False, "a convolution takes longer than what lies between two steps")
-        joined = OPERATIONS / _operations(module, loader.batch_size)  # type: ignore
-        steps = min(MOST_STEPS, round(joined))
+            return Way(1, False, "a convolution takes longer than Lightning's overhead per step")
+        steps = round(OPERATIONS / _operations(module, loader.batch_size))  # type: ignore
+        steps = min(MOST_STEPS, steps)
         if steps < 2:
-            return Way(1, False, "a step of this network is long enough")
-    hindrance = unfusable(trainer) if fused else "fused steps are off"
-    return Way(steps, hindrance is None, hindrance)
+            return Way(1, False, "a step of this network takes long enough")
+    reason = unfusable(trainer) if fused else "fused steps are off"
+    return Way(steps, reason is None, reason)
 
 
 def _convolves(module: nn.Module) -> bool:
@@ -165,32 +163,35 @@ def _convolves(module: nn.Module) -> bool:
 
 
 def _operations(module: nn.Module, batch_size: int) -> float:
-    """Of a step of a network without convolutions, which work on their weights many times over."""
-    # forward, and backward to the weights and to the layer below, a product and a sum each
+    """Counts the operations of a step, for a network without convolutions.
+
+    A convolution uses each of its weights many times for one image.
+    """
+    # forward, and backward to the weights and to the layer below: a product and a sum each
     return 6 * batch_size * sum(p.numel() for p in module.parameters())
 
 
 def obstacle(trainer: Trainer) -> str | None:
-    """What is not known to leave single steps alone, or nothing."""
+    """Returns what might see or change single steps, for the message; None if nothing does."""
     module: LightningModule = trainer.lightning_module
-    # first: such a strategy puts a forward of its own into the module
+    # checked first, because the strategy for several processes replaces the module's forward
     if trainer.world_size > 1:
         return f"{trainer.world_size} processes exchange gradients after each mini-batch"
     loop = trainer.fit_loop
     loops = (type(loop), type(loop.epoch_loop), type(loop.epoch_loop.automatic_optimization))
     if loops != (_FitLoop, _EpochLoop, _AutomaticOptimization):
-        return "the Trainer has loops of its own"
-    if changed := altered(module, MODULE_NAMES):
-        return changed
+        return "the Trainer has custom loops"
+    if reason := altered(module, MODULE_NAMES):
+        return reason
     if not module.automatic_optimization:
         return "the optimization is manual"
     data = getattr(trainer, "datamodule", None)
     if data is None:
         return "the images come without a data module"
-    if changed := altered(data, DATA_NAMES):
-        return changed
+    if reason := altered(data, DATA_NAMES):
+        return reason
     if _own_loader(trainer) is None:
-        return "the training images come from another loader than the data module's own"
+        return "the training images do not come from the data module's own loader"
     if type(trainer.strategy) is not SingleDeviceStrategy:
         return f"{type(trainer.strategy).__name__} may act on each mini-batch"
     plugin = type(trainer.precision_plugin)
@@ -214,36 +215,36 @@ def obstacle(trainer: Trainer) -> str | None:
 
 
 def _harmless(callback: Callback) -> bool:
-    """Whether a callback does nothing in its hooks for mini-batches."""
+    """Returns True if a callback does nothing in its hooks for mini-batches."""
     kind = next(cls for cls in type(callback).__mro__ if not vars(cls).get("steps_known"))
     return kind in HARMLESS and HARMLESS[kind](callback)
 
 
-def altered(thing: object, allowed: set[str]) -> str | None:
-    """What a subclass, or the object itself, has in the place of something known.
+def altered(instance: object, allowed: set[str]) -> str | None:
+    """Returns which known method a subclass or the instance replaces, for the message, or None.
 
-    A class says that its steps are known with ``steps_known = True`` in its own body. What stands
-    before it in the order of inheritance may add names, and override the allowed ones.
+    A class declares that its steps are known with ``steps_known = True`` in its own body. Classes
+    before it in the method resolution order may add names, and override the allowed ones.
     """
-    kind = type(thing)
+    kind = type(instance)
     known = next((cls for cls in kind.__mro__ if vars(cls).get("steps_known")), None)
     if known is None:
-        return f"{kind.__name__} is not of mnist_lightning"
+        return f"{kind.__name__} is not a class of mnist_lightning"
     for cls in kind.__mro__[: kind.__mro__.index(known)]:
         for name in vars(cls):
             if name not in allowed and hasattr(known, name):
                 return f"{cls.__name__} overrides {name}"
-    for name in vars(thing):
+    for name in vars(instance):
         if callable(getattr(kind, name, None)):
             return f"{name} of this {kind.__name__} is replaced"
     return None
 
 
 def _own_loader(trainer: Trainer) -> DataLoader | None:
-    """The data module's own train loader, if it is what the epoch reads from."""
+    """Returns the train loader of the epoch if it is the data module's own, else None."""
     loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
     loader = loaders[0]
-    own = (
+    is_own = (
         len(loaders) == 1
         and type(loader) is DataLoader
         and (type(loader.dataset), type(loader.sampler)) == (ImageSet, EpochSampler)
@@ -253,27 +254,30 @@ def _own_loader(trainer: Trainer) -> DataLoader | None:
         and loader.num_workers == 0
         and loader.collate_fn is as_is
     )
-    return loader if own else None
+    return loader if is_own else None
 
 
 def unfusable(trainer: Trainer) -> str | None:
-    """What needs autograd's own steps, where many may go in an execution; or nothing."""
+    """Returns why steps cannot be fused and need autograd; None if they can be fused.
+
+    It assumes that ``obstacle`` returned None.
+    """
     module: Any = trainer.lightning_module
     if not module.fusable:
-        return "the model does not ask for fused steps"
+        return "the model class does not set fusable"
     layers = linear_layers(module.net)
     if layers is None:
-        return "the network is no plain multilayer perceptron"
+        return "the network is not a plain multilayer perceptron"
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     if [id(p) for p in parameters] != [id(p) for p in module.parameters()]:
-        return "the model has parameters beside its network's own"
+        return "the model has parameters outside its network"
     if hooked(module):
         return "a hook sees the network's passes or gradients"
     for p in parameters:
         if not p.requires_grad:
             return "some parameters are frozen"
         if (p.dtype, p.device) != (parameters[0].dtype, torch.device("cpu")):
-            return "fused steps are for a CPU and one data type"
+            return "fused steps need the CPU and one data type"
     if type(trainer.precision_plugin) not in (Precision, DoublePrecision):
         return f"precision is {trainer.precision}"
     if torch.is_anomaly_enabled() or torch.is_autocast_enabled("cpu"):
@@ -286,9 +290,10 @@ def unfusable(trainer: Trainer) -> str | None:
 
 
 def linear_layers(net: nn.Module) -> list[nn.Linear] | None:
-    """The ``nn.Linear`` layers of a plain multilayer perceptron, or nothing if it is another net.
+    """Returns the ``nn.Linear`` layers of a plain multilayer perceptron; None for another network.
 
-    Plain is an ``nn.Sequential``: ``nn.Flatten``, then linear layers with a bias, ReLU between.
+    Plain means an ``nn.Sequential`` of ``nn.Flatten`` and linear layers with a bias, with ReLU
+    between them.
     """
     layers = list(net) if type(net) is nn.Sequential else []
     kinds = [type(layer) for layer in layers]
@@ -297,14 +302,14 @@ def linear_layers(net: nn.Module) -> list[nn.Linear] | None:
     if (layers[0].start_dim, layers[0].end_dim) != (1, -1):
         return None
     linear = cast(list[nn.Linear], layers[1::2])
-    fits = all(one.out_features == other.in_features for one, other in pairwise(linear))
+    fits = all(below.out_features == above.in_features for below, above in pairwise(linear))
     replaced = any("forward" in vars(layer) for layer in (net, *layers))
     plain = fits and not replaced and all(layer.bias is not None for layer in linear)
     return linear if plain else None
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether anything of a user's sees the passes of a module, or the gradients of its weights."""
+    """Returns True if a hook or torch.compile needs the module's passes or its gradients."""
     kinds = ("forward_pre", "forward", "backward_pre", "backward")
     return (
         any(getattr(part, f"_{kind}_hooks") for part in module.modules() for kind in kinds)
@@ -322,7 +327,7 @@ def _no_plain_sgd(optimizers: list[Any], parameters: list[Tensor]) -> str | None
         return "the optimizer has several parameter groups"
     (group,) = optimizer.param_groups
     if {id(p) for p in group["params"]} != {id(p) for p in parameters}:
-        return "the optimizer has not all parameters"
+        return "the optimizer does not have all parameters"
     for name in ("momentum", "dampening", "weight_decay", "nesterov", "maximize", "differentiable"):
         if group[name]:
             return f"SGD has {name}"
@@ -334,30 +339,31 @@ def _no_plain_sgd(optimizers: list[Any], parameters: list[Tensor]) -> str | None
         _global_optimizer_pre_hooks,
         _global_optimizer_post_hooks,
     )
-    # a scheduler puts its own wrapper, which counts, in front of step
+    # a scheduler wraps step to count the calls: that is no replacement
     step = vars(optimizer).get("step")
     replaced = step is not None and not hasattr(step, "_wrapped_by_lr_sched")
     return "a hook sees the optimizer's steps" if any(seen) or replaced else None
 
 
 class Execution(Callback):
-    """Has a training step in the fastest way that is known to be Lightning's own.
+    """Trains many mini-batches in one execution, if the result is the same as Lightning's.
 
-    A ``Classifier`` brings it along. It says how the training steps, at the start and when that
-    changes. Small networks train on one thread, which is faster than several of them and leaves
-    the others to other programs; convolutions take all threads. All that is changed for a training
-    is given back when it ends, by an exception too.
+    A ``Classifier`` adds it to the Trainer. It prints how the training takes its steps, at the
+    start and when this changes. Small networks train on one thread, which is faster than several
+    and leaves the others to other programs; convolutions use all threads. All changes that it makes
+    for a training are undone when the training ends, also after an exception.
 
     Args:
-        steps: mini-batches that a training takes at once and makes as many updates with. They are
-            the same mini-batches and updates as one by one, without what the Trainer does between
-            them. By default, as many as are worth it.
-        fused: whether plain SGD of a multilayer perceptron may be written out: forward, backward
-            and update without autograd, several times as fast, with other roundings.
-        threads: of the processor. By default as above, unless ``OMP_NUM_THREADS`` says a number.
+        steps: mini-batches in an execution, one update for each. They are the same mini-batches and
+            updates as one by one, without the Trainer's work between them. The default depends on
+            the size of the network.
+        fused: if True, plain SGD of a multilayer perceptron may be computed without autograd:
+            several times as fast, with other rounding.
+        threads: number of CPU threads. The default is as above, or ``OMP_NUM_THREADS`` if it is
+            set.
 
     Raises:
-        ValueError: ``steps`` or ``threads`` below 1; in training, more steps than one where
+        ValueError: ``steps`` or ``threads`` is below 1. In training: ``steps`` is above 1, and
             something could see or change a single step.
     """
 
@@ -369,8 +375,8 @@ class Execution(Callback):
                 check_count(name, value)
         self.steps, self.fused, self.threads = steps, fused, threads
         self.say: Callable[[str], None] = rank_zero_info
-        """Takes the line about how the training steps."""
-        self._said: str | None = None
+        """Prints the line about how the training takes its steps."""
+        self._announced: str | None = None
         self._undo = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -383,28 +389,28 @@ class Execution(Callback):
             torch.set_num_threads(threads)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._said = None
+        self._announced = None
         loop = trainer.fit_loop.epoch_loop
         if type(loop) is _TrainingEpochLoop:
-            # the same object with its counters: all that Lightning knows of it stays true
+            # changes the class of the loop that Lightning holds, which keeps its counters
             loop.__class__ = _EpochLoop
             cast(_EpochLoop, loop).execution = self
             self._undo.callback(_EpochLoop.undo, cast(_EpochLoop, loop))
 
     def choose(self, trainer: Trainer) -> Way:
-        """How the epoch at hand steps, which is said where it is new.
+        """Chooses how the current epoch takes its steps, and prints it if it has changed.
 
         Raises:
-            ValueError: more steps than one were asked for, and are not possible.
+            ValueError: the user set more than one step, which is not possible.
         """
         way = choose(trainer, self.steps, self.fused)
-        if self._said is None and way.steps == 1 and (self.steps or 1) > 1:
+        if self._announced is None and way.steps == 1 and (self.steps or 1) > 1:
             raise ValueError(
                 f"{self.steps} steps per execution are not possible: {way.reason}."
                 " Leave --execution.steps out, or set it to 1"
             )
-        if str(way) != self._said:
-            self._said = str(way)
+        if str(way) != self._announced:
+            self._announced = str(way)
             threads = torch.get_num_threads()
             self.say(f"{way}; {threads} thread{'s' if threads > 1 else ''}")
         return way
@@ -412,7 +418,7 @@ class Execution(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # it changes roundings: a training that goes on from here is to have the same
+        # fused steps round differently, and a resumed training must round as before
         checkpoint["execution"] = {"fused": self.fused}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -425,7 +431,7 @@ class Execution(Callback):
 
 
 def _few_threads(trainer: Trainer, module: LightningModule) -> int | None:
-    """One, where a mini-batch is too small to share; nothing where it is not, or the user chose."""
+    """Returns 1 if mini-batches are too small for several threads, unless the user chose."""
     data = getattr(trainer, "datamodule", None)
     if "OMP_NUM_THREADS" in os.environ or not isinstance(data, MNISTDataModule):
         return None
@@ -435,18 +441,19 @@ def _few_threads(trainer: Trainer, module: LightningModule) -> int | None:
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Within, this process keeps the memory that it frees, where the C library is glibc.
+    """Makes glibc keep the memory that this process frees, inside the context.
 
-    By default larger buffers go back to the system when they are freed, and each step of a training
-    waits for fresh pages: 60,000 of them in a step of ResNet-18 at 224 pixels.
+    By default glibc returns larger buffers to the system when they are freed, and each step of a
+    training waits for new pages: 60,000 in a step of ResNet-18 at 224 pixels. With another C
+    library nothing changes.
     """
     if platform.libc_ver()[0] != "glibc":
         yield
         return
     libc = ctypes.CDLL(None)
     most_mappings, trim_threshold = -4, -1
-    libc.mallopt(most_mappings, 0)  # no buffer gets a mapping of its own
-    libc.mallopt(trim_threshold, -1)  # nothing is given back
+    libc.mallopt(most_mappings, 0)  # allocate no buffer with mmap, which free would unmap
+    libc.mallopt(trim_threshold, -1)  # never return memory to the system
     try:
         yield
     finally:
@@ -456,21 +463,21 @@ def kept_memory() -> Iterator[None]:
 
 
 class _EpochLoop(_TrainingEpochLoop):
-    """Lightning's epoch, which may take many mini-batches at once."""
+    """Lightning's epoch loop, which can take many mini-batches at once."""
 
     execution: Execution
     _way = Way(1, False, None)
     _fused: "FusedSGD | None" = None
 
     def undo(self) -> None:
-        """Makes it Lightning's own again."""
+        """Turns this loop into Lightning's class again."""
         for name in ("execution", "_way", "_fused"):
             vars(self).pop(name, None)
         self.__class__ = _TrainingEpochLoop  # type: ignore[assignment]
 
     def reset(self) -> None:
         with warnings.catch_warnings():
-            if _own_loader(self.trainer) is not None:  # which goes on where the checkpoint was
+            if _own_loader(self.trainer) is not None:  # it resumes at the right mini-batch
                 warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
             super().reset()
 
@@ -480,9 +487,9 @@ class _EpochLoop(_TrainingEpochLoop):
             cast(EpochSampler, loader.sampler).start = done
             resuming = self.trainer.fit_loop.is_resuming and not self.restarting
             if resuming and self.trainer.current_epoch > 0:
-                # As without a stop, where each epoch begins a pass, which draws a random number.
-                # The pass that Lightning has ready was begun before SafePoints restored the
-                # generators.
+                # Starting a pass over the loader draws a random number. Lightning started its pass
+                # before SafePoints restored the generators, so start it again, as in an
+                # uninterrupted training.
                 iter(data_fetcher)
         super().on_run_start(data_fetcher)
         self._way = self.execution.choose(self.trainer)
@@ -494,7 +501,7 @@ class _EpochLoop(_TrainingEpochLoop):
         if steps < 2:
             super().advance(data_fetcher)
             return
-        self.val_loop.restarting = False  # as Lightning, which trains before it validates
+        self.val_loop.restarting = False  # as Lightning's advance does
         loader = cast(DataLoader, _own_loader(self.trainer))
         size = cast(int, loader.batch_size)
         images, labels = self._fetch(data_fetcher, cast(BatchSampler, loader.batch_sampler), steps)
@@ -517,16 +524,16 @@ class _EpochLoop(_TrainingEpochLoop):
         self._after_execution(validates, stopping=False)
 
     def _after_execution(self, validated: bool, stopping: bool) -> None:
-        """Nothing is half done: the place for a checkpoint that goes on with the next execution."""
+        """Gives ``SafePoints`` the chance to save, between two executions."""
         trainer = self.trainer
         if (
-            self._is_training_done  # the epoch's own end saves
+            self._is_training_done  # Lightning saves at the end of the epoch
             or self._should_accumulate()
             or trainer.world_size > 1
             or _own_loader(trainer) is None
         ):
             return
-        # a training resumed right after a validation counts that step once more
+        # a training that resumes right after a validation counts that step again
         self._batches_that_stepped -= validated
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SafePoints):
@@ -534,12 +541,12 @@ class _EpochLoop(_TrainingEpochLoop):
         self._batches_that_stepped += validated
 
     def _joinable(self, data_fetcher: _DataFetcher) -> int:
-        """Mini-batches that may go in one execution from here."""
+        """Returns the number of mini-batches that the next execution may take."""
         if self._way.steps == 1:
             return 1
         if self.restarting and self._should_check_val_fx(data_fetcher):
-            return 1  # a resumed training that Lightning has yet to bring to its place
-        # what was seen when the epoch began may have changed since, in a validation within it
+            return 1  # Lightning must first restore the position of a resumed training
+        # a validation within the epoch may have changed something since the epoch began
         if obstacle(self.trainer) or (self._fused and unfusable(self.trainer)):
             self._way = Way(1, False, None)
             return 1
@@ -551,11 +558,11 @@ class _EpochLoop(_TrainingEpochLoop):
         if self._should_check_val_epoch() and every is not None and every != float("inf"):
             by_epoch = self.trainer.check_val_every_n_epoch is not None
             left.append(every - (done if by_epoch else self.batch_progress.total.ready) % every)
-        # the last of them is Lightning's
+        # Lightning takes the last of them
         return int(min(self._way.steps, *(n - 1 for n in left)))
 
     def _fetch(self, data_fetcher: _DataFetcher, sampler: BatchSampler, steps: int) -> Any:
-        """Some consecutive mini-batches as one, on the device."""
+        """Fetches consecutive mini-batches as one batch, on the device."""
         size = sampler.batch_size
         sampler.batch_size = size * steps  # consecutive mini-batches are consecutive images
         try:
@@ -569,9 +576,9 @@ class _EpochLoop(_TrainingEpochLoop):
         return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
 
     def _take_each(self, images: Sequence[Tensor], labels: Sequence[Tensor]) -> None:
-        """What Lightning does with mini-batches that nobody but the model sees."""
+        """Trains each mini-batch as Lightning does, without the hooks between mini-batches."""
         for batch in zip(images, labels, strict=True):
-            if batch[0] is not images[0]:  # what Lightning does at the end of the one before
+            if batch[0] is not images[0]:  # Lightning does this at the end of each mini-batch
                 self.update_lr_schedulers("step", update_plateau_schedulers=True)
                 self._batches_that_stepped += 1
             index = self.batch_idx + 1
@@ -584,7 +591,7 @@ class _EpochLoop(_TrainingEpochLoop):
             self.batch_progress.increment_completed()
 
     def _take_fused(self, fused: "FusedSGD", images: Tensor, labels: Tensor, size: int) -> None:
-        """The same updates and the same counts, without autograd."""
+        """Makes the same updates and counts as ``_take_each``, without autograd."""
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         loss, correct = fused.steps(images, labels, size, lr)
         module: Any = self.trainer.lightning_module
@@ -593,14 +600,14 @@ class _EpochLoop(_TrainingEpochLoop):
         self.batch_progress.increment_by(steps)
         self.automatic_optimization.optim_progress.optimizer.step.increment_by(steps)
         self.automatic_optimization.optim_progress.optimizer.zero_grad.increment_by(steps)
-        self._batches_that_stepped += steps - 1  # and one at the end of each execution
+        self._batches_that_stepped += steps - 1  # Lightning adds one after each execution
 
 
 class FusedSGD:
-    """Plain SGD on the cross entropy of one multilayer perceptron, written out.
+    """Plain SGD on the cross entropy of one multilayer perceptron, without autograd.
 
     Args:
-        net: see ``linear_layers``.
+        net: a plain multilayer perceptron, see ``linear_layers``.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -611,19 +618,19 @@ class FusedSGD:
     def steps(
         self, images: Tensor, labels: Tensor, batch_size: int, lr: float
     ) -> tuple[Tensor, Tensor]:
-        """An update for each of some consecutive mini-batches.
+        """Makes one update for each of several consecutive mini-batches.
 
         Args:
-            images: ``(n, ...)``, flattened here.
+            images: ``(n, ...)``; they are flattened.
             labels: int64, ``(n,)``.
             batch_size: images in a mini-batch.
             lr: learning rate.
 
         Returns:
-            The sum of the cross entropy and the number of correct answers over all mini-batches,
-            both before each one's update.
+            The sum of the cross entropy and the number of correct predictions over all images, each
+            computed before the update of its mini-batch.
         """
-        # from the network's own parameters and back: whatever else reads or sets them may do so
+        # copies the network's parameters in and out, so that other code may read or set them
         self.population.load(0, self.parameters, lr)
         rows = self.population.arrange(images.flatten(1))
         block = batch_size * max(1, BLOCK_ROWS // batch_size)
@@ -631,7 +638,7 @@ class FusedSGD:
             self.population.train_block(x, y, batch_size)
             for x, y in zip(rows.split(block), labels.split(block), strict=True)
         ]
-        for own, new in zip(self.parameters, self.population.parameters(0), strict=True):
-            own.copy_(new)
+        for old, new in zip(self.parameters, self.population.parameters(0), strict=True):
+            old.copy_(new)
         loss, correct = (torch.cat(column, 1).sum() for column in zip(*scores, strict=True))
-        return loss.clone(), correct.clone()  # out of inference mode
+        return loss.clone(), correct.clone()  # clones are not inference tensors

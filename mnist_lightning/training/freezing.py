@@ -12,36 +12,38 @@ from mnist_lightning.console import say
 
 
 class LayerFreezing(Callback):
-    """Trains some parameters of a module and leaves the others as they are.
+    """Trains some parameters of a module and freezes the others.
 
     Patterns match the names of ``named_parameters()``; a ``*`` matches dots too: ``net.layer4.*``.
     A parameter that two layers share has two names, and a pattern may match either. Without
-    patterns the module's own ``trained_by_default`` counts, a list of them, if it has one.
+    patterns, the module's list ``trained_by_default`` is used, if it has one.
 
-    What is frozen gets no gradient and no place in an optimizer. The freezing ends with the
-    training, also where an exception ends it. ``requires_grad`` and the layers' training mode are
-    then what they were before: what you froze yourself stays frozen, also after the thaw.
+    Frozen parameters get no gradient and are in no optimizer. The freezing ends with the training,
+    also after an exception. ``requires_grad`` and the layers' training mode are then restored:
+    parameters that you froze yourself stay frozen, also after ``unfreeze_at_epoch``.
 
-    At ``unfreeze_at_epoch`` each parameter joins the parameter group that ``configure_optimizers``
-    put it in, at the learning rate that the group has by then. If ``configure_optimizers`` selects
-    by ``requires_grad``, it is called a second time at the start, while nothing is frozen: the
-    number of groups is then the same in all epochs, as schedulers and checkpoints need it.
+    At ``unfreeze_at_epoch`` each parameter joins the parameter group in which
+    ``configure_optimizers`` put it, at the group's current learning rate. If
+    ``configure_optimizers`` selects parameters by ``requires_grad``, it is called a second time at
+    the start, without freezing: the number of groups is then the same in all epochs, as schedulers
+    and checkpoints require.
 
-    This is not Lightning's ``BaseFinetuning``, which has no patterns but wants a subclass, and adds
-    what it thaws as a new parameter group, which the schedulers do not know.
+    Why this is not Lightning's ``BaseFinetuning``: that needs a subclass for each model instead of
+    patterns, and it adds unfrozen parameters as a new group, which the schedulers do not control.
 
     Args:
         train: patterns of the parameters that train; the others are frozen.
-        freeze: patterns of those that are frozen; the others train. Only one of the two.
-        batch_norm: of layers with running statistics (BatchNorm, SyncBatchNorm, InstanceNorm) whose
-            parameters are frozen: ``frozen`` keeps the statistics too (evaluation mode), ``adapt``
-            lets these follow the training images.
-        unfreeze_at_epoch: after so many epochs everything trains. Without it, never.
+        freeze: patterns of the parameters that are frozen; the others train. Give only one of both.
+        batch_norm: for layers with running statistics (BatchNorm, SyncBatchNorm, InstanceNorm)
+            whose parameters are frozen: ``frozen`` freezes the statistics too (evaluation mode),
+            ``adapt`` updates them with the training images.
+        unfreeze_at_epoch: number of epochs after which all parameters train; by default, never.
 
     Raises:
-        ValueError: contradicting arguments; in training, a pattern that matches nothing, nothing
-            left to train, a checkpoint that was trained with other frozen parameters, or with
-            ``unfreeze_at_epoch`` several processes, or a parameter that no optimizer holds.
+        ValueError: the arguments contradict each other. In training: a pattern matches nothing;
+            nothing is left to train; the checkpoint was trained with other frozen parameters; or,
+            with ``unfreeze_at_epoch``, there are several processes or a parameter is in no
+            optimizer.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class LayerFreezing(Callback):
         unfreeze_at_epoch: int | None = None,
     ) -> None:
         if train and freeze:
-            raise ValueError(f"say what to train or what to freeze, not both: {train}, {freeze}")
+            raise ValueError(f"give patterns to train or to freeze, not both: {train}, {freeze}")
         if batch_norm not in ("frozen", "adapt"):
             raise ValueError(f"batch_norm must be frozen or adapt, got {batch_norm!r}")
         if unfreeze_at_epoch is not None and unfreeze_at_epoch < 1:
@@ -62,10 +64,10 @@ class LayerFreezing(Callback):
             )
         self.train, self.freeze = train, freeze
         self.batch_norm, self.unfreeze_at_epoch = batch_norm, unfreeze_at_epoch
-        self._frozen: list[str] = []  # kept after the training: checkpoints still name it
+        self._frozen: list[str] = []  # kept after the training, for checkpoints saved then
         self._resumed: list[str] | None = None
-        # what to give back: each parameter's requires_grad, each norm layer's mode by name, and for
-        # each optimizer the parameters of its groups and the state of those that are frozen
+        # What to restore: each parameter's requires_grad; each norm layer's mode, by name; for each
+        # optimizer the parameters of its groups, and the state of the frozen ones.
         self._required: dict[nn.Parameter, bool] = {}
         self._training: dict[str, bool] = {}
         self._optimized: list[tuple[list[list[nn.Parameter]], dict[Tensor, Any]]] = []
@@ -77,13 +79,14 @@ class LayerFreezing(Callback):
         self._resumed = state_dict["frozen"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # before the optimizers are made: who asks for parameters that train then gets only these
+        # Freezes before the optimizers are made, so that a configure_optimizers that selects by
+        # requires_grad finds only the parameters that train.
         if stage != "fit":
             return
-        self._resumed = None  # filled from a checkpoint, later
+        self._resumed = None  # load_state_dict sets it later, if a checkpoint is resumed
         chosen = self.choose(pl_module)
         if chosen and self.unfreeze_at_epoch and trainer.world_size > 1:
-            # DistributedDataParallel exchanges the gradients of what trains at the start
+            # DistributedDataParallel exchanges only gradients of parameters that train at the start
             raise ValueError(
                 "unfreeze_at_epoch works in a single process only, not in"
                 f" {trainer.world_size}. Use one device, or freeze for the whole training."
@@ -92,36 +95,40 @@ class LayerFreezing(Callback):
         self._required = {parameter: parameter.requires_grad for parameter in chosen.values()}
         for parameter in self._required:
             parameter.requires_grad_(False)
-            parameter.grad = None  # of an earlier training
+            parameter.grad = None  # an earlier training may have left one
         if self.batch_norm == "frozen":
             patterns = self._patterns(pl_module)
             for name, layer in pl_module.named_modules():
                 if isinstance(layer, _NormBase) and layer.track_running_stats:
-                    own = set(layer.parameters(recurse=False))
-                    # one without parameters goes by the name of its statistics
-                    alone = not own and self._freezes([f"{name}.running_mean"], patterns)
-                    if alone or (own and own <= self._required.keys()):
+                    parameters = set(layer.parameters(recurse=False))
+                    # patterns match a layer without parameters by the name of its statistics
+                    frozen = (
+                        parameters <= self._required.keys()
+                        if parameters
+                        else self._freezes([f"{name}.running_mean"], patterns)
+                    )
+                    if frozen:
                         self._training[name] = layer.training
 
     def choose(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters of a module that would be frozen, by name.
+        """Returns the parameters of a module that these settings freeze, by name.
 
         Raises:
-            ValueError: a pattern that matches nothing, or nothing left to train.
+            ValueError: a pattern matches nothing, or nothing is left to train.
         """
         patterns = self._patterns(module)
-        names: dict[nn.Parameter, list[str]] = {}
+        names_of: dict[nn.Parameter, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            names.setdefault(parameter, []).append(name)
-        every = [name for own in names.values() for name in own]
+            names_of.setdefault(parameter, []).append(name)
+        all_names = [name for names in names_of.values() for name in names]
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in every):
+            if not any(fnmatchcase(name, pattern) for name in all_names):
                 raise ValueError(
                     f"freezing: no parameter matches {pattern!r}; there are:"
-                    f" {', '.join(blocks(every))}"
+                    f" {', '.join(blocks(all_names))}"
                 )
-        chosen = {own[0]: p for p, own in names.items() if self._freezes(own, patterns)}
-        if patterns and len(chosen) == len(names):
+        chosen = {names[0]: p for p, names in names_of.items() if self._freezes(names, patterns)}
+        if patterns and len(chosen) == len(names_of):
             raise ValueError(f"freezing: {', '.join(patterns)} leaves nothing to train")
         return chosen
 
@@ -129,12 +136,13 @@ class LayerFreezing(Callback):
         return self.freeze or self.train or getattr(module, "trained_by_default", [])
 
     def _freezes(self, names: list[str], patterns: list[str]) -> bool:
-        named = any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-        return named if self.freeze else bool(patterns) and not named
+        matches = any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+        return matches if self.freeze else bool(patterns) and not matches
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        beyond = self._resumed == [] and self.unfreeze_at_epoch is not None  # the checkpoint
-        if self._resumed is not None and not beyond and set(self._resumed) != set(self._frozen):
+        # the checkpoint was saved after the unfreezing
+        unfrozen = self._resumed == [] and self.unfreeze_at_epoch is not None
+        if self._resumed is not None and not unfrozen and set(self._resumed) != set(self._frozen):
             raise ValueError(
                 f"freezing: the checkpoint was trained with {_count(self._resumed)} frozen, now"
                 f" {_count(self._frozen)} would be. Resume with the same settings."
@@ -143,7 +151,7 @@ class LayerFreezing(Callback):
             return
         if self.unfreeze_at_epoch:
             self._complete(trainer, pl_module)
-        if beyond:
+        if unfrozen:
             self._thaw(pl_module)
             self._frozen = []
             return
@@ -163,29 +171,29 @@ class LayerFreezing(Callback):
             self._restore(trainer)
             self._thaw(pl_module)
             self._frozen = []
-            still = [name for name, p in pl_module.named_parameters() if not p.requires_grad]
+            frozen = [name for name, p in pl_module.named_parameters() if not p.requires_grad]
             say(
                 f"epoch {trainer.current_epoch + 1}: from here on everything trains"
-                + (f" but {', '.join(blocks(still))}" if still else "")
+                + (f", except {', '.join(blocks(frozen))}" if frozen else "")
             )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # Each time: whatever calls train() on the whole module would set their statistics moving.
-        # Once the freezing is over, that call counts for them too.
+        # Before each mini-batch, because any call of train() on the module would unfreeze the
+        # statistics. A layer that was set to training mode this way keeps it after the freezing.
         for name in self._training:
             layer = pl_module.get_submodule(name)  # sync_batchnorm replaces layers after setup
             self._training[name] |= layer.training
             layer.eval()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._thaw(pl_module)  # but a checkpoint that is saved from here on says what was frozen
+        self._thaw(pl_module)  # self._frozen stays, for checkpoints that are saved from here on
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._thaw(pl_module)  # Lightning calls no teardown then
+        self._thaw(pl_module)  # Lightning does not call teardown after an exception
 
     def _thaw(self, module: LightningModule) -> None:
         for parameter, required in self._required.items():
@@ -196,17 +204,20 @@ class LayerFreezing(Callback):
         self._required, self._training, self._optimized = {}, {}, []
 
     def _complete(self, trainer: Trainer, module: LightningModule) -> None:
-        """Sees that whatever thaws later has its place in an optimizer, in the group meant for it.
+        """Makes sure that every parameter that trains later is in an optimizer's group.
 
         Raises:
-            ValueError: the module gives it none.
+            ValueError: ``configure_optimizers`` leaves one out.
         """
 
         def missing() -> list[str]:
-            groups = [group for made in trainer.optimizers for group in made.param_groups]
-            held = {parameter for group in groups for parameter in group["params"]}
-            named = module.named_parameters()
-            return [name for name, p in named if self._required.get(p) and p not in held]
+            groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+            optimized = {parameter for group in groups for parameter in group["params"]}
+            return [
+                name
+                for name, p in module.named_parameters()
+                if self._required.get(p) and p not in optimized
+            ]
 
         if missing():
             for parameter, required in self._required.items():
@@ -221,18 +232,18 @@ class LayerFreezing(Callback):
             )
 
     def _withdraw(self, trainer: Trainer) -> None:
-        """Leaves in each optimizer those of its parameters that train, in their own order."""
+        """Removes the frozen parameters from the optimizers; the order of the others stays."""
         for optimizer in trainer.optimizers:
             groups = [group["params"] for group in optimizer.param_groups]
-            idle: list[Tensor] = [p for own in groups for p in own if not p.requires_grad]
-            # Adagrad makes its state at once, and cannot save that of a parameter in no group
-            state = {p: optimizer.state.pop(p) for p in idle if p in optimizer.state}
+            frozen: list[Tensor] = [p for params in groups for p in params if not p.requires_grad]
+            # Adagrad creates its state at once; a state without a parameter group cannot be saved
+            state = {p: optimizer.state.pop(p) for p in frozen if p in optimizer.state}
             self._optimized.append((groups, state))
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if p.requires_grad]
 
     def _restore(self, trainer: Trainer) -> None:
-        """Puts back into each optimizer what ``_withdraw`` took out."""
+        """Returns the parameters and states that ``_withdraw`` removed to their optimizers."""
         for optimizer, (groups, state) in zip(trainer.optimizers, self._optimized, strict=True):
             for group, parameters in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = parameters
@@ -240,7 +251,7 @@ class LayerFreezing(Callback):
 
 
 def blocks(names: Iterable[str]) -> list[str]:
-    """The patterns of the module's parts that hold these parameters, such as ``net.layer4.*``."""
+    """Shortens parameter names to patterns of the module's parts, such as ``net.layer4.*``."""
     split = (name.split(".") for name in names)
     return list(dict.fromkeys(".".join(n[:2]) + (".*" if len(n) > 2 else "") for n in split))
 

@@ -1,4 +1,4 @@
-"""How much memory a training takes, estimated before anything is allocated."""
+"""Estimates the memory of a training before anything is allocated."""
 
 import math
 from collections.abc import Callable
@@ -8,28 +8,28 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-# What an optimizer keeps for each weight, beside the weight and its gradient.
+# numbers that an optimizer stores for each weight, in addition to the weight and its gradient
 OPTIMIZER_STATE = {"sgd": 0, "adam": 2, "adamw": 2}
-# of Python, PyTorch and Lightning, which further processes do not share
+# memory of Python, PyTorch and Lightning that each additional process needs for itself
 PROCESS_BYTES = 200 * 2**20
 
 
 def training_bytes(
     make: Callable[[], LightningModule], batch_size: int, image_size: int, fused: bool = True
 ) -> float | None:
-    """The memory of a training on the CPU in float32, without that of Python and the libraries.
+    """Estimates the memory of a training on the CPU in float32, without Python and the libraries.
 
-    The weights with their gradients, the optimizer's state and the copies of fused steps, and what
-    the layers put out for one mini-batch. Nothing of this size is allocated.
+    Counts the weights and their gradients, the optimizer's state, the copies of fused steps, and
+    the layers' outputs for one mini-batch. It allocates none of these.
 
     Args:
-        make: makes the module; its ``net`` is what counts.
+        make: makes the module, whose ``net`` is measured.
         batch_size: images in a mini-batch.
-        image_size: pixels a side.
-        fused: whether steps may be fused, which takes copies of the weights.
+        image_size: side of the images in pixels.
+        fused: if True, steps may be fused, which needs copies of the weights.
 
     Returns:
-        Bytes, or nothing for a module that cannot be made without memory.
+        Bytes; None if the module cannot be made on PyTorch's meta device.
     """
     try:
         with torch.device("meta"):
@@ -37,16 +37,16 @@ def training_bytes(
             net: nn.Module = module.net  # type: ignore[assignment]
             outputs = 0
 
-            def count(layer: nn.Module, inputs: object, output: object) -> None:
+            def add_output(layer: nn.Module, inputs: object, output: object) -> None:
                 nonlocal outputs
                 if isinstance(output, Tensor):
                     outputs += output.numel()
 
             for layer in net.modules():
                 if not list(layer.children()):
-                    layer.register_forward_hook(count)
+                    layer.register_forward_hook(add_output)
             net(torch.empty(1, 1, image_size, image_size))
-    except Exception:  # of a user's own module, which may do anything
+    except Exception:  # a user's module may raise anything
         return None
     weights = sum(p.numel() for p in module.parameters())
     copies = 2 + OPTIMIZER_STATE.get(str(getattr(module, "optimizer", "")), 0)
@@ -55,10 +55,10 @@ def training_bytes(
 
 
 def available_bytes() -> float:
-    """What this process may still allocate, as Linux and the container that it runs in say.
+    """Reads how much this process may still allocate, from Linux and its container.
 
     Returns:
-        Bytes; infinity where nothing says it.
+        Bytes; infinity if the system does not tell.
     """
     limits = [math.inf]
     try:
@@ -74,7 +74,7 @@ def available_bytes() -> float:
         try:
             most, now = (Path("/sys/fs/cgroup", name).read_text() for name in (limit, used))
             limits.append(int(most) - int(now))
-        except (OSError, ValueError):  # not there, or "max"
+        except (OSError, ValueError):  # the file does not exist, or holds "max"
             continue
     return min(limits)
 
@@ -82,35 +82,35 @@ def available_bytes() -> float:
 def check(
     make: Callable[[], LightningModule], batch_size: int, image_size: int, fused: bool = True
 ) -> None:
-    """Refuses a training that does not fit into the memory of this machine.
+    """Checks that a training fits into the memory of this machine.
 
     Args:
-        make: makes the module.
+        make: as for ``training_bytes``.
         batch_size: images in a mini-batch.
-        image_size: pixels a side.
+        image_size: side of the images in pixels.
         fused: as for ``training_bytes``.
 
     Raises:
-        ValueError: it would take more than is available.
+        ValueError: it would take more memory than is available.
     """
     needed, available = training_bytes(make, batch_size, image_size, fused), available_bytes()
     if needed is not None and needed > available:
         raise ValueError(
             f"this training would take about {needed / 2**30:,.0f} GiB of memory, and"
-            f" {available / 2**30:,.1f} GiB are available: a smaller --data.batch_size"
+            f" {available / 2**30:,.1f} GiB are available: use a smaller --data.batch_size"
             f" (now {batch_size:,}), smaller images (now {image_size} pixels) or fewer units"
         )
 
 
 def check_processes(count: int) -> None:
-    """Refuses more processes than the memory of this machine has room for.
+    """Checks that the processes fit into the memory of this machine.
 
     Raises:
-        ValueError: they would take more than is available.
+        ValueError: they would take more memory than is available.
     """
     needed, available = count * PROCESS_BYTES, available_bytes()
     if count > 1 and needed > available:
         raise ValueError(
             f"{count:,} processes (--trainer.devices) would take about {needed / 2**30:,.0f} GiB of"
-            f" memory, and {available / 2**30:,.1f} GiB are available"
+            f" memory, and {available / 2**30:,.1f} GiB are available: use fewer"
         )

@@ -1,4 +1,4 @@
-"""What the console shows of a training: one live line, and one line an epoch that stays."""
+"""Progress of a training on the console: a live progress bar, and one lasting line per epoch."""
 
 import time
 from typing import Any, cast
@@ -11,10 +11,10 @@ from mnist_lightning.console import say
 
 
 class ProgressBar(callbacks.TQDMProgressBar):
-    """One live line: the mini-batches of the epoch, and the time that the rest of it takes.
+    """One live line: the mini-batches of the epoch, and the remaining time.
 
-    Lightning's bar, drawn at most five times a second (small steps take a millisecond), and gone
-    when it is done: what stays on the screen is for ``EpochLines``.
+    Lightning's progress bar, drawn at most five times a second (small steps take a millisecond) and
+    removed at the end. The lasting lines on the screen come from ``EpochLines``.
     """
 
     BAR_FORMAT = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left"
@@ -29,7 +29,7 @@ class ProgressBar(callbacks.TQDMProgressBar):
     def init_validation_tqdm(self) -> Any:
         if self.trainer.state.fn == "fit":
             self.train_progress_bar.set_description(f"{self._epoch()}, validation")
-            return Tqdm(disable=True)  # a second line would have to be made room for
+            return Tqdm(disable=True)  # keep to a single live line
         return _line(super().init_validation_tqdm())
 
     def init_test_tqdm(self) -> Any:
@@ -64,7 +64,7 @@ class ProgressBar(callbacks.TQDMProgressBar):
                 bar.close()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        return {}  # the table has them
+        return {}  # EpochLines prints them
 
 
 def _line(bar: Any) -> Any:
@@ -77,14 +77,15 @@ def _of(trainer: Trainer) -> str:
 
 
 class EpochLines(Callback):
-    """One line an epoch, that stays: its figures, its seconds, and whether it is the best so far.
+    """Prints one line per epoch: its metrics, its seconds, and a mark if it is the best so far.
 
-    A table on a terminal. In log files and pipes each line has the names with it. The figures are
-    the losses and accuracies of a ``Classifier`` and what the model logs with ``prog_bar=True``;
-    without any of these, all that it logs.
+    On a terminal the lines form a table; in log files and pipes each line contains the names. The
+    metrics are the losses and accuracies of a ``Classifier`` and those that the model logs with
+    ``prog_bar=True``; if there are none, all that it logs.
 
     Args:
-        width: of the terminal, in characters; figures beyond it are left out. Without it, no table.
+        width: width of the terminal in characters; metrics that do not fit are left out. Without
+            it, no table.
     """
 
     FIGURES = ("train/loss", "train/acc", "val/loss", "val/acc")
@@ -96,11 +97,11 @@ class EpochLines(Callback):
         self._began = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._columns, self._best = [], _best_score(trainer)  # of a training that goes on
+        self._columns, self._best = [], _best_score(trainer)  # a resumed training has a best score
         self._began = time.monotonic()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # the training's own figures are complete only once the epoch before has ended
+        # Prints the previous epoch: its training metrics are complete only now.
         self._print(trainer)
         self._began = time.monotonic()
 
@@ -111,7 +112,7 @@ class EpochLines(Callback):
         logged: dict[str, Any] = {**trainer.progress_bar_metrics, **trainer.callback_metrics}
         shown = [name for name in self.FIGURES if name in logged]
         shown += [name for name in trainer.progress_bar_metrics if name not in (*shown, "v_num")]
-        shown = shown or list(logged)  # of a model with other names, which asks for nothing
+        shown = shown or list(logged)
         if not trainer.is_global_zero or not shown:
             return
         best, self._best = self._best, _best_score(trainer)
@@ -131,7 +132,7 @@ class EpochLines(Callback):
         say(f"{epoch:>5}{''.join(cells)}  {seconds:>5}{mark}")
 
     def _fitting(self, names: list[str]) -> list[str]:
-        """The first of the columns, as many as there is room for."""
+        """Returns the first columns, as many as fit into the width."""
         left = cast(int, self.width) - len("epoch") - len("   secs  best")
         fitting = []
         for name in names:
@@ -143,6 +144,6 @@ class EpochLines(Callback):
 
 
 def _best_score(trainer: Trainer) -> Tensor | None:
-    """That of the checkpoint that the training keeps as its best."""
-    kept = (c for c in trainer.checkpoint_callbacks if getattr(c, "filename", None) == "best")
-    return next((getattr(c, "best_model_score", None) for c in kept), None)
+    """Returns the score of the best checkpoint so far."""
+    savers = (c for c in trainer.checkpoint_callbacks if getattr(c, "filename", None) == "best")
+    return next((getattr(c, "best_model_score", None) for c in savers), None)

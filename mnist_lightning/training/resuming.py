@@ -1,11 +1,11 @@
-"""What a resumed training changes in a checkpoint before Lightning restores it."""
+"""Changes to a loaded checkpoint before Lightning resumes from it."""
 
 import copy
 from typing import Any
 
 
 def count_manual_steps(checkpoint: dict[str, Any]) -> None:
-    """Moves the optimizer steps of an older checkpoint out of Lightning's other counter."""
+    """Copies the step count of an older checkpoint from manual to automatic optimization."""
     loops = checkpoint.get("loops", {}).get("fit_loop", {})
     manual = loops.get("epoch_loop.manual_optimization.optim_step_progress")
     automatic = loops.get("epoch_loop.automatic_optimization.optim_progress")
@@ -16,9 +16,9 @@ def count_manual_steps(checkpoint: dict[str, Any]) -> None:
 
 
 def take_lr(checkpoint: dict[str, Any], lr: float) -> None:
-    """Has optimizers and schedulers go on with another learning rate than they were saved with.
+    """Replaces the saved learning rate ``lr`` in the states of optimizers and schedulers.
 
-    Rates that are multiples of the saved one are scaled.
+    All learning rates are scaled by the ratio of the new rate to the saved one.
     """
     saved = checkpoint.get("hyper_parameters", {}).get("lr", lr)
     if saved != lr:
@@ -34,12 +34,12 @@ def _scale_rates(state: dict[str, Any], old: float, new: float) -> None:
 
     def scaled(value: Any) -> Any:
         if isinstance(value, list | tuple):
-            return type(value)(scaled(one) for one in value)
-        return new * (value / old)  # exactly new, where it was old
+            return type(value)(scaled(rate) for rate in value)
+        return new * (value / old)  # in this order, so that old becomes exactly new
 
     for name, value in state.items():
         if name in ("lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "max_lrs", "_last_lr"):
             state[name] = scaled(value)
-        elif name == "_schedulers":  # of a scheduler made of others
+        elif name == "_schedulers":  # a scheduler that consists of other schedulers
             for inner in value:
                 _scale_rates(inner, old, new)
