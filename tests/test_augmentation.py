@@ -1,0 +1,182 @@
+"""Augmentation against torchvision, and its draws against SplitMix64 in Python's own integers."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as vision
+
+from mnist_lightning.data.augmentation import Augment, uniform
+
+NUMBERS = torch.arange(64)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """Smooth pictures that are not square, in colour."""
+    generator = torch.Generator().manual_seed(0)
+    rough = torch.rand(64, 3, 5, 6, generator=generator)
+    return F.interpolate(rough, size=(24, 32), mode="bilinear")
+
+
+def draws(**values: float) -> dict[str, Tensor]:
+    """Draws in the middle, which change nothing, but those that are given."""
+    middle = {name: 0.5 for name in uniform(NUMBERS, 0, 0)}
+    return {name: torch.tensor([value]).double() for name, value in {**middle, **values}.items()}
+
+
+def moved(augment: Augment, image: Tensor, **values: float) -> Tensor:
+    maps = augment.maps(draws(**values), *image.shape[-2:]).to(image.dtype)
+    grid = F.affine_grid(maps, list(image.shape), align_corners=False)
+    return F.grid_sample(image, grid, align_corners=False)
+
+
+def expected(image: Tensor, angle=0.0, translate=(0, 0), scale=1.0) -> Tensor:
+    how = InterpolationMode.BILINEAR
+    return vision.affine(image, angle, list(translate), scale, [0.0, 0.0], interpolation=how)
+
+
+@pytest.mark.parametrize(
+    ("augment", "values", "theirs"),
+    [
+        (Augment(rotate=30), {"rotate": 1.0}, {"angle": 30.0}),
+        (Augment(rotate=30), {"rotate": 0.0}, {"angle": -30.0}),
+        (Augment(scale=0.5), {"scale": 1.0}, {"scale": 1.5}),
+        (Augment(scale=0.5), {"scale": 0.0}, {"scale": 1 / 1.5}),
+        (Augment(shift=4), {"shift_x": 1.0}, {"translate": (-4, 0)}),
+        (Augment(shift=4), {"shift_y": 0.25}, {"translate": (0, 2)}),
+        (Augment(crop=3), {"crop_x": 0.999, "crop_y": 0.0}, {"translate": (-3, 3)}),
+        (
+            Augment(rotate=20, scale=0.2),
+            {"rotate": 1.0, "scale": 1.0},
+            {"angle": 20.0, "scale": 1.2},
+        ),
+    ],
+    ids=["rotate", "rotate back", "larger", "smaller", "left", "down", "crop", "both"],
+)
+def test_moves_are_torchvisions(
+    images: Tensor, augment: Augment, values: dict[str, float], theirs: dict[str, object]
+) -> None:
+    image = images[:1]
+    torch.testing.assert_close(
+        moved(augment, image, **values), expected(image, **theirs), atol=2e-5, rtol=0
+    )
+
+
+def test_a_shear_moves_each_row_by_its_distance_from_the_middle(images: Tensor) -> None:
+    image = torch.arange(32.0).expand(1, 1, 24, 32) / 32
+    sheared = moved(Augment(shear=45), image, shear_x=1.0)
+    for row, middle in ((11, -0.5), (14, 2.5)):  # tan 45 is 1: a pixel to the side for each up
+        kept = slice(8, 24)
+        difference = (sheared - image)[0, 0, row, kept] * 32
+        torch.testing.assert_close(difference, torch.full((16,), middle), atol=1e-4, rtol=0)
+
+
+def test_a_flip_is_a_mirror_image_of_half_of_them(images: Tensor) -> None:
+    flipped = Augment(flip=True)(images, NUMBERS, 0, 0)
+    turned = [torch.allclose(f, i.flip(2), atol=1e-5) for f, i in zip(flipped, images, strict=True)]
+    same = [torch.allclose(f, i, atol=1e-5) for f, i in zip(flipped, images, strict=True)]
+    assert all(a != b for a, b in zip(turned, same, strict=True))
+    assert 20 < sum(turned) < 44
+
+
+def test_a_crop_is_exact(images: Tensor) -> None:
+    """Pixels move as a whole: pad, and cut out."""
+    cropped = Augment(crop=2)(images, NUMBERS, 3, 1)
+    padded = F.pad(images, (2, 2, 2, 2))
+    places = uniform(NUMBERS, 3, 1)
+    for i, (x, y) in enumerate(zip(places["crop_x"], places["crop_y"], strict=True)):
+        left, top = int(x * 5), int(y * 5)
+        cut = padded[i, :, top : top + 24, left : left + 32]
+        torch.testing.assert_close(cropped[i], cut, atol=1e-5, rtol=0)
+
+
+def test_an_erased_square(images: Tensor) -> None:
+    erased = Augment(erase=6)(images + 0.01, NUMBERS, 0, 0)
+    black = (erased == 0).all(1)
+    counts = black.sum((1, 2))
+    assert set(counts.tolist()) == {0, 36}
+    assert 20 < int((counts == 36).sum()) < 44
+    for square in black[counts == 36]:
+        rows, columns = square.any(1), square.any(0)
+        assert (int(rows.sum()), int(columns.sum())) == (6, 6)
+    assert Augment(erase=99)(images, NUMBERS, 0, 0).shape == images.shape
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
+def test_colours_are_torchvisions(images: Tensor, name: str) -> None:
+    changed = Augment(**{name: 0.5})(images, NUMBERS, 0, 0)
+    theirs = getattr(vision, f"adjust_{name}")
+    for i, draw in enumerate(uniform(NUMBERS, 0, 0)[name].tolist()):
+        factor = 1 + (2 * draw - 1) * 0.5
+        torch.testing.assert_close(changed[i], theirs(images[i], factor), atol=2e-4, rtol=0)
+
+
+ALL = Augment(2, 10, 0.1, 5, True, 2, 4, 0.2, 0.2, 0.2)
+
+
+def test_a_draw_depends_on_nothing_but_seed_epoch_and_image(images: Tensor) -> None:
+    whole = ALL(images, NUMBERS, 7, 3)
+    shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    torch.rand(5)  # other random numbers
+    parts = [ALL(images[rows], NUMBERS[rows], 7, 3) for rows in shuffled.split(10)]
+    assert torch.equal(torch.cat(parts), whole[shuffled])
+    assert not torch.equal(ALL(images, NUMBERS, 7, 4), whole)
+    assert not torch.equal(ALL(images, NUMBERS, 8, 3), whole)
+
+
+def test_settings_do_not_change_each_others_draws(images: Tensor) -> None:
+    one = Augment(rotate=10).maps(uniform(NUMBERS, 0, 0), 24, 32)
+    both = Augment(rotate=10, shift=3).maps(uniform(NUMBERS, 0, 0), 24, 32)
+    assert torch.equal(one[:, :, :2], both[:, :, :2])
+
+
+def test_without_settings_the_images_stay(images: Tensor) -> None:
+    assert Augment()(images, NUMBERS, 0, 0) is images
+    assert not Augment()
+
+
+def test_the_random_numbers_are_splitmix64s() -> None:
+    """In Python's own integers, of any size."""
+
+    def mix(value: int) -> int:
+        value = (value + 0x9E3779B97F4A7C15) % 2**64
+        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+        return value ^ (value >> 31)
+
+    for seed, epoch, number in ((0, 0, 0), (12345, 7, 59_999), (2**63 - 1, 2**31, 2**40)):
+        found = uniform(torch.tensor([number]), seed, epoch)
+        row = mix(mix(mix(seed) + epoch) + number) * len(found)
+        for column, value in enumerate(found.values()):
+            assert float(value) == (mix(row + column) >> 11) / 2**53
+    # the reference implementation's first outputs, with its state at 0
+    assert mix(0) == 0xE220A8397B1DCDAF
+
+
+def test_the_random_numbers_are_uniform_and_independent() -> None:
+    table = torch.stack(list(uniform(torch.arange(20_000), 0, 0).values()))
+    for row in table.numpy():
+        assert stats.kstest(row, "uniform").pvalue > 1e-4
+    correlations = torch.corrcoef(table) - torch.eye(len(table))
+    assert float(correlations.abs().max()) < 5 / math.sqrt(20_000)
+    following = torch.corrcoef(torch.stack([table[0, :-1], table[0, 1:]]))[0, 1]
+    assert abs(float(following)) < 5 / math.sqrt(20_000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shift": -1}, "augment.shift must be 0 or more, got -1"),
+        ({"rotate": 200}, "augment.rotate must be from 0 to 180, got 200"),
+        ({"contrast": 1.5}, "augment.contrast must be from 0 to 1, got 1.5"),
+        ({"scale": float("nan")}, "augment.scale must be 0 or more, got nan"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Augment(**settings)
