@@ -101,7 +101,7 @@ def inspect(words: list[str]) -> None:
         data.prepare_data()
         data.setup()
         print(f"\nOne training step on {data.describe()}\n")
-        images, labels = next(iter(data.train_dataloader()))
+        images, labels, *_ = next(iter(data.train_dataloader()))
         rows = inspection.tensor_table(model, data, data.preprocess(images), labels)
         print(inspection.format_table(("Tensor", "Shape", "Meaning"), rows))
 

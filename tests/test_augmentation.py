@@ -1,16 +1,23 @@
 """Augmentation against torchvision, and its draws against SplitMix64 in Python's own integers."""
 
 import math
+from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
+from conftest import same_weights, trainer
 from scipy import stats
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
+from mnist_lightning import Classifier, Execution, MNISTDataModule, Perceptron, ShallowNetwork
+from mnist_lightning.__main__ import main
 from mnist_lightning.data.augmentation import Augment, uniform
+from mnist_lightning.data.sampling import EpochSampler
 
 NUMBERS = torch.arange(64)
 
@@ -180,3 +187,85 @@ def test_the_random_numbers_are_uniform_and_independent() -> None:
 def test_settings_that_cannot_be(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Augment(**settings)
+
+
+MOVED = Augment(shift=2, rotate=10)
+
+
+def trained(
+    make: type[Classifier], epochs: int, *, steps: int | None = 1, ckpt_path: Path | None = None
+) -> pl.Trainer:
+    pl.seed_everything(3, verbose=False)
+    data = MNISTDataModule(source="digits", batch_size=16, augment=MOVED)
+    execution = Execution(steps, fused=False)
+    fit = trainer(max_epochs=epochs, callbacks=[execution])
+    fit.fit(make(), data, ckpt_path=ckpt_path, weights_only=True)
+    return fit
+
+
+@pytest.mark.parametrize("make", [ShallowNetwork, Perceptron])
+def test_a_training_depends_neither_on_executions_nor_on_interruptions(
+    make: type[Classifier], tmp_path: Path
+) -> None:
+    """Many steps at once, and one that is resumed: the same weights, bit for bit."""
+    whole = trained(make, 3)
+    assert same_weights(whole.lightning_module, trained(make, 3, steps=40).lightning_module)
+    trained(make, 1).save_checkpoint(tmp_path / "x.ckpt")
+    resumed = trained(make, 3, ckpt_path=tmp_path / "x.ckpt")
+    assert same_weights(whole.lightning_module, resumed.lightning_module)
+
+
+def test_two_processes_see_the_images_of_one() -> None:
+    pl.seed_everything(0, verbose=False)
+    data = MNISTDataModule(source="digits", batch_size=8, augment=MOVED)
+    data.setup()
+    whole = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    for rank in (0, 1):
+        sampler = EpochSampler(data.train_set, num_replicas=2, rank=rank, seed=0)
+        rows = torch.tensor(list(sampler)[:4])
+        share = data.preprocess(data.train_set.images[rows], rows)
+        assert torch.equal(share, whole[0][rank::2])
+
+
+def test_only_training_images_are_augmented_and_each_epoch_anew() -> None:
+    data = MNISTDataModule(source="digits", batch_size=8, augment=MOVED)
+    plain = MNISTDataModule(source="digits", batch_size=8)
+    for one in (data, plain):
+        one.setup()
+    for name in ("val_dataloader", "test_dataloader"):
+        ours, theirs = (next(iter(getattr(one, name)())) for one in (data, plain))
+        assert len(ours) == 2
+        assert torch.equal(
+            data.on_after_batch_transfer(ours, 0)[0], plain.on_after_batch_transfer(theirs, 0)[0]
+        )
+    seen: list[Tensor] = []
+
+    class Seen(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if batch_idx == 0:
+                seen.append(batch[0].sum((1, 2, 3)).sort().values)
+
+    trainer(max_epochs=2, callbacks=[Seen()]).fit(ShallowNetwork(5), data)
+    assert len(seen) == 2
+    assert not torch.equal(*seen)
+
+
+def test_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the configuration and in the checkpoint: a training that goes on augments as before."""
+    monkeypatch.chdir(tmp_path)
+    fit = "fit --config shallow --data.source digits --trainer.max_epochs 1"
+    assert main([*fit.split(), "--data.augment.shift", "2", "--data.augment.flip", "yes"]) == 0
+    run = Path("lightning_logs/shallow/version_0")
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = checkpoint["datamodule_hyper_parameters"]["augment"]
+    assert saved == {"shift": 2.0, "flip": True}
+    (run / "checkpoints" / "last.ckpt").rename("alone.ckpt")
+    assert main("test --ckpt_path shallow".split()) == 0
+    assert main("fit --ckpt_path alone.ckpt --trainer.max_epochs 2".split()) == 0
+    again = Path("lightning_logs/ShallowNetwork/version_0/config.yaml")
+    settings = yaml.safe_load(again.read_text())["data"]["augment"]
+    assert (settings["shift"], settings["flip"], settings["rotate"]) == (2.0, True, 0.0)
+    assert main([*fit.split(), "--data.augment.rotate", "-5"]) == 1
+    assert "augment.rotate must be from 0 to 180, got -5" in capsys.readouterr().err

@@ -9,7 +9,8 @@ on the device that trains.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,10 @@ class Augment:
 
     def __bool__(self) -> bool:
         return any(getattr(self, field.name) for field in fields(self))
+
+    def chosen(self) -> dict[str, Any]:
+        """The settings that change something, as plain values."""
+        return {name: value for name, value in asdict(self).items() if value}
 
     def __call__(self, images: Tensor, numbers: Tensor, seed: int, epoch: int) -> Tensor:
         """The images with their draws.

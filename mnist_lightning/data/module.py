@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from mnist_lightning.checks import check_choice, check_count
+from mnist_lightning.data.augmentation import Augment
 from mnist_lightning.data.download import download
 from mnist_lightning.data.photos import IMAGES, read_image
 from mnist_lightning.data.readers import (
@@ -66,10 +67,12 @@ class MNISTDataModule(LightningDataModule):
         normalization: ``unit`` divides pixels by 255; ``mnist`` and ``imagenet`` then subtract
             that set's mean and divide by its standard deviation, one scalar for the gray channel.
         predict_dir: folder of image files for ``predict``; by default the validation images.
+        augment: changes to the training images; by default none.
 
     A batch is ``(images, labels)``: from the loaders uint8 ``(b, 28, 28)`` and int64 ``(b,)``;
     after ``on_after_batch_transfer``, which the Trainer calls, the images are float32
-    ``(b, 1, image_size, image_size)``.
+    ``(b, 1, image_size, image_size)``. With ``augment``, the training loader adds the numbers of
+    the images in ``train_set``, int64 ``(b,)``, which the same hook uses up.
     """
 
     name: SetName
@@ -94,8 +97,11 @@ class MNISTDataModule(LightningDataModule):
         image_size: int = 28,
         normalization: Normalization = "unit",
         predict_dir: str | None = None,
+        augment: Augment = Augment(),  # noqa: B008 (it cannot change)
     ) -> None:
         super().__init__()
+        if not isinstance(augment, Augment):  # plain, as checkpoints and YAML files have it
+            augment = Augment(**augment)
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
         check_count("batch_size", batch_size)
@@ -111,14 +117,17 @@ class MNISTDataModule(LightningDataModule):
         if source == "auto" and (name or folder):
             source = "mnist"  # the user named a set or a folder: no fallback to the digits
         name = name or "MNIST"
-        self.save_hyperparameters(ignore=["predict_dir"])
-        self.hparams.update(name=name, source=source)  # a subclass may have passed other values
+        self.save_hyperparameters(ignore=["predict_dir", "augment"])
+        # a subclass may have passed other values
+        self.hparams.update(name=name, source=source)
+        if augment:
+            self.hparams["augment"] = augment.chosen()
         self.name, self.source, self.split = name, source, split
         self.data_dir = Path(folder or "data")
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.image_size, self.normalization = image_size, normalization
-        self.predict_dir = predict_dir
+        self.predict_dir, self.augment = predict_dir, augment
         self._loaded = False
         self._no_download = "not tried"
 
@@ -185,10 +194,12 @@ class MNISTDataModule(LightningDataModule):
             self.train_set,
             num_replicas=trainer.world_size if trainer else 1,
             rank=trainer.global_rank if trainer else 0,
-            # seed_everything sets it for this process and its child processes
-            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            seed=_seed(),
         )
-        return self._loader(self.train_set, self.batch_size, sampler)
+        train_set = self.train_set
+        if self.augment:
+            train_set = ImageSet(train_set.images, train_set.labels, numbered=True)
+        return self._loader(train_set, self.batch_size, sampler)
 
     def val_dataloader(self) -> DataLoader:
         return self._eval_loader(self.val_set)
@@ -216,19 +227,27 @@ class MNISTDataModule(LightningDataModule):
         return files
 
     def on_after_batch_transfer(
-        self, batch: tuple[Tensor, Tensor], dataloader_idx: int
+        self, batch: tuple[Tensor, ...], dataloader_idx: int
     ) -> tuple[Tensor, Tensor]:
-        images, labels = batch
-        pixels = self.preprocess(images)
+        images, labels, *numbers = batch
+        pixels = self.preprocess(images, *numbers)
         if self.trainer is not None:
             # Lightning converts batches for "64-true" and "bf16-true" before this hook
             pixels = self.trainer.precision_plugin.convert_input(pixels)
         return pixels, labels
 
-    def preprocess(self, images: Tensor) -> Tensor:
-        """uint8 ``(b, 28, 28)`` -> normalised float32 ``(b, 1, image_size, image_size)``."""
+    def preprocess(self, images: Tensor, numbers: Tensor | None = None) -> Tensor:
+        """uint8 ``(b, 28, 28)`` -> normalised float32 ``(b, 1, image_size, image_size)``.
+
+        Args:
+            images: as the loaders give them.
+            numbers: of training images, which are then augmented; see ``ImageSet``.
+        """
         mean, std = NORMALIZATIONS[self.normalization]
         pixels = images.unsqueeze(1).float().div_(255)
+        if numbers is not None:
+            epoch = self.trainer.current_epoch if self.trainer else 0
+            pixels = self.augment(pixels, numbers, _seed(), epoch)
         if (mean, std) != (0.0, 1.0):
             pixels.sub_(mean).div_(std)
         if self.image_size != images.shape[-1]:
@@ -265,3 +284,8 @@ class MNISTDataModule(LightningDataModule):
     ) -> DataLoader:
         # no worker processes: indexing takes less time than sending the batch between processes
         return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=as_is)
+
+
+def _seed() -> int:
+    """The training's; seed_everything sets it for this process and its child processes."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))

@@ -31,10 +31,11 @@ class ImageSet(Dataset):
     Args:
         images: uint8, shape ``(n, 28, 28)``.
         labels: int64, shape ``(n,)``.
+        numbered: whether a mini-batch has a third tensor, the numbers of its images in the set.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
+    def __init__(self, images: Tensor, labels: Tensor, numbered: bool = False) -> None:
+        self.images, self.labels, self.numbered = images, labels, numbered
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,11 +43,12 @@ class ImageSet(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.images[index], self.labels[index]
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         # DataLoader's fetcher calls this with the indices of the whole mini-batch
         rows = torch.tensor(indices)
         # index_select is several times as fast as indexing, with the same result
-        return self.images.index_select(0, rows), self.labels.index_select(0, rows)
+        batch = self.images.index_select(0, rows), self.labels.index_select(0, rows)
+        return (*batch, rows) if self.numbered else batch
 
 
 class EpochSampler(DistributedSampler):

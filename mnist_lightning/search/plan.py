@@ -281,11 +281,13 @@ class Search:
         facts_of_data = {
             fact: getattr(data, fact) for fact in (*facts, "normalization", "checksum")
         }
+        if data.augment:  # as before it could be chosen, where it is not
+            facts_of_data["augment"] = data.augment.chosen()
         return json.loads(json.dumps({**fields, "data": facts_of_data}))
 
     def hidden_units(self, params: Mapping[str, Any]) -> tuple[int, ...] | None:
         """Sizes of the hidden layers if a population can train the model, else ``None``."""
-        if self.model_class not in SMALL:
+        if self.model_class not in SMALL or self.data_settings(params).get("augment"):
             return None
         signature = inspect.signature(self.model_class.__init__)
         bound = signature.bind_partial(None, **self.model_args(params))
