@@ -130,7 +130,7 @@ WRONG_WORDS: list[tuple[str, list[str]]] = [
     ("fit --config shallow.yaml --data.split half", ["--data.split", "'canonical'", "got half"]),
     ("fit --config shallow.yaml --model.optimizer sdg", ["'sgd'", "got sdg"]),
     ("fit --model ShalowNetwork", ["'ShalowNetwork'", "did you mean ShallowNetwork?"]),
-    ("fit --model torch.nn.Linear", ["torch.nn.Linear", "no LightningModule", "ShallowN"]),
+    ("fit --model torch.nn.Linear", ["torch.nn.Linear", "not a LightningModule", "ShallowN"]),
     (
         "fit --config shallow.yaml --model.hiden_units 3",
         ["--model.hiden_units;", "mean --model.hidden_units?"],
@@ -329,7 +329,7 @@ def test_a_bad_checkpoint(refused: Refused, best: Path, command: str, kind: str)
     assert str(best) in text
     assert what in text
     assert "Give another: --ckpt_path FILE, or the folder of a run" in text or (
-        f"The run's other one is whole: --ckpt_path {best.with_name('last.ckpt')}" in text
+        f"The run's other checkpoint is intact: --ckpt_path {best.with_name('last.ckpt')}" in text
     )
     assert not Path("code-was-run").exists()
 
@@ -363,7 +363,7 @@ def test_a_missing_checkpoint(refused: Refused, run: Path, where: str, parts: li
     ("class_path", "what"),
     [
         *((path, "not known here") for path in ("os.system", "torch.nn.Linear", "Nothing")),
-        ("mine.Net", "its code would be run"),
+        ("mine.Net", "would run its code"),
     ],
 )
 def test_a_checkpoint_of_an_unknown_class(

@@ -302,7 +302,7 @@ def test_a_signal_ends_a_training_after_a_step_with_a_sentence_and_its_code(
     now = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert now == handlers
     out = capsys.readouterr().out
-    assert "stopped; saved up to 100 mini-batches of epoch 1. To go on:" in out
+    assert "stopped; saved up to 100 mini-batches of epoch 1. To resume:" in out
     again = shlex.split(out.strip().splitlines()[-1])
     assert again[1:3] == ["-m", "mnist_lightning"]
     assert main(again[3:]) == 0
@@ -317,7 +317,7 @@ def test_a_second_ctrl_c_stops_at_once(
     with pytest.raises(SystemExit) as stop:
         fit("--trainer.max_epochs", 3, "--execution.steps", 100)
     assert stop.value.code == 130
-    assert "saved up to epoch 1. To go on:" in capsys.readouterr().out
+    assert "saved up to epoch 1. To resume:" in capsys.readouterr().out
 
 
 def test_a_training_stopped_before_its_first_step_leaves_nothing(
@@ -368,7 +368,7 @@ def test_a_stop_asked_for_in_a_validation_waits_for_its_end(
     monkeypatch.setattr(_EpochLoop, "on_advance_end", after)
     assert stop.value.code == code
     assert steps == list(range(7))  # 323 images
-    assert "stopped; saved up to epoch 1. To go on:" in capsys.readouterr().out
+    assert "stopped; saved up to epoch 1. To resume:" in capsys.readouterr().out
     assert main(["fit", "--ckpt_path", "lightning_logs/shallow/version_0/last"]) == 0
     runs = [Path(folder, "lightning_logs/shallow/version_0") for folder in ("undisturbed", "")]
     assert same(contents(runs[0]), contents(runs[1]))

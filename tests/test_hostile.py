@@ -388,7 +388,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a text for hidden units": (entry("hyper_parameters", hidden_units="4"), "refuses its hyper"),
     "a list of 2^40 hidden units": (
         entry("hyper_parameters", hidden_units=nested(40)),
-        "are no settings",
+        "are not settings",
     ),
     "a learning rate of text": (entry("hyper_parameters", lr="0.1"), "refuses its hyper"),
     "a class for a learning rate": (
@@ -398,12 +398,12 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an unknown hyper-parameter": (entry("hyper_parameters", zz=1), "refuses its hyper"),
     "a tensor for a hyper-parameter": (
         entry("hyper_parameters", lr=torch.tensor(0.1)),
-        "are no settings",
+        "are not settings",
     ),
     "no facts of the data": (changed(datamodule_hyper_parameters=None), "--data.split"),
     "no split": (entry("datamodule_hyper_parameters", split=None), "--data.split"),
     "no normalization": (entry("datamodule_hyper_parameters", normalization=None), "normalization"),
-    "an unknown fact": (entry("datamodule_hyper_parameters", zz=1), "says zz of its data"),
+    "an unknown fact": (entry("datamodule_hyper_parameters", zz=1), "setting of the data: zz"),
     "an unknown split": (entry("datamodule_hyper_parameters", split="all"), "split"),
     "a set of elsewhere": (entry("datamodule_hyper_parameters", name="../x"), "name"),
     "mini-batches of no image": (entry("datamodule_hyper_parameters", batch_size=0), "batch_size"),
@@ -413,9 +413,9 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a tensor for a folder": (
         entry("datamodule_hyper_parameters", data_dir=torch.ones(1)),
-        "are no settings",
+        "are not settings",
     ),
-    "the facts as a list": (changed(datamodule_hyper_parameters=[1]), "are no settings"),
+    "the facts as a list": (changed(datamodule_hyper_parameters=[1]), "are not settings"),
     "a class of the system": (changed(model_class="os.system"), "not known here"),
     "a class of PyTorch": (changed(model_class="torch.nn.Linear"), "not known here"),
     "a class without a name": (changed(model_class=""), "not known here"),
@@ -465,15 +465,15 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "random bytes": (text(bytes(range(256)) * 9), "weights.pth"),
 }
 CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "aliases that stand for 10^10 values": (text(ALIASES), "stands for more than"),
-    "an alias of itself": (text("a: &a [*a]\n"), "stands for more than"),
+    "aliases that stand for 10^10 values": (text(ALIASES), "expand to more than"),
+    "an alias of itself": (text("a: &a [*a]\n"), "expand to more than"),
     "a megabyte": (text("# " + "x" * 10**6), "has more than"),
     "100,000 brackets": (text("a: " + "[" * 10**5), "not a YAML file"),
     "an object of Python": (text("!!python/object/apply:os.mkdir [code-was-run]\n"), "not a YAML"),
     "no text": (text(b"model: \xff\xfe"), "not a YAML file"),
     "control characters": (text("model: \x00\x1b[2J"), "not a YAML file"),
     "a day that is none": (text("model: 2024-99-99"), "not a YAML file"),
-    "a pipe": (pipe, "is no file"),
+    "a pipe": (pipe, "is not a regular file"),
     "a folder": (folder, "no such file"),
     "a class of the system": (text("model: {class_path: os.Net}"), "os.Net"),
     "a callback of the system": (
@@ -488,7 +488,7 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an unknown section": (text("model: Perceptron\nzz: 1"), "zz"),
 }
 SEARCHES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "aliases that stand for 10^10 values": (text(ALIASES), "stands for more than"),
+    "aliases that stand for 10^10 values": (text(ALIASES), "expand to more than"),
     "a model of the system": (
         text("model: antigravity.Net\nspace: {lr: [0.1]}\nfixed: {max_epochs: 1}"),
         "no model 'antigravity.Net'",
@@ -537,8 +537,8 @@ FOUND: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "an accuracy of text": ("results.json", trial(val_acc="0.9"), "val_acc '0.9'"),
     "results of 100,000 brackets": ("results.json", text("[" * 10**5), "damaged"),
     "results as a number": ("results.json", text("7"), "damaged"),
-    "results as a pipe": ("results.json", pipe, "no file"),
-    "no results": ("results.json", Path.unlink, "no file"),
+    "results as a pipe": ("results.json", pipe, "not a regular file"),
+    "no results": ("results.json", Path.unlink, "not a regular file"),
     "a search that is no JSON": ("search.json", text("{"), "damaged"),
     "a search that is a list": ("search.json", text("[]"), "damaged"),
     "a search of bytes": ("search.json", text(b"\xff\xfe{}"), "damaged"),
@@ -701,7 +701,7 @@ def test_a_file_within_settings_is_read_within_bounds(
         (tmp_path / "nested/mine.yaml").write_text("data: x.yaml\n")  # from its own folder
         words = ["--config", "nested/mine.yaml"]
     assert main([command, *words]) == 1
-    said = {"pipe": "nested/x.yaml is no file", "bomb": "more than 20,000 values"}
+    said = {"pipe": "nested/x.yaml is not a regular file", "bomb": "more than 20,000 values"}
     assert said[what] in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from mnist_lightning import load
 from mnist_lightning.__main__ import main
-from mnist_lightning.moved import GONE, current_config, current_words
+from mnist_lightning.moved import GONE, current_argv, current_config
 from mnist_lightning.search.results import load_curves
 
 # a run of two epochs and a search of four trials, on the digits, made by commit 6a4caca
@@ -141,7 +141,7 @@ def test_options_of_before_are_understood(
 
 def test_options_of_others_stay() -> None:
     words = ["--model", "fused", "--model.hidden_units", "5", "--threads_of_mine", "3"]
-    assert current_words(words) == words
+    assert current_argv(words) == words
     for own in ("mine.Net", "other.models.ShallowNetwork"):
         content = f"model: {{class_path: {own}, init_args: {{fused: no}}}}"
         assert current_config(content) == content

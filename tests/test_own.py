@@ -316,7 +316,7 @@ def test_what_a_configuration_names_is_known(run: Run, capsys: pytest.CaptureFix
     run("fit", "--config", "lightning_logs/mine/version_0/config.yaml")  # starts it again
     assert Path("lightning_logs/mine/version_1/checkpoints/best.ckpt").is_file()
     text = refused(capsys, "test", "--ckpt_path", "mine")
-    assert "names my_module.MyModel, which is neither ours" in text
+    assert "names my_module.MyModel, a class from outside" in text
     run(*hints(text)[0])
 
 
@@ -333,7 +333,7 @@ def test_own_data(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert "40 predictions" in run("predict", *again)
     run("fit", *again, "--trainer.max_epochs", "2")
     text = refused(capsys, "test", "--ckpt_path", "shallow")
-    assert "names my_data.Noise, which is neither ours" in text
+    assert "names my_data.Noise, a class from outside" in text
     run(*hints(text)[0])
 
 
@@ -359,7 +359,7 @@ def test_the_workers_of_a_search_find_it_too(folder: Path) -> None:
     [
         ("fit --model my_module.Missing", "no class my_module.Missing"),
         ("fit --model my_modul.MyModel", "No module named 'my_modul'"),
-        ("fit --model my_module.nn", "no LightningModule"),
+        ("fit --model my_module.nn", "not a LightningModule"),
         ("fit --model my_module.MyModel --model.hiden 3", "did you mean hidden?"),
         ("fit --model my_tutorial.LitMNIST --model.hidden 3", "did you mean hidden_size?"),
         ("fit --config shallow --data my_module.MyModel", "no LightningDataModule"),
@@ -495,7 +495,7 @@ def test_named_data_is_never_swapped(
 @pytest.mark.usefixtures("deep2")
 def test_a_checkpoint_of_the_digits_takes_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
     text = refused(capsys, "test", "--ckpt_path", "deep2", "--data.data_dir", "photos")
-    assert "--data.data_dir photos: scikit-learn's digits lie in no folder" in text
+    assert "--data.data_dir photos: scikit-learn's digits are not in a folder" in text
 
 
 def _nobody(*_: object) -> str:

@@ -22,7 +22,7 @@ from conftest import trainer
 from mnist_lightning import MNISTDataModule, ShallowNetwork, console, words
 from mnist_lightning.__main__ import main
 from mnist_lightning.cli import CLI
-from mnist_lightning.configs import asked
+from mnist_lightning.configs import read_request
 from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.runs.messages import progress_text
 from mnist_lightning.training.progress import EpochLines
@@ -241,7 +241,7 @@ def test_a_resumed_training_says_what_it_resumes(there: Path, capsys: Printed) -
     out = capsys.readouterr().out
     assert f"resuming {RUN}/checkpoints/last.ckpt after epoch 4, with {RUN}/config.yaml\n" in out
     assert f"best so far: val/acc {score:.4f} in epoch {best}\n" in out
-    assert "threads 1, 2 before: the results are not those of" in out
+    assert "threads 1, 2 before: the results differ from those of" in out
     (line,) = re.findall(r"^epoch .*", out, re.MULTILINE)
     assert line.startswith("epoch   5/5")
     assert line.endswith("best") == (float(rows_of(there)[-1]["val/acc"]) > score)
@@ -251,7 +251,7 @@ def test_going_on_from_the_best_epoch_says_so(there: Path, capsys: Printed) -> N
     assert best_epochs(there)[-1] == 3
     assert main("fit --ckpt_path shallow/best --trainer.max_epochs 4".split()) == 0
     out = capsys.readouterr().out
-    assert "this is the best epoch: epoch 4 is trained again. To go on after the last one:" in out
+    assert "this is the best epoch: epoch 4 is trained again. To resume after the last one:" in out
     assert "before: the results" not in out  # the same threads, processes ...
     assert pasted_here(hints(out)[0]) == 0
     assert "last.ckpt after epoch 4" in capsys.readouterr().out
@@ -478,10 +478,12 @@ def test_what_the_parser_knows_is_no_typo(command: str, monkeypatch: pytest.Monk
     with pytest.raises(_Seen):
         CLI([command] if command != "inspect" else [], run=command != "inspect")
     for option in known:
-        words._check_options(command, [name for name, _ in words.options([option, "1"])], asked([]))
+        words._check_options(
+            command, [name for name, _ in words.options([option, "1"])], read_request([])
+        )
     for group in ("trainer", "data", "early_stopping", "freezing"):
         with pytest.raises(ValueError, match=f"no option --{group}.nonsense"):
-            words._check_options(command, [f"{group}.nonsense"], asked([]))
+            words._check_options(command, [f"{group}.nonsense"], read_request([]))
 
 
 def test_a_start_imports_no_scipy_signal_and_leaves_it_usable() -> None:
