@@ -1,4 +1,4 @@
-"""What a user sees: the terminal, the pipe, help, hints that are pasted, and answers to typos."""
+"""What a user sees: output on a terminal and in a pipe, help, hints to paste, errors for typos."""
 
 import csv
 import fcntl
@@ -34,7 +34,7 @@ Printed = pytest.CaptureFixture[str]
 
 
 def in_a_terminal(words: list[str], folder: Path, columns: int) -> str:
-    """Runs a command in a terminal of its own; returns all that it wrote there."""
+    """Runs a command in its own terminal; returns everything that it wrote."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     command = [sys.executable, "-m", "mnist_lightning", *words]
@@ -55,7 +55,7 @@ def in_a_terminal(words: list[str], folder: Path, columns: int) -> str:
 
 
 def shown(written: str) -> list[str]:
-    """What is on the screen at the end: a carriage return has the line written over."""
+    """The final content of the screen: after a carriage return, a line is overwritten."""
     lines = []
     for line in written.replace("\r\n", "\n").split("\n"):
         row: list[str] = []
@@ -67,7 +67,7 @@ def shown(written: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def terminal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder with a run that was trained in a terminal, and what stood there."""
+    """A folder with a run that was trained in a terminal, and the final screen."""
     folder = tmp_path_factory.mktemp("with a space")
     return folder, in_a_terminal(FIT, folder, 80)
 
@@ -87,7 +87,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 
 def best_epochs(folder: Path) -> list[int]:
-    """The epochs that were better than all before."""
+    """The epochs that were better than all earlier ones."""
     values = [float(row["val/acc"]) for row in rows_of(folder)]
     return [i + 1 for i, value in enumerate(values) if value > max(values[:i], default=-1)]
 
@@ -97,20 +97,20 @@ def table(lines: list[str]) -> list[list[str]]:
 
 
 def hints(text: str) -> list[str]:
-    """The commands in a text: what stands alone, or after a label and spaces."""
+    """The commands in a text: alone on a line, or after a label and spaces."""
     known = r"-m (mnist_lightning|tensorboard\.main) |^(mnist-lightning|tensorboard) "
     commands = (re.split(r" {2,}", line)[-1] for line in text.splitlines())
     return [command for command in commands if re.search(known, command)]
 
 
 def pasted(hint: str) -> "subprocess.CompletedProcess[str]":
-    """Runs a hint as a shell does where no environment is activated."""
+    """Runs a hint in a shell without an activated environment."""
     env = {**os.environ, "PATH": "/usr/bin:/bin"}
     return subprocess.run(hint, shell=True, env=env, capture_output=True, text=True)
 
 
 def pasted_here(hint: str) -> int:
-    """The same for one of our commands in Python, without the seconds of a start."""
+    """The same for one of our commands, in this process, to save the start-up time."""
     python, dash_m, package, *rest = shlex.split(hint)
     assert os.path.samefile(shutil.which(python) or python, sys.executable)
     assert (dash_m, package) == ("-m", "mnist_lightning")
@@ -184,7 +184,7 @@ def test_a_pipe_gets_named_lines(
 
 
 class WithMetrics(ShallowNetwork):
-    """Logs a figure of its own for the screen, and one that is not for it."""
+    """Logs one metric of its own for the screen, and one that is not shown."""
 
     steps_known = True
 
@@ -195,7 +195,7 @@ class WithMetrics(ShallowNetwork):
 
 
 class OtherNames(ShallowNetwork):
-    """Logs what it logs under the names of Lightning's tutorials."""
+    """Logs its metrics under the names of Lightning's tutorials."""
 
     def on_train_epoch_end(self) -> None:
         self.log("train_loss", 0.5)
@@ -332,7 +332,7 @@ def _version() -> str:
 
 
 def _other_python(folder: Path) -> str:
-    """A ``python`` that is another one."""
+    """A ``python`` that is another program."""
     folder.mkdir()
     (folder / "python").write_text("#!/bin/sh\nexit 3\n")
     (folder / "python").chmod(0o755)
@@ -465,7 +465,7 @@ class _Seen(Exception):
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "inspect"])
 def test_what_the_parser_knows_is_no_typo(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The quick check reads the options off the sources: they are the parser's."""
+    """The quick check reads the options from the sources; they must be the parser's."""
     known: set[str] = set()
 
     def look(self: CLI, parser: Any, args: Any) -> None:
