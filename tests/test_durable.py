@@ -382,7 +382,7 @@ def test_other_mini_batches_do_not_go_on_within_an_epoch(
         fit("--trainer.max_epochs", 1, "--execution.steps", 50)
     again = ("fit", "--ckpt_path", "lightning_logs/shallow/version_0/last")
     assert main([*again, "--data.batch_size", "16"]) == 1
-    assert "go on with --data.batch_size 8" in capsys.readouterr().err
+    assert "resume with --data.batch_size 8" in capsys.readouterr().err
 
 
 def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path: Path) -> None:

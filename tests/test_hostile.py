@@ -458,7 +458,7 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         weight(lambda t: torch.zeros(1).expand(10**6, 10**6)),
         "larger than its data",
     ),
-    "a pipe": (pipe, "no file"),
+    "a pipe": (pipe, "not a regular file"),
     "a folder": (folder, "no file"),
     "no state dict": (saved([1, 2]), "not a state dict"),
     "code": (saved({"more": RunsCode()}), "holds code"),

@@ -362,7 +362,7 @@ def test_the_workers_of_a_search_find_it_too(folder: Path) -> None:
         ("fit --model my_module.nn", "not a LightningModule"),
         ("fit --model my_module.MyModel --model.hiden 3", "did you mean hidden?"),
         ("fit --model my_tutorial.LitMNIST --model.hidden 3", "did you mean hidden_size?"),
-        ("fit --config shallow --data my_module.MyModel", "no LightningDataModule"),
+        ("fit --config shallow --data my_module.MyModel", "not a LightningDataModule"),
         ("fit --model", "--model needs a value after it"),
         ("fit --model my_heirs.Wide --data.source digits", "Wide fails in a validation of MNIST"),
         ("search --model my_module.MyModel --data my_data.Noise", "no other data module"),
