@@ -274,7 +274,7 @@ class CLI(LightningCLI):
             elif training:
                 request.configs = [recorded, *request.configs]
         model = self._class_in("model", request.model, named, LightningModule)
-        given = {word.partition("=")[0].removeprefix("--data.") for word in request.others}
+        given = {argument.partition("=")[0].removeprefix("--data.") for argument in request.others}
         checkpoints.check_complete(checkpoint, model, given, path)
         self.defaults["model"] = {
             "class_path": class_path(model),

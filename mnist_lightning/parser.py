@@ -128,13 +128,13 @@ def shorten(message: str, parser: LightningArgumentParser) -> str:
         known = inspect_module.signature(kind).parameters if kind else []
         return f"{match[1]} has no option {match[2]!r}; {suggest(match[2], known)}"
     if match := re.search(r"unrecognized arguments: (\S+)|not accept option '(\S+)'", core):
-        word = (match[1] or match[2]).partition("=")[0]
+        unknown = (match[1] or match[2]).partition("=")[0]
         nested = getattr(parser, "_subcommands_action", None)
         parsers = [parser, *(nested.choices.values() if nested else [])]
         options = [o for p in parsers for action in p._actions for o in action.option_strings]
         if match[2]:  # a key in a file has no dashes
             options = [option.lstrip("-") for option in options]
-        return f"no option {word}; {suggest(word, options, 'all of them: --help')}"
+        return f"no option {unknown}; {suggest(unknown, options, 'all of them: --help')}"
     if given and "Expected a" in core:  # one of several types
         start, *types = re.split(r"Expected an? ", core)
         return f"{start}expected {' or '.join(kind.strip() for kind in types)}, got {given}"
