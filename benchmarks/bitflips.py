@@ -176,7 +176,7 @@ def main() -> int:
                 outcome, error = flip(file, read, expected)
                 counts[outcome] += 1
                 if "ckpt" in name and "<" not in name and outcome == "noticed":
-                    faults += "other one is whole" not in error
+                    faults += "other checkpoint is intact" not in error
             cells = " | ".join(str(counts[outcome]) for outcome in OUTCOMES)
             rows.append(f"| {name} | {arguments.flips} | {cells} | {then} |")
             print(rows[-1], flush=True)

@@ -1,7 +1,7 @@
 """Train small and medium image classifiers with PyTorch Lightning, and study them properly.
 
-The names below are imported when they are first used, so that ``import mnist_lightning`` (and
-with it ``mnist-lightning --help``) does not wait for PyTorch.
+The names below are imported on first use. So ``import mnist_lightning``, and with it
+``mnist-lightning --help``, does not import PyTorch.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The command line. The first word decides what is imported: help and version need no PyTorch."""
+"""The command line. The command decides what is imported: help and version need no PyTorch."""
 
 import os
 import signal
@@ -15,15 +15,23 @@ from mnist_lightning import __version__, console
 # command: (module, function of the remaining arguments, what it does)
 COMMANDS = {
     "fit": ("cli", "fit", "train a model"),
-    "validate": ("cli", "validate", "score a checkpoint on the validation images"),
-    "test": ("cli", "test", "score a checkpoint on the test images (evaluations are counted)"),
+    "validate": ("cli", "validate", "evaluate a checkpoint on the validation images"),
+    "test": (
+        "cli",
+        "test",
+        "evaluate a checkpoint on the test images (evaluations are counted)",
+    ),
     "predict": ("cli", "predict", "label images with a checkpoint"),
     "search": ("search.command", "main", "train many models and compare them"),
-    "report": ("report.command", "main", "tables, figures and one page of what searches found"),
+    "report": (
+        "report.command",
+        "main",
+        "show the results of searches: tables, figures and one page",
+    ),
     "inspect": ("cli", "inspect", "print the layers of a model, and the perceptron's tensors"),
     "configs": ("catalog", "main", "list the shipped configurations and searches, with results"),
     "doctor": ("doctor", "main", "check the installation: versions, data, GPU, disk, memory"),
-    "completion": ("completion", "main", "print what makes bash, zsh or fish complete words"),
+    "completion": ("completion", "main", "print the completion script for bash, zsh or fish"),
 }
 
 # packages of the extras in pyproject.toml, by the name that is imported
@@ -40,10 +48,10 @@ commands:
 {commands}
 
 options:
-  -h, --help   this page; after a COMMAND, its options
-  --version    the version: {version}
+  -h, --help   show this page; after a COMMAND, show its options
+  --version    show the version: {version}
   --debug      with any command: show where an error comes from
-  --trust      with --ckpt_path: import what the run's files name, which runs its code
+  --trust      with --ckpt_path: import the classes that the run's files name; runs their code
 
 A first training, its dashboard, its test:
   {fit}
@@ -55,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0 when it worked, 1 when it failed, 2 when it was not understood, 130 or 143
-        when Ctrl-C or SIGTERM stopped it.
+        The exit code: 0 for success, 1 for an error, 2 for an unknown command, 130 after Ctrl-C,
+        143 after SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
@@ -104,8 +112,8 @@ def _guarded(argv: list[str], debug: bool) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read our output has gone: `| head`, say
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for what is flushed at the end)
+    except BrokenPipeError:  # the reader of our output has ended, as in `| head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it at the end)
         return 1
     except Exception as error:
         if debug:
@@ -124,7 +132,7 @@ def _guarded(argv: list[str], debug: bool) -> int:
 
 @contextmanager
 def _stops_at_once() -> Iterator[None]:
-    """Within, Ctrl-C ends the process: libraries that are half imported make pages of it."""
+    """Lets Ctrl-C end the process at once: half-imported libraries would print long tracebacks."""
     main_thread = threading.current_thread() is threading.main_thread()
     if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -132,7 +140,7 @@ def _stops_at_once() -> Iterator[None]:
 
     def stop(*_: object) -> None:
         os.write(2, b"interrupted\n")
-        os._exit(130)  # there is nothing yet to be cleaned up
+        os._exit(130)  # there is nothing to clean up yet
 
     signal.signal(signal.SIGINT, stop)
     try:
@@ -142,11 +150,10 @@ def _stops_at_once() -> Iterator[None]:
 
 
 def _import_torchmetrics() -> None:
-    """Imports what Lightning will import, without ``scipy.signal``, which costs a second or more.
+    """Imports torchmetrics without ``scipy.signal``, which takes a second or more.
 
-    torchmetrics imports that where SciPy is installed (scikit-learn needs it), only to give it back
-    an old name, ``hamming``, that some other package may look for. It finds an empty module here
-    that has the name, and that is gone before anything else could take it for the real one.
+    If SciPy is installed, torchmetrics imports it only to restore an old name, ``hamming``. Here it
+    finds an empty module with that name, which is removed before other code can import it.
     """
     name = "scipy.signal"
     if name in sys.modules or "torchmetrics" in sys.modules:
@@ -161,7 +168,7 @@ def _import_torchmetrics() -> None:
 
 
 def _without_write_errors(failure: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread prints a traceback on a full disk; its next call raises the same."""
+    """Drops the traceback of TensorBoard's thread on a full disk: its next call raises the same."""
     if not issubclass(failure.exc_type, OSError):
         threading.__excepthook__(failure)
 
@@ -178,12 +185,12 @@ def _missing_package(error: BaseException | None) -> str | None:
 
 
 def _explain(error: Exception) -> str:
-    if isinstance(error, ValueError):  # the user's mistake: the message says it all
+    if isinstance(error, ValueError):  # the user's mistake: the message is complete
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror.lower()}"
     message = " ".join(str(error).split())
-    if type(error).__name__ == "MisconfigurationException":  # Lightning's word for a wrong option
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's error for a wrong option
         return message
     return f"{type(error).__name__}: {message} (--debug shows where)"
 

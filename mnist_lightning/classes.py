@@ -1,7 +1,7 @@
-"""Classes that files name: which ones may be imported, and how a class is named.
+"""Classes that files name: which of them may be imported, and how a class is named.
 
-A class in a file is code that runs. A file may name those of ``OURS``; every other one has to be
-named by the user: on the command line, or in a configuration that was given there.
+Importing a class runs code. A file may name classes in ``OURS``; the user must name every other
+class, on the command line or in a configuration given there.
 """
 
 import re
@@ -23,7 +23,7 @@ CLASS = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 
 
 def is_own(path: str | None) -> bool:
-    """Whether it is the dotted path of a class in a module of the user's own."""
+    """Whether it is the dotted path of a class in a user's module."""
     ours = tuple(f"{part}." for part in OURS)
     if path is None or not CLASS.fullmatch(path) or path.startswith(ours):
         return False
@@ -31,30 +31,30 @@ def is_own(path: str | None) -> bool:
 
 
 def class_path(kind: type) -> str:
-    """The dotted path that a class is named by, in files and in commands."""
+    """The dotted path that names a class in files and commands."""
     package = sys.modules["mnist_lightning"]
     if kind.__name__ in package.__all__ and getattr(package, kind.__name__) is kind:
-        return f"mnist_lightning.{kind.__name__}"  # wherever it lies
+        return f"mnist_lightning.{kind.__name__}"  # in any module
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def naming(**classes: str) -> list[str]:
-    """What a command has to say so that classes of the user's own are imported.
+    """The options with which a command imports the user's classes.
 
     Args:
-        classes: dotted paths, by the option that names them: ``model="my_module.MyModel"``.
+        classes: dotted paths by option: ``model="my_module.MyModel"``.
 
     Returns:
-        The words ``--model my_module.MyModel``; none for classes that are not own.
+        ``["--model", "my_module.MyModel"]``; nothing for classes that are not the user's.
     """
     own = [(f"--{option}", path) for option, path in classes.items() if is_own(path)]
-    return [word for pair in own for word in pair]
+    return [argument for pair in own for argument in pair]
 
 
 @contextmanager
 def parser_settings() -> Iterator[None]:
-    """Within, ``allow_classes`` counts; afterwards parsers import what they did before."""
-    # jsonargparse itself can only add to what is allowed and what is not
+    """Limits the effect of ``allow_classes`` to this context."""
+    # jsonargparse's public interface can only add to its lists
     before, remote = dict(_common.parsing_settings), "s" in _optionals._get_config_read_mode()
     try:
         yield
@@ -65,15 +65,15 @@ def parser_settings() -> Iterator[None]:
 
 
 def allow_classes(named: Iterable[str]) -> None:
-    """From now on, parsers import nothing for a file but from ``OURS`` and with these classes.
+    """Lets parsers import for a file only from ``OURS`` and from the modules of these classes.
 
-    For good, unless it is called within ``parser_settings``.
-    A module of the user's own is allowed as a whole, nothing of the standard library is.
+    It lasts until the process ends, or until the end of ``parser_settings``. A user's module is
+    allowed as a whole; nothing of the standard library is.
     """
     modules = set()
     for path in filter(CLASS.fullmatch, named):
         root, _, _ = path.partition(".")
-        if root in ("torch", "lightning"):  # not all of it
+        if root in ("torch", "lightning"):  # only this module, not the whole package
             modules.add(path.rpartition(".")[0])
         elif is_users(root):
             modules.add(root)
@@ -81,20 +81,20 @@ def allow_classes(named: Iterable[str]) -> None:
         import_path_denylist=["*"],
         import_path_allowlist=[*OURS, *sorted(modules)],
         instantiate_subclass_spec_in_any=False,
-        config_read_mode_fsspec_enabled=False,  # Lightning has every text tried as an address
+        config_read_mode_fsspec_enabled=False,  # Lightning would try every text as a URL
     )
 
 
 def import_class(path: str) -> Any:
-    """The class of the user's own at a dotted path that the user named.
+    """Imports a user's class by the dotted path that the user gave.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such class.
     """
     module, _, name = path.rpartition(".")
     try:
         if not is_users(module.partition(".")[0]):
-            raise ImportError("no module of the user's own")
+            raise ImportError("not a user's module")
         return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"no class {path}: {error}") from error

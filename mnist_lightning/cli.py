@@ -1,21 +1,17 @@
 """fit, validate, test, predict through LightningCLI, and inspect.
 
-What a checkpoint holds becomes the default for what was not said on the command line: the model's
-class, its hyper-parameters, the data's settings. What was said wins, and is refused where the
-weights contradict it.
+A checkpoint gives defaults for all options that the command leaves out: the model's class, its
+hyper-parameters, the settings of the data. Options of the command win; they are refused if they
+contradict the weights.
 """
 
 import copy
 import csv
 import io
-import logging
 import re
 import shutil
 import signal
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +21,6 @@ import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
@@ -41,7 +36,13 @@ from mnist_lightning.classes import (
     naming,
     parser_settings,
 )
-from mnist_lightning.configs import ConfigByName, asked, classes_in, classes_in_word, read_config
+from mnist_lightning.configs import (
+    ConfigByName,
+    classes_in,
+    classes_in_argument,
+    read_config,
+    read_request,
+)
 from mnist_lightning.console import say, short
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.data.sampling import in_image_order
@@ -52,6 +53,7 @@ from mnist_lightning.models.epoch_metrics import Diverged
 from mnist_lightning.models.perceptron import Perceptron
 from mnist_lightning.models.resnet import ResNet18
 from mnist_lightning.parser import Parser, shorten
+from mnist_lightning.quiet import quiet
 from mnist_lightning.runs import checkpoints, evaluations, messages
 from mnist_lightning.runs.checkpoints import DATA_CLASS, REMEDY, ModelCheckpoint, Origin, WholeFiles
 from mnist_lightning.runs.folder import LOGS, RunFolder, find_checkpoint, run_name
@@ -63,35 +65,35 @@ from mnist_lightning.training.freezing import LayerFreezing
 from mnist_lightning.training.progress import EpochLines, ProgressBar
 
 
-def fit(words: list[str]) -> None:
-    """Trains a model; ends with a summary."""
-    _run("fit", words)
+def fit(argv: list[str]) -> None:
+    """Trains a model, and prints a summary."""
+    _run("fit", argv)
 
 
-def validate(words: list[str]) -> None:
-    """Scores a checkpoint on the validation images."""
-    _run("validate", words)
+def validate(argv: list[str]) -> None:
+    """Evaluates a checkpoint on the validation images."""
+    _run("validate", argv)
 
 
-def test(words: list[str]) -> None:
-    """Scores a checkpoint on the test images, and records that in its run's folder."""
-    _run("test", words)
+def test(argv: list[str]) -> None:
+    """Evaluates a checkpoint on the test images, and records it in the folder of the run."""
+    _run("test", argv)
 
 
-def predict(words: list[str]) -> None:
-    """Writes what a checkpoint makes of images."""
-    _run("predict", words)
+def predict(argv: list[str]) -> None:
+    """Labels images with a checkpoint, and writes ``predictions.csv``."""
+    _run("predict", argv)
 
 
-def _run(command: str, words: list[str]) -> None:
-    with _quiet(training=command == "fit"):
-        CLI([command, *words])
+def _run(command: str, argv: list[str]) -> None:
+    with quiet(training=command == "fit"):
+        CLI([command, *argv])
 
 
-def inspect(words: list[str]) -> None:
+def inspect(argv: list[str]) -> None:
     """Prints the layers of a model; for the perceptron also the tensors of a training step."""
-    with _quiet(training=False):
-        cli = CLI(words, run=False)
+    with quiet(training=False):
+        cli = CLI(argv, run=False)
     data, model = cli.datamodule, cli.model
     net = cast(nn.Module, getattr(model, "net", model))
     size = getattr(data, "image_size", 28)
@@ -107,16 +109,16 @@ def inspect(words: list[str]) -> None:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run's folder, of trainings only.
+    """Writes ``config.yaml`` into the folder of a training.
 
-    That of a resumed run is replaced with the first checkpoint that the new settings led to: a
-    training that fails before leaves a run that can go on as it was.
+    In a resumed run the file is replaced when the first checkpoint is saved: if the training
+    fails earlier, the run can still resume with its old settings.
     """
 
-    _file: Path | None = None  # to be written
+    _file: Path | None = None  # not written yet
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        folder = trainer.log_dir  # asks all processes
+        folder = trainer.log_dir  # communicates: every process must call it
         if stage == "fit" and trainer.loggers and folder and trainer.is_global_zero:
             self._file = Path(folder, self.config_filename)
             if not self._file.exists():
@@ -135,37 +137,37 @@ class SaveConfig(SaveConfigCallback):
 
 
 class CLI(LightningCLI):
-    """LightningCLI that starts from checkpoints and keeps each run in a folder of its own."""
+    """LightningCLI that takes defaults from a checkpoint and gives each run its own folder."""
 
     datamodule: LightningDataModule
     model: LightningModule
 
-    def __init__(self, words: list[str], run: bool = True) -> None:
-        self.words = words
-        self.command, options = (words[0], words[1:]) if run else ("", words)
-        self.asked = asked([word for word in options if word != "--trust"])
-        if not is_own(self.asked.model):
-            self.asked.words = moved.current_words(self.asked.words)
+    def __init__(self, argv: list[str], run: bool = True) -> None:
+        self.argv = argv
+        self.command, options = (argv[0], argv[1:]) if run else ("", argv)
+        self.request = read_request([argument for argument in options if argument != "--trust"])
+        if not is_own(self.request.model):
+            self.request.others = moved.current_argv(self.request.others)
         self.checkpoint_path: Path | None = None
         self.checkpoint: dict[str, Any] | None = None
-        self.run_name = run_name(self.asked)
-        self.run: RunFolder | None = None  # of a training that is logged
+        self.run_name = run_name(self.request)
+        self.run: RunFolder | None = None  # only of a training with a logger
         self.locked: RunFolder | None = None
         self.defaults: dict[str, Any] = {}
-        self.root = Path(self.asked.root) / LOGS
+        self.root = Path(self.request.root) / LOGS
         try:
             with parser_settings():
-                self._understand()
-                # with subclass_mode_data the settings of a data module lie below its class
-                own_data = self.asked.data is not None
+                self._read_defaults()
+                # subclass_mode_data expects the settings of a data module in its init_args
+                own_data = self.request.data is not None
                 super().__init__(
                     LightningModule,
                     LightningDataModule if own_data else MNISTDataModule,
-                    args=words,
+                    args=argv,
                     run=run,
                     subclass_mode_model=True,
                     subclass_mode_data=own_data,
-                    # optimizer and learning rate are the model's own: every checkpoint has them
+                    # the optimizer and its lr are arguments of the model: every checkpoint has them
                     auto_configure_optimizers=False,
                     load_from_checkpoint_support=False,
                     seed_everything_default=0,
@@ -182,23 +184,23 @@ class CLI(LightningCLI):
             if self.locked is not None:
                 self.locked.unlock()
 
-    def _understand(self) -> None:
-        """Finds the checkpoint, and imports the classes of the user's own that may be imported."""
-        asked = self.asked
-        named = {c for word in asked.words for c in classes_in_word(word)}
-        named |= {c for config in asked.configs for c in classes_in(read_config(config))}
+    def _read_defaults(self) -> None:
+        """Imports the user's classes that the command names, and reads the checkpoint."""
+        request = self.request
+        named = {c for argument in request.others for c in classes_in_argument(argument)}
+        named |= {c for config in request.configs for c in classes_in(read_config(config))}
         allow_classes(named)
-        for name in (asked.model, asked.data):
+        for name in (request.model, request.data):
             if is_own(name):
                 import_class(cast(str, name))
-        if asked.data is not None:
-            self.defaults["data"] = {"class_path": asked.data}
-        if asked.ckpt_path is not None:
-            self._start_from(asked.ckpt_path, named)
+        if request.data is not None:
+            self.defaults["data"] = {"class_path": request.data}
+        if request.ckpt_path is not None:
+            self._start_from(request.ckpt_path, named)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        kwargs.setdefault("dump_header", ["a run of mnist_lightning, complete"])
-        # an abbreviated option would be another spelling for everything that looks for options
+        kwargs.setdefault("dump_header", ["all settings of a run of mnist_lightning"])
+        # other code looks options up by their full names
         parser = Parser(**{"allow_abbrev": False, **kwargs})
         parser.add_argument(
             "-c", "--config", action=ConfigByName, help="A YAML file, or the name of a shipped one."
@@ -213,17 +215,16 @@ class CLI(LightningCLI):
             "--save_every_minutes",
             type=float,
             default=5.0,
-            help="Within an epoch, last.ckpt is written after so many minutes of training: what a"
-            " kill costs at most.",
+            help="Writes last.ckpt also within an epoch, each time this many minutes have passed:"
+            " a kill loses no more.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        asked = self.asked
-        configs = [f"--config={config}" for config in asked.configs]
+        configs = [f"--config={config}" for config in self.request.configs]
         try:
             self._parser(self.command or None).set_defaults(self.defaults)
             self.config = parser.parse_args(
-                [*([self.command] if self.command else []), *configs, *asked.words]
+                [*([self.command] if self.command else []), *configs, *self.request.others]
             )
         except ValueError as error:
             denied = re.search(r"Importing '([\w.]+)' is not allowed", str(error))
@@ -231,35 +232,35 @@ class CLI(LightningCLI):
                 raise ValueError(self._untrusted(f"a file names {denied[1]}")) from error
             raise
         settings = self.config.get(self.command, self.config)
-        if self.command:  # the file itself, or none, whatever a configuration says
+        if self.command:  # a configuration may name another checkpoint, or a run
             settings.ckpt_path = str(self.checkpoint_path) if self.checkpoint_path else None
         if self.run_name is None:
             self.run_name = settings.model.class_path.rpartition(".")[2]
 
     def _untrusted(self, what: str) -> str:
-        again = console.command(*self.words, "--trust")
+        again = console.command(*self.argv, "--trust")
         return (
-            f"{what}, which is neither ours, PyTorch's nor Lightning's: its code would be run."
-            f" If you trust the file:\n{again}"
+            f"{what}, a class from outside mnist_lightning, PyTorch and Lightning: importing it"
+            f" would run its code. If you trust the file:\n{again}"
         )
 
     def _start_from(self, where: str, named: set[str]) -> None:
-        """Makes what a checkpoint holds the default of what the words leave unsaid.
+        """Reads a checkpoint; its settings become the defaults of the parser.
 
         Args:
-            where: as ``--ckpt_path``.
-            named: the classes that the user names.
+            where: the value of ``--ckpt_path``.
+            named: the classes that the user named.
         """
-        asked, training = self.asked, self.command == "fit"
+        request, training = self.request, self.command == "fit"
         path = find_checkpoint(where, self.root, self.run_name, "last" if training else "best")
         run = RunFolder.of(path)
         if training and run.exists:
-            run.lock()  # before it can become another
+            run.lock()  # before reading: another process could replace the file
             self.locked = run
         checkpoint = checkpoints.read(path)
         self.checkpoint_path, self.checkpoint = path, checkpoint
         recorded = run.config
-        if "--trust" in self.words:
+        if "--trust" in self.argv:
             named |= set(classes_in(read_config(recorded) if recorded.is_file() else None))
             named |= {checkpoint.get(key, "") for key in ("model_class", "data_class")}
             named |= set(classes_in(checkpoint.get("hyper_parameters")))
@@ -268,13 +269,13 @@ class CLI(LightningCLI):
             checkpoints.check_resumable(checkpoint, path)
         if recorded.is_file():
             if where in ("best", "last"):
-                # the configuration named the run: take what that run was really made with
-                asked.configs = [recorded]
+                # the configuration only named the run: use the settings that the run recorded
+                request.configs = [recorded]
             elif training:
-                asked.configs = [recorded, *asked.configs]
-        model = self._class_in("model", asked.model, named, LightningModule)
-        said = {word.partition("=")[0].removeprefix("--data.") for word in asked.words}
-        checkpoints.check_facts(checkpoint, model, said, path)
+                request.configs = [recorded, *request.configs]
+        model = self._class_in("model", request.model, named, LightningModule)
+        given = {argument.partition("=")[0].removeprefix("--data.") for argument in request.others}
+        checkpoints.check_complete(checkpoint, model, given, path)
         self.defaults["model"] = {
             "class_path": class_path(model),
             "init_args": checkpoints.arguments(model, checkpoint.get("hyper_parameters", {})),
@@ -285,38 +286,38 @@ class CLI(LightningCLI):
         if data.get("data_dir") and (
             data.get("source") == "digits" or not Path(data["data_dir"]).is_dir()
         ):
-            del data["data_dir"]  # not used, or a folder of another machine
-        if asked.data is None and "data_class" not in checkpoint:
+            del data["data_dir"]  # not needed, or a folder on another machine
+        if request.data is None and "data_class" not in checkpoint:
             self.defaults |= {f"data.{key}": value for key, value in data.items()}
             return
-        kind = self._class_in("data", asked.data, named, LightningDataModule)
-        asked.data = class_path(kind)
+        kind = self._class_in("data", request.data, named, LightningDataModule)
+        request.data = class_path(kind)
         self.defaults["data"] = {
-            "class_path": asked.data,
+            "class_path": request.data,
             "init_args": checkpoints.arguments(kind, data),
         }
 
-    def _class_in(self, what: str, asked: str | None, named: set[str], kind: type) -> type:
-        """The class that a checkpoint is of; one of the user's own only if the user names it.
+    def _class_in(self, what: str, requested: str | None, named: set[str], kind: type) -> type:
+        """The class of the checkpoint's model or data; a user's class only if the user names it.
 
         Args:
             what: ``model`` or ``data``.
-            asked: the class that the command names.
-            named: all that it names.
-            kind: what it must be a subclass of.
+            requested: the class that the command asks for.
+            named: all classes that the command names.
+            kind: the base class that it must have.
         """
         assert self.checkpoint is not None
         saved = self.checkpoint.get(f"{what}_class", None if what == "model" else DATA_CLASS)
-        path = asked if is_own(asked) else saved
+        path = requested if is_own(requested) else saved
         if path is None:
             raise ValueError(
-                f"{self.checkpoint_path} has no model_class. {REMEDY} Of a model of your own,"
+                f"{self.checkpoint_path} has no model_class. {REMEDY} For a model of your own,"
                 " name its class: --model my_module.MyModel"
             )
-        if asked and saved and asked.rpartition(".")[2] != saved.rpartition(".")[2]:
+        if requested and saved and requested.rpartition(".")[2] != saved.rpartition(".")[2]:
             _, _, name = saved.rpartition(".")
             raise ValueError(
-                f"{self.checkpoint_path} holds a {name}, not a {asked.rpartition('.')[2]}"
+                f"{self.checkpoint_path} holds a {name}, not a {requested.rpartition('.')[2]}"
             )
         if path in named and is_own(path):
             import_class(path)
@@ -325,16 +326,16 @@ class CLI(LightningCLI):
         except ValueError as error:
             if path.startswith("__main__."):
                 raise ValueError(
-                    f"{self.checkpoint_path} is of {path}, a class of a script. Name the file that"
-                    f" has it: --{what} my_script.{path.rpartition('.')[2]}"
+                    f"{self.checkpoint_path} holds a {path}, a class defined in a script. Name the"
+                    f" script's file: --{what} my_script.{path.rpartition('.')[2]}"
                 ) from error
             if is_own(path):
                 reason = self._untrusted(f"{self.checkpoint_path} names {path}")
                 raise ValueError(reason) from error
-            raise ValueError(f"{self.checkpoint_path} is {error}") from error
+            raise ValueError(f"{self.checkpoint_path}: {error}") from error
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning's own would now put the checkpoint's values over the user's flags again."""
+        """Does nothing: Lightning's method would override the user's flags with the checkpoint."""
 
     def before_instantiate_classes(self) -> None:
         data, saved = self._data_settings(), {}
@@ -342,23 +343,23 @@ class CLI(LightningCLI):
             saved = self.checkpoint.get("datamodule_hyper_parameters", {})
         folder = data.get("data_dir")
         if data.get("source") == "auto" and folder in (None, saved.get("data_dir")):
-            data.source = saved.get("source", "auto")  # asked for nothing in particular
+            data.source = saved.get("source", "auto")  # the user chose no source
         elif data.get("source") == "digits" and folder is not None:
             raise ValueError(
-                f"--data.data_dir {folder}: scikit-learn's digits lie in no folder. Leave it out,"
-                " or give --data.source mnist"
+                f"--data.data_dir {folder}: scikit-learn's digits are not in a folder. Leave the"
+                " option out, or give --data.source mnist"
             )
 
     def _data_settings(self) -> Any:
         data = self._get(self.config, "data")
-        return data.get("init_args", data) if self.asked.data else data
+        return data.get("init_args", data) if self.request.data else data
 
     def instantiate_classes(self) -> None:
         if self.subcommand == "fit":
             self._check_memory()
         try:
             super().instantiate_classes()
-        except ValueError as error:  # of a constructor, wrapped by the parser
+        except ValueError as error:  # a constructor's error, wrapped by the parser
             raise ValueError(shorten(str(error), self._parser(self.subcommand))) from error
 
     def _check_memory(self) -> None:
@@ -372,8 +373,7 @@ class CLI(LightningCLI):
             memory.check(make, data.batch_size, data.image_size, settings.execution.fused)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        # The model and the data stand by now. Whatever is wrong with them shows before the run's
-        # folder is made.
+        # The model and the data exist now: check them before the run's folder is made.
         if self.checkpoint is not None and self.checkpoint_path is not None:
             checkpoints.check_agrees(
                 self.model, dict(self.datamodule.hparams), self.checkpoint, self.checkpoint_path
@@ -402,7 +402,7 @@ class CLI(LightningCLI):
             raise
 
     def _screen(self, settings: Any, kwargs: dict[str, Any]) -> list[Callback]:
-        """The callbacks that show where a training is: a live bar only on a terminal."""
+        """The callbacks that show progress; a live bar only on a terminal."""
         terminal = sys.stdout.isatty()
         shown: list[Callback] = [
             EpochLines(shutil.get_terminal_size().columns if terminal else None)
@@ -414,13 +414,13 @@ class CLI(LightningCLI):
         return shown
 
     def _for_training(self, settings: Any, kwargs: dict[str, Any]) -> list[Callback]:
-        """The callbacks that keep a training, whose data, weights and folder are made ready."""
-        self._check_goes_on()
+        """Prepares data, weights and folder; returns the callbacks that save checkpoints."""
+        self._check_batch_size()
         self.safe_points = SafePoints(self._get(self.config_init, "save_every_minutes"))
         if isinstance(self.datamodule, MNISTDataModule):
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
-        best = self._watch()
+        monitor = self._choose_monitor()
         if isinstance(self.model, ResNet18) and self.checkpoint is None:
             self.model.load_pretrained()
         self._get(self.config_init, "freezing").choose(self.model)
@@ -430,21 +430,22 @@ class CLI(LightningCLI):
             kwargs["logger"] = settings.get("logger")
         if settings.get("enable_checkpointing") is False:
             return [self.safe_points]
-        # Two of them: ModelCheckpoint's save_last would only copy the best one, each time that
-        # there is a better one. Both after the epoch's own figures are in.
-        how: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": True}
+        # Two callbacks: with save_last, ModelCheckpoint only copies the best checkpoint, and only
+        # when there is a new best one. Both save when the epoch's metrics are known.
+        options: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": True}
         return [
             self.safe_points,
-            ModelCheckpoint(filename="best", **best, **how),
-            ModelCheckpoint(filename="last", **how),
+            ModelCheckpoint(filename="best", **monitor, **options),
+            ModelCheckpoint(filename="last", **options),
             self._origin(),
         ]
 
-    def _watch(self) -> dict[str, Any]:
-        """Has early stopping and the best checkpoint watch what the model logs.
+    def _choose_monitor(self) -> dict[str, Any]:
+        """Has early stopping monitor a metric that the model logs.
 
         Returns:
-            The arguments of the best checkpoint's ``ModelCheckpoint``.
+            ``monitor`` and ``mode`` of the ModelCheckpoint that keeps the best epoch; empty if
+            the model logs no metric for it.
         """
         names = ["val/loss", "val/acc"]
         if not own.logs_as_ours(self.model):
@@ -455,33 +456,33 @@ class CLI(LightningCLI):
                 monitor = settings.early_stopping.monitor
                 names = [monitor] if monitor != "val/loss" else []
                 rank_zero_warn(
-                    f"{error}. Tried before the training, which may have what is missing. Name what"
-                    " it logs there: --early_stopping.monitor val_loss"
+                    f"{error}. This was a trial before the training, which may still work. Name a"
+                    " metric that it logs: --early_stopping.monitor val_loss"
                 )
-            settings.early_stopping, told = own.stopping(settings.early_stopping, names)
+            settings.early_stopping, outcome = own.stopping(settings.early_stopping, names)
             if not {"val/loss", "val/acc"} <= set(names):
                 logged = ", ".join(names) or "nothing"
-                say(f"{type(self.model).__name__} logs {logged} in a validation: {told}")
+                say(f"{type(self.model).__name__} logs {logged} in a validation: {outcome}")
         best = own.watched(names).best
         return {"monitor": best[0], "mode": best[1]} if best else {}
 
     def _origin(self) -> Origin:
         settings = self.config[self.command]
         made = yaml.safe_load(self._parser(self.command).dump(settings, skip_none=False))
-        return Origin(made["model"], made["data"] if self.asked.data else None)
+        return Origin(made["model"], made["data"] if self.request.data else None)
 
-    def _check_goes_on(self) -> None:
-        """Refuses to go on within an epoch of mini-batches of another size."""
+    def _check_batch_size(self) -> None:
+        """Refuses to resume within an epoch with another batch size."""
         if self.checkpoint is not None and checkpoints.progress(self.checkpoint)[1]:
             saved = self.checkpoint.get("datamodule_hyper_parameters", {}).get("batch_size")
             if saved != getattr(self.datamodule, "batch_size", saved):
                 raise ValueError(
-                    f"{self.checkpoint_path} lies within an epoch of mini-batches of {saved}"
-                    f" images: go on with --data.batch_size {saved}, or from a whole epoch"
+                    f"{self.checkpoint_path} was saved within an epoch, at batch size {saved}:"
+                    f" resume with --data.batch_size {saved}, or from the end of an epoch"
                 )
 
     def _run_logger(self) -> RunLogger:
-        """Of a new folder, or of the one that the checkpoint lies in."""
+        """The logger of a new run, or of the run that the checkpoint belongs to."""
         if self.locked is not None and self.checkpoint is not None:
             self.run = self.locked
             done, _ = checkpoints.progress(self.checkpoint)
@@ -504,12 +505,12 @@ class CLI(LightningCLI):
         size = getattr(self.datamodule, "batch_size", "its own")
         say(f"batch size {size}, at most {trainer.max_epochs} epochs, early stopping {limit}")
         if self.checkpoint is not None and self.checkpoint_path is not None:
-            messages.say_where_it_goes_on(
+            messages.say_resumed(
                 self.checkpoint_path,
                 self.checkpoint,
                 [Path(str(file)) for file in self.config["fit"].config or []],
                 self.run,
-                self._naming(),
+                self._class_options(),
             )
         try:
             with self.safe_points.stop_on_signals(trainer) as received:
@@ -523,7 +524,7 @@ class CLI(LightningCLI):
                 raise
             if trainer.global_step == 0 and not (self.run and self.run.last.is_file()):
                 self._take_back_run()
-            messages.say_how_to_go_on(self.run, self._naming())
+            messages.say_stopped(self.run, self._class_options())
             raise SystemExit(128 + received[0]) from None
         except Exception as error:
             if (explained := self._explained(error)) is None:
@@ -532,39 +533,41 @@ class CLI(LightningCLI):
         if trainer.global_step == (self.checkpoint or {}).get("global_step", 0):
             if self.checkpoint is None:
                 self._take_back_run()
-                raise ValueError("nothing was trained: the training was over before its first step")
+                raise ValueError("nothing was trained: the training ended before its first step")
             say(
                 f"\nnothing was left to train: {trainer.current_epoch} epochs are done."
                 " For more: --trainer.max_epochs N"
             )
         if self.run is not None:
-            messages.say_what_came_of_it(trainer, self.run, self._naming())
+            messages.say_finished(trainer, self.run, self._class_options())
 
     def _explained(self, error: Exception) -> ValueError | None:
-        """What a training failed from: a sentence with a remedy, where there is one."""
+        """The error of a training as a sentence with a remedy, if there is one."""
         if isinstance(error, Diverged):
             lr = cast(Classifier, self.model).lr
-            return ValueError(f"{error}. {messages.last_good(self.run, lr, self._naming())}")
+            return ValueError(
+                f"{error}. {messages.retry_hint(self.run, lr, self._class_options())}"
+            )
         if self.trainer._checkpoint_connector._loaded_checkpoint:
-            # restoring: what is in the checkpoint does not fit
+            # the error comes from restoring the checkpoint
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             return ValueError(
                 f"{self.checkpoint_path} cannot be resumed: {kind}{error}."
-                " Another one: --ckpt_path FILE"
+                " Give another: --ckpt_path FILE"
             )
         if self.trainer.global_step == 0:
             self._take_back_run()
         full = isinstance(error, OSError) and not isinstance(error, BrokenPipeError)
         if full and self.run is not None:
-            # of any of its files; those that were complete before still are
+            # any file of the run; files that were complete stay complete
             return ValueError(
                 f"{self.run} cannot be written: {reason(error)}. Make room there, or give"
-                " another place: --trainer.default_root_dir DIR"
+                " another folder: --trainer.default_root_dir DIR"
             )
         return None
 
-    def _naming(self) -> list[str]:
-        """What a further command has to say of classes of the user's own."""
+    def _class_options(self) -> list[str]:
+        """The options that name the user's classes in a further command."""
         return naming(model=class_path(type(self.model)), data=class_path(type(self.datamodule)))
 
     def validate(self, **kwargs: Any) -> None:
@@ -577,7 +580,7 @@ class CLI(LightningCLI):
         assert self.checkpoint is not None
         assert self.checkpoint_path is not None
         run = RunFolder.of(self.checkpoint_path)
-        evaluations.read(run.path)  # one that could not be recorded does not take place
+        evaluations.read(run.path)  # no evaluation takes place that cannot be recorded
         if not run.is_writable:
             raise ValueError(f"{run} is read-only: the test evaluation could not be recorded there")
         self._check_returns()
@@ -592,7 +595,7 @@ class CLI(LightningCLI):
         test_set = own.test_images(data, self.trainer, images)
         if isinstance(data, MNISTDataModule):
             facts = mistakes.facts(data.test_set.images)
-        # before its figures are shown: what cannot be recorded is not told either
+        # before the result is shown: if it cannot be recorded, nobody sees it
         number = evaluations.record(
             run.path,
             self.checkpoint_path,
@@ -605,7 +608,7 @@ class CLI(LightningCLI):
         say(f"{own.describe(data)}\n{messages.metrics_text(metrics)}")
         say(f"test evaluation {number} of this run, recorded in {short(run.path / 'test.json')}")
         if number > 1:
-            say("  The more evaluations, the less a test says: choose on the validation images.")
+            say("  Each evaluation makes a test less reliable: choose on the validation images.")
         if images < test_set:
             part = f"{images:,} of the {test_set:,} test images"
             say(f"  It scored {part}, so it is not the run's test result.")
@@ -617,11 +620,11 @@ class CLI(LightningCLI):
                 writer.add_scalar(name, value, self.checkpoint["epoch"] + 1)
 
     def _check_returns(self) -> None:
-        """Refuses strategies that start processes by spawn or fork: this one gets metrics only."""
+        """Refuses strategies that spawn or fork: only metrics come back from their processes."""
         if isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
             raise ValueError(
-                f"{self.subcommand} needs the answers of all processes, which this strategy does"
-                " not return: --trainer.strategy ddp"
+                f"{self.subcommand} needs the results of all processes, and this strategy does"
+                " not return them: --trainer.strategy ddp"
             )
 
     def predict(self, **kwargs: Any) -> None:
@@ -633,16 +636,16 @@ class CLI(LightningCLI):
         except MisconfigurationException as error:
             if "more than one `__init__` argument" not in str(error):
                 raise
-            raise ValueError(  # Lightning makes the loader anew
-                f"{type(data).__name__}: predict needs the arguments of its DataLoader by name:"
+            raise ValueError(  # Lightning builds the loader again
+                f"{type(data).__name__}: predict needs a DataLoader with named arguments:"
                 " DataLoader(images, batch_size=...)"
             ) from error
         if not batches:
             raise ValueError("no image was labelled: --trainer.limit_predict_batches is 0")
         classes = 10 if type(data) is MNISTDataModule else None
-        answers = own.probabilities(batches, classes, type(self.model).__name__)
+        scores = own.probabilities(batches, classes, type(self.model).__name__)
         loader = cast(Any, trainer.predict_dataloaders)
-        images, answers = in_image_order(trainer, loader, answers)
+        images, scores = in_image_order(trainer, loader, scores)
         if not trainer.is_global_zero:
             return
         of_folder = isinstance(data, MNISTDataModule) and data.predict_dir is not None
@@ -654,7 +657,7 @@ class CLI(LightningCLI):
                 f"{probability:.4f}",
             )
             for image, probability, digit in zip(
-                images.tolist(), *(column.tolist() for column in answers.max(1)), strict=True
+                images.tolist(), *(column.tolist() for column in scores.max(1)), strict=True
             )
         ]
         header = ("image", "predicted", "probability")
@@ -667,53 +670,18 @@ class CLI(LightningCLI):
 
 
 def _check_image_size(model: LightningModule, size: int) -> None:
-    if size == 28:  # every model's
+    if size == 28:  # every model takes these
         return
     try:
         with torch.no_grad():
             copy.deepcopy(getattr(model, "net", model)).eval()(torch.zeros(1, 1, size, size))
     except RuntimeError as error:
         raise ValueError(
-            f"{type(model).__name__} takes no images of {size} x {size} pixels:"
+            f"{type(model).__name__} does not take images of {size} x {size} pixels:"
             " --data.image_size 28"
         ) from error
 
 
 def _as_list(setting: Any) -> list[Any]:
-    """Of a setting of the Trainer that may be one thing, several, or nothing."""
+    """A setting of the Trainer that may be one object, a list, or None, as a list."""
     return setting if isinstance(setting, list) else [] if setting is None else [setting]
-
-
-@contextmanager
-def _quiet(training: bool) -> Iterator[None]:
-    """Within, only what concerns the user: no adverts, and no advice that does not apply here."""
-    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        _ignore_advice(training)
-        warnings.showwarning = _warn
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    """A warning as a sentence for the user, not a place in the code; above a progress bar."""
-    Tqdm.write(f"warning: {message}", file=sys.stderr)
-
-
-def _ignore_advice(training: bool) -> None:
-    for advice in (
-        ".*does not have many workers.*",  # the images are in memory
-        ".*smaller than the logging interval.*",  # figures are logged once an epoch
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*LeafSpec.*",
-        ".*isinstance.treespec.*",
-        # what only training needs of a checkpoint
-        *([] if training else [".*The dirpath has changed.*", ".*callbacks used to create.*"]),
-    ):
-        warnings.filterwarnings("ignore", advice)

@@ -1,4 +1,4 @@
-"""Configurations: find them, read them within bounds, and what of a command they decide."""
+"""Finds and reads configurations; reads the options that the parser itself depends on."""
 
 import argparse
 import contextlib
@@ -21,10 +21,10 @@ _CONFIG_BYTES, _CONFIG_VALUES = 2**18, 20_000
 
 
 def find_config(name: str, folder: str = ".") -> Path:
-    """A configuration by path, or by its bare name: in the working directory, or else shipped.
+    """Finds a configuration by its path, or by its name: in the working directory, then shipped.
 
     Raises:
-        ValueError: there is no such file, or no YAML with settings in it.
+        ValueError: there is no such file, or it is not YAML with settings.
     """
     files = [Path(name)]
     if os.sep not in name:
@@ -34,37 +34,37 @@ def find_config(name: str, folder: str = ".") -> Path:
             *(shipped[n] for n in (name, f"{name}.yaml") if n in shipped),
         ]
     for file in files:
-        if file.exists() and not file.is_dir():  # a pipe is refused by its name
+        if file.exists() and not file.is_dir():  # _checked refuses a pipe
             return _checked(file)
     names = [file.name for file in shipped_configs(folder)]
     raise ValueError(f"--config {name}: no such file; {suggest(name, names)}")
 
 
 def _checked(file: Path) -> Path:
-    """The same file; what jsonargparse says about one that holds no YAML does not name it."""
+    """Returns the file if it can be read; jsonargparse's own error would not name it."""
     check_named(read_config(file), file.parent)
     return file
 
 
 def check_named(content: Any, folder: Path, seen: tuple[Path, ...] = ()) -> None:
-    """Refuses settings with the name of a file that a parser could not read within bounds.
+    """Refuses settings that name a file which is a pipe or too large.
 
-    A parser takes any text that names a file for settings that lie there: ``data: mine.yaml``.
+    A parser reads settings from any file that a value names: ``data: mine.yaml``.
 
     Args:
-        content: the settings, or the words of a command.
-        folder: that the names are relative to.
-        seen: the files that led here.
+        content: the settings, or the arguments of a command.
+        folder: the names are relative to it.
+        seen: the files that named this content.
 
     Raises:
-        ValueError: it is a named pipe, or YAML that is too large to be a configuration.
+        ValueError: a file is a named pipe, or YAML that is too large to be a configuration.
     """
     for text in _texts(content):
         file = folder / text
         if not os.path.exists(file) or os.path.isdir(file) or file in seen:
             continue
         if not os.path.isfile(file):
-            raise ValueError(f"{file} is no file: reading it may never end")
+            raise ValueError(f"{file} is not a regular file: reading it may never end")
         if file.suffix in (".yaml", ".yml", ".json"):
             check_named(_read_yaml(file), file.parent, (*seen, file))
 
@@ -78,43 +78,45 @@ def _texts(content: Any) -> Iterator[str]:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """What a configuration says.
+    """The settings in a configuration.
 
     Raises:
-        ValueError: it is no YAML, holds no settings, or is too large to be a configuration.
+        ValueError: it is not YAML, holds no settings, or is too large to be a configuration.
     """
     settings = _read_yaml(file)
     if not isinstance(settings, dict):
         raise ValueError(
-            f"--config {file}: no settings in it; --print_config after a command shows how"
-            " they are written"
+            f"--config {file}: it holds no settings; --print_config after a command prints an"
+            " example"
         )
     return settings
 
 
 def _read_yaml(file: Path) -> Any:
-    content = read_bytes(file, _CONFIG_BYTES, "that is no configuration")
+    content = read_bytes(file, _CONFIG_BYTES, "it cannot be a configuration")
     try:
         text = content.decode()
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        # a few lines of aliases of aliases stand for more values than fit into memory
+        # in a few lines, aliases of aliases can expand to more values than fit into memory
         bomb = _values(root, {}) > _CONFIG_VALUES
         settings = None if bomb else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}" if mark else "it is no text"
+        where = f"line {mark.line + 1}" if mark else "it is not text"
         raise ValueError(f"--config {file}: not a YAML file ({where})") from error
     if bomb:
-        raise ValueError(f"--config {file}: it stands for more than {_CONFIG_VALUES:,} values")
+        raise ValueError(
+            f"--config {file}: its aliases expand to more than {_CONFIG_VALUES:,} values"
+        )
     return settings
 
 
 def _values(node: yaml.Node | None, known: dict[int, int]) -> int:
-    """How many values a YAML node stands for, with all aliases written out."""
+    """How many values a YAML node has when all aliases are expanded."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
-        known[id(node)] = _CONFIG_VALUES + 1  # if it holds itself
+        known[id(node)] = _CONFIG_VALUES + 1  # stays if the node contains itself
         parts: Iterable[Any] = node.value
         if isinstance(node, yaml.MappingNode):
             parts = (part for pair in node.value for part in pair)
@@ -123,93 +125,93 @@ def _values(node: yaml.Node | None, known: dict[int, int]) -> int:
 
 
 def classes_in(content: Any) -> Iterator[str]:
-    """The texts within settings that can be dotted paths of classes."""
+    """The texts in settings that may be dotted paths of classes."""
     yield from (text for text in _texts(content) if CLASS.fullmatch(text))
 
 
-def classes_in_word(word: str) -> Iterator[str]:
-    """The same for a word of the command line; of one that is a file of settings, those in it."""
-    value = _value(word)
+def classes_in_argument(argument: str) -> Iterator[str]:
+    """The same for an argument of the command line, or for the settings file that it names."""
+    value = _value(argument)
     if value.endswith((".yaml", ".yml", ".json")) and os.path.isfile(value):
         yield from classes_in(_read_yaml(Path(value)))
     elif not os.path.exists(value):
         yield from CLASS.findall(value)
 
 
-def _value(word: str) -> str:
-    return word.partition("=")[2] if word.startswith("-") else word
+def _value(argument: str) -> str:
+    return argument.partition("=")[2] if argument.startswith("-") else argument
 
 
 @dataclass
-class Asked:
-    """What of a command decides how the rest of it is understood.
+class Request:
+    """The options of a command that the parser of all other options depends on.
 
-    Flags win over files, and later files over earlier ones, wherever they stand.
+    Flags win over files, and later files over earlier ones, in any order on the command line.
     """
 
     configs: list[Path]
     """In their order."""
     ckpt_path: str | None
     model: str | None
-    """The class, as it was named."""
+    """The class, as the user wrote it."""
     data: str | None
     root: str
     """``trainer.default_root_dir``."""
-    words: list[str]
-    """All the words but the configurations and the checkpoint."""
+    others: list[str]
+    """All arguments except the configurations and the checkpoint."""
 
 
-class _Words(argparse.ArgumentParser):
+class _FewOptions(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         option = re.match(r"argument (?:-\w/)?(--[\w.]+).*: expected one argument", message)
         raise ValueError(f"{option[1]} needs a value after it" if option else message)
 
 
-def asked(words: Sequence[str]) -> Asked:
-    """Reads the few options that the parser of all options depends on, on the line and in files.
+def read_request(argv: Sequence[str]) -> Request:
+    """Reads the options of ``Request`` from the command line and from the configurations.
 
-    By argparse, which jsonargparse is made of: both agree on what an option is.
+    It uses argparse, the base of jsonargparse: both agree on what an option is.
 
     Raises:
-        ValueError: a configuration, or another file that is named, is not there or cannot be read.
+        ValueError: a configuration, or another file that is named, is missing or unreadable.
     """
-    first = _Words(add_help=False, allow_abbrev=False)
+    first = _FewOptions(add_help=False, allow_abbrev=False)
     first.add_argument("-c", "--config", action="append", default=[])
     first.add_argument("--ckpt_path")
-    found, others = first.parse_known_args(words)
-    check_named([_value(word) for word in others], Path())
-    second = _Words(add_help=False, allow_abbrev=False)
+    files, others = first.parse_known_args(argv)
+    check_named([_value(argument) for argument in others], Path())
+    second = _FewOptions(add_help=False, allow_abbrev=False)
     for name in ("model", "data"):
         second.add_argument(f"--{name}", f"--{name}.class_path", dest=name)
     second.add_argument("--trainer.default_root_dir", dest="root")
-    flags = vars(second.parse_known_args(others)[0]) | {"ckpt_path": found.ckpt_path}
+    flags = vars(second.parse_known_args(others)[0]) | {"ckpt_path": files.ckpt_path}
     flags |= {key: _class_name(flags[key]) for key in ("model", "data")}
-    configs = [find_config(name) for name in found.config]
-    said: dict[str, str | None] = {}
+    configs = [find_config(name) for name in files.config]
+    request: dict[str, str | None] = {}
     for config in configs:
         settings = read_config(config)
         for key in ("model", "data"):
-            said[key] = _class_name(settings.get(key)) or said.get(key)
+            request[key] = _class_name(settings.get(key)) or request.get(key)
         trainer = settings.get("trainer")
         if isinstance(trainer, dict) and isinstance(trainer.get("default_root_dir"), str):
-            said["root"] = trainer["default_root_dir"]
+            request["root"] = trainer["default_root_dir"]
         checkpoint = settings.get("ckpt_path")
-        # the config.yaml of a resumed run names its own checkpoint: it is there to start again
+        # the config.yaml of a resumed run names a checkpoint of that run: ignore it, to start again
         if isinstance(checkpoint, str) and not _within(checkpoint, config.parent):
-            said["ckpt_path"] = checkpoint
-    said |= {key: value for key, value in flags.items() if value is not None}
-    return Asked(
+            request["ckpt_path"] = checkpoint
+    request |= {key: value for key, value in flags.items() if value is not None}
+    return Request(
         configs,
-        said.get("ckpt_path"),
-        said.get("model"),
-        said.get("data"),
-        said.get("root") or ".",
+        request.get("ckpt_path"),
+        request.get("model"),
+        request.get("data"),
+        request.get("root") or ".",
         others,
     )
 
 
 def _class_name(value: Any) -> str | None:
-    """The class that a setting names: by its path, within its settings, or in a file of them."""
+    """The class that a setting names: by its path, in its settings, or in a settings file."""
     if isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")):
         value = _read_yaml(Path(value)) if os.path.isfile(value) else None
     elif isinstance(value, str) and value.startswith("{"):
@@ -224,7 +226,7 @@ def _within(path: str, folder: Path) -> bool:
 
 
 class ConfigByName(ActionConfigFile):
-    """``--config``: a file, or the bare name of a shipped configuration, from any folder."""
+    """``--config``: a file, or the name of a shipped configuration."""
 
     folder = "."
 
@@ -233,6 +235,6 @@ class ConfigByName(ActionConfigFile):
 
 
 class SearchByName(ConfigByName):
-    """The same for the shipped searches."""
+    """``--config`` for searches: a file, or the name of a shipped search."""
 
     folder = "search"

@@ -1,4 +1,4 @@
-"""What the terminal is told: commands that work when they are pasted there, and lines of text."""
+"""Text for the terminal, and commands that work when the user pastes them there."""
 
 import os
 import shlex
@@ -13,36 +13,36 @@ from mnist_lightning.files import printable
 PROGRAM = "mnist-lightning"
 
 
-def command(*words: str | Path) -> str:
-    """This program with other words, as it can be typed where the present command was typed.
+def command(*arguments: str | Path) -> str:
+    """The command that starts this program with other arguments, from the same shell.
 
-    It is named as the user named it: ``mnist-lightning``, or ``python -m mnist_lightning``, with
-    the way to the file where typing the name would start another one or none.
+    It starts as the user's command did: ``mnist-lightning`` or ``python -m mnist_lightning``, with
+    the path of the program if its name alone would start another program or none.
     """
     if Path(sys.argv[0]).name == PROGRAM:
-        return _quoted(_typed(sys.argv[0]), *words)
-    return python("-m", "mnist_lightning", *words)
+        return _quoted(_typed(sys.argv[0]), *arguments)
+    return python("-m", "mnist_lightning", *arguments)
 
 
-def python(*words: str | Path) -> str:
-    """The Python that runs, with these words."""
+def python(*arguments: str | Path) -> str:
+    """The command that starts the current Python with these arguments."""
     for name in ("python", "python3"):
-        found = shutil.which(name)
-        if found and _same(found, sys.executable):
-            return _quoted(name, *words)
-    return _quoted(_typed(sys.executable), *words)
+        path = shutil.which(name)
+        if path and _same(path, sys.executable):
+            return _quoted(name, *arguments)
+    return _quoted(_typed(sys.executable), *arguments)
 
 
 def tensorboard(folder: str | Path) -> str:
-    """The command that shows what TensorBoard knows of a folder."""
-    found = shutil.which("tensorboard")
-    if found and _same_folder(found, sys.executable):
+    """The command that shows a folder in TensorBoard."""
+    path = shutil.which("tensorboard")
+    if path and _same_folder(path, sys.executable):
         return _quoted("tensorboard", "--logdir", folder)
     return python("-m", "tensorboard.main", "--logdir", folder)
 
 
 def install(extra: str) -> str:
-    """The command that installs what an optional part of this package needs.
+    """The command that installs an extra of this package.
 
     Args:
         extra: its name in ``pyproject.toml``.
@@ -54,16 +54,16 @@ def install(extra: str) -> str:
 
 
 def short(path: Path) -> str:
-    """Relative to the working directory where that is shorter: to be read, and copied."""
+    """The path, relative to the working directory if that is shorter."""
     relative = os.path.relpath(path)
     return relative if len(relative) < len(str(path.absolute())) else str(path)
 
 
 def _typed(program: str) -> str:
-    """The name of a program that is found by its name; else the way to it."""
+    """The name of a program if the shell finds it by its name; else its path."""
     name = os.path.basename(program)
-    found = shutil.which(name)
-    if found and _same(found, program):
+    path = shutil.which(name)
+    if path and _same(path, program):
         return name
     path = short(Path(os.path.abspath(program)))
     return path if os.sep in path else os.path.join(os.curdir, path)
@@ -72,7 +72,7 @@ def _typed(program: str) -> str:
 def _same(one: str, other: str) -> bool:
     """Whether two paths start the same program.
 
-    The Pythons of several environments are links to one file, each in a folder of its own.
+    The folder matters too: the Pythons of several environments are links to one file.
     """
     return _same_folder(one, other) and os.path.realpath(one) == os.path.realpath(other)
 
@@ -82,14 +82,14 @@ def _same_folder(one: str, other: str) -> bool:
     return len(set(folders)) == 1
 
 
-def _quoted(*words: str | Path) -> str:
-    return shlex.join(map(str, words))
+def _quoted(*arguments: str | Path) -> str:
+    return shlex.join(map(str, arguments))
 
 
 def say(text: str) -> None:
-    """Prints, above the live line of a progress bar if there is one; in one of several processes.
+    """Prints above a progress bar; of several processes, only the first one prints.
 
-    What would steer a terminal is escaped.
+    Control characters are escaped.
     """
     if "lightning.pytorch" not in sys.modules:
         print(printable(text), flush=True)
@@ -101,14 +101,14 @@ def say(text: str) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process of a training that writes its files and lines."""
+    """Whether this process writes the files and the output of a training."""
     from lightning.pytorch.utilities import rank_zero_only
 
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
 def suggest(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """The known name that a wrong word is closest to; without one, ``otherwise`` or all of them."""
+    """The known name closest to a wrong word; if none is close, ``otherwise`` or all names."""
     known = list(known)
     close = get_close_matches(word, known, n=1)
     return f"did you mean {close[0]}?" if close else otherwise or f"there are: {', '.join(known)}"

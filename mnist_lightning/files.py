@@ -1,7 +1,7 @@
-"""Files that are written whole or not at all, and files that are read as data, within bounds.
+"""Writes files atomically; reads untrusted files as data, with limits on their size.
 
-Every file of a run and of a search is written here: beside its target under a temporary name,
-synced to the disk, renamed into place, and the folder synced, with those above it. A crash, a full
+Every file of a run and of a search is written here: under a temporary name in the same folder,
+synced to the disk, and renamed; then its folder and the folders above are synced. A crash, a full
 disk or a power cut leaves either the old file or the new one, never a part.
 """
 
@@ -16,41 +16,41 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-JSON_BYTES = 2**27  # far above what any search leaves
+JSON_BYTES = 2**27  # far more than any search writes
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON whole or not at all; see ``write_bytes``."""
+    """Writes JSON atomically; see ``write_bytes``."""
     write_text(path, _as_json(content))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text in UTF-8 whole or not at all; see ``write_bytes``."""
+    """Writes UTF-8 text atomically; see ``write_bytes``."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all.
+    """Writes a file atomically: completely or not at all.
 
     Raises:
-        ValueError: it cannot be written; the file that was there before is unchanged.
+        ValueError: it cannot be written; an existing file is unchanged.
     """
     with _temporary(path, content) as temporary:
         os.replace(temporary, path)
 
 
 def write_torch(path: Path, content: Any) -> None:
-    """``torch.save``, whole or not at all; see ``write_bytes``."""
+    """``torch.save``, but atomic; see ``write_bytes``."""
     import torch
 
-    # in memory first: on a full disk torch.save itself raises errors that name no file
+    # in memory first: on a full disk, the errors of torch.save do not name the file
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_bytes(path, buffer.getvalue())
 
 
 def read_torch(path: Path) -> Any:
-    """The content of a file of ``write_torch``, as it was written.
+    """Reads a file of ``write_torch`` and verifies its checksums.
 
     Raises:
         ValueError: it cannot be read, or a bit of it has changed.
@@ -58,26 +58,26 @@ def read_torch(path: Path) -> Any:
     import torch
 
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself ignores the checksums in there
+        with zipfile.ZipFile(path) as archive:  # torch.load ignores the checksums
             if changed := archive.testzip():
                 raise ValueError(f"{changed} in it has changed")
         return torch.load(path, weights_only=True)
-    except Exception as error:  # whatever a damaged file makes of the two
+    except Exception as error:  # a damaged file can cause any error in zipfile and torch
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a damaged file, for its owner to look at, and returns its new name."""
+    """Renames a damaged file, so that its owner can examine it; returns the new path."""
     aside = path.with_name(f"{path.name}.damaged")
     os.replace(path, aside)
     return aside
 
 
 def create_json(path: Path, content: Any) -> bool:
-    """Writes JSON whole or not at all, but never over a file that is there.
+    """Writes JSON atomically, but never replaces an existing file.
 
     Returns:
-        Whether this call made the file.
+        Whether this call created the file.
 
     Raises:
         ValueError: it cannot be written.
@@ -91,36 +91,36 @@ def create_json(path: Path, content: Any) -> bool:
 
 
 def read_json(path: Path, remedy: str, kind: type = dict) -> Any:
-    """The content of a JSON file.
+    """Reads a JSON file.
 
     Args:
         path: the file.
-        remedy: what the user can do if it is damaged, for the message.
+        remedy: what the user can do about a damaged file, for the message.
         kind: the type that its content must have.
 
     Raises:
-        ValueError: it cannot be read, is no JSON, or holds something else.
+        ValueError: it cannot be read, is not JSON, or holds another type.
     """
     try:
         content = json.loads(read_bytes(path, JSON_BYTES, remedy))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
     except (UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged (no JSON): {remedy}") from error
+        raise ValueError(f"{path} is damaged (not JSON): {remedy}") from error
     if not isinstance(content, kind):
-        raise ValueError(f"{path} is damaged (no JSON {kind.__name__}): {remedy}")
+        raise ValueError(f"{path} is damaged (not a JSON {kind.__name__}): {remedy}")
     return content
 
 
 def read_bytes(path: Path, most: int, remedy: str) -> bytes:
-    """The content of a file that has at most ``most`` bytes.
+    """Reads a file of at most ``most`` bytes.
 
     Raises:
-        ValueError: it is larger, no regular file (reading a pipe may never end), or unreadable.
+        ValueError: it is larger, unreadable, or not a regular file: reading a pipe may never end.
     """
     try:
         if not path.is_file():
-            raise ValueError(f"{path} is no file: {remedy}")
+            raise ValueError(f"{path} is not a regular file: {remedy}")
         with path.open("rb") as file:
             content = file.read(most + 1)
     except OSError as error:
@@ -131,13 +131,13 @@ def read_bytes(path: Path, most: int, remedy: str) -> bytes:
 
 
 def check_archive(path: Path, remedy: str) -> None:
-    """Refuses a file of ``torch.save`` with other bytes than were written.
+    """Refuses a file of ``torch.save`` whose bytes have changed, or that is compressed.
 
-    ``torch.load`` compares no checksums: it reads altered weights without a word. And it unpacks
-    what is compressed, a file of a megabyte to a terabyte; ``torch.save`` never compresses.
+    ``torch.load`` does not verify checksums: it reads altered weights without an error. It also
+    unpacks compressed files, a megabyte to a terabyte; ``torch.save`` never compresses.
 
     Raises:
-        ValueError: it is damaged, compressed, or no such file.
+        ValueError: it is damaged, compressed, missing, or not such a file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -150,23 +150,23 @@ def check_archive(path: Path, remedy: str) -> None:
     except Exception as error:  # BadZipFile, EOFError, NotImplementedError ...
         raise ValueError(f"{path} is truncated, or not a checkpoint at all. {remedy}") from error
     if not stored:
-        raise ValueError(f"{path} is compressed, as PyTorch saves no file: refused. {remedy}")
+        raise ValueError(f"{path} is compressed: refused, as PyTorch never compresses. {remedy}")
     if damaged:
         raise ValueError(f"{path} is damaged: wrong checksum (CRC) of {damaged}. {remedy}")
 
 
 def reason(error: Exception) -> str:
-    """Why the system refused something, without the name of the file."""
+    """The reason in a system's error, without the name of the file."""
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, as far as it fits into a sentence."""
+    """The first line of another library's error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_plain(value: Any, depth: int = 3) -> bool:
-    """Whether it is a mapping, list or value as settings are, and small."""
+    """Whether it is small and made of mappings, lists and simple values, like settings."""
     if isinstance(value, Mapping | list | tuple):
         parts = value.values() if isinstance(value, Mapping) else value
         if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
@@ -178,14 +178,14 @@ def is_plain(value: Any, depth: int = 3) -> bool:
 
 
 def printable(text: str) -> str:
-    """The text, with escapes for what would steer a terminal or cannot be encoded."""
+    """The text with control characters escaped, and those that cannot be encoded."""
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula: ``=1+1`` gets an apostrophe before it."""
+    """A cell that a spreadsheet does not run as a formula: ``=1+1`` becomes ``'=1+1``."""
     if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return value
     try:
@@ -201,8 +201,8 @@ def _as_json(content: Any) -> str:
 
 @contextlib.contextmanager
 def _temporary(path: Path, content: bytes) -> Iterator[Path]:
-    """A synced file beside ``path`` with this content, for the body to put in place."""
-    # a name that no other process has, on this machine or another that shares the folder
+    """A synced temporary file beside ``path``; the caller renames or links it to ``path``."""
+    # unique also among machines that share the folder
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         with temporary.open("wb") as file:
@@ -211,7 +211,7 @@ def _temporary(path: Path, content: bytes) -> Iterator[Path]:
             os.fsync(file.fileno())
         yield temporary
         _sync_folder(path.parent)
-        _sync_way(path.parent.absolute(), path.parent.stat().st_ino)
+        _sync_above(path.parent.absolute(), path.parent.stat().st_ino)
     except OSError as error:
         raise ValueError(
             f"{path} cannot be written: {reason(error)}. Make room there, or make it writable."
@@ -222,14 +222,14 @@ def _temporary(path: Path, content: bytes) -> Iterator[Path]:
 
 
 @functools.cache
-def _sync_way(folder: Path, inode: int) -> None:
-    """Makes the folder itself survive a power cut: it, or one above it, may be new."""
+def _sync_above(folder: Path, inode: int) -> None:
+    """Makes the folder itself survive a power cut: it or a folder above it may be new."""
     for above in folder.parents:
         _sync_folder(above)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the names in the folder survive a power cut, where the system can."""
+    """Makes the names in the folder survive a power cut, if the system supports it."""
     with contextlib.suppress(OSError):  # not every file system syncs folders
         descriptor = os.open(folder, os.O_RDONLY)
         try:

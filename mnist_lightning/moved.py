@@ -1,8 +1,8 @@
-"""Names that code, configurations and checkpoints made before knew: they still import.
+"""Former names still work in code, configurations and checkpoints.
 
-Modules that are gone stand for those that their content moved to. Modules that became packages
-(``data``, ``models``, ``search``, ``report``) hand their former names on, in their own
-``__init__.py``, through ``former_names``.
+A module that is gone still imports and finds its names in the modules that now hold them. Modules
+that became packages (``data``, ``models``, ``search``, ``report``) do the same in their
+``__init__.py``, with ``former_names``.
 """
 
 import sys
@@ -14,7 +14,7 @@ from importlib.util import find_spec, spec_from_loader
 from types import ModuleType
 from typing import Any
 
-# former module: where its content is now
+# former module: the modules that now hold its content
 GONE = {
     "analysis": ["report.analysis"],
     "callbacks": ["training.callbacks", "training.freezing", "training.progress", "console"],
@@ -40,23 +40,23 @@ GONE = {
 
 
 def former_names(module: str, homes: Sequence[str]) -> Callable[[str], Any]:
-    """A module's ``__getattr__`` that finds each name in the modules that the names moved to.
+    """A ``__getattr__`` for a module; it looks each name up in other modules.
 
     Args:
-        module: its own full name.
-        homes: the others, below ``mnist_lightning``.
+        module: the full name of the module.
+        homes: the other modules, relative to ``mnist_lightning``.
     """
 
     def find(name: str) -> Any:
         if not name.startswith("_") and not submodule(name):
             for home in homes:
-                found = import_module(f"mnist_lightning.{home}")
-                if hasattr(found, name):
-                    return getattr(found, name)
+                imported = import_module(f"mnist_lightning.{home}")
+                if hasattr(imported, name):
+                    return getattr(imported, name)
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     def submodule(name: str) -> bool:
-        """Python asks here for one too, before it imports it."""
+        """Whether it is a submodule: Python asks for it here before it imports it."""
         package = hasattr(sys.modules[module], "__path__")
         return package and find_spec(f"{module}.{name}") is not None
 
@@ -64,7 +64,7 @@ def former_names(module: str, homes: Sequence[str]) -> Callable[[str], Any]:
 
 
 class FormerModules(MetaPathFinder, Loader):
-    """Imports the modules of ``GONE``; asked only where there is no file of that name."""
+    """Imports the modules of ``GONE``; Python asks it last, when no file has that name."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         package, _, name = fullname.partition(".")
@@ -79,7 +79,7 @@ class FormerModules(MetaPathFinder, Loader):
         vars(module)["__getattr__"] = former_names(module.__name__, homes)
 
 
-# option: its name by now
+# former option: its current name
 OPTIONS = {
     "threads": "execution.threads",
     "data.steps_per_execution": "execution.steps",
@@ -89,17 +89,18 @@ OPTIONS = {
 }
 
 
-def current_words(words: Sequence[str]) -> list[str]:
-    """The words of a command, with the options that have another name by now."""
-    named = [(word, *word.removeprefix("--").partition("=")) for word in words]
-    return [
-        f"--{OPTIONS[name]}{equals}{value}" if word.startswith("--") and name in OPTIONS else word
-        for word, name, equals, value in named
-    ]
+def current_argv(argv: Sequence[str]) -> list[str]:
+    """The arguments of a command, with current option names."""
+    current = []
+    for argument in argv:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        renamed = argument.startswith("--") and name in OPTIONS
+        current.append(f"--{OPTIONS[name]}{equals}{value}" if renamed else argument)
+    return current
 
 
 def current_config(content: str) -> str:
-    """A configuration as text, with the settings that are at another place by now."""
+    """The text of a configuration, with former settings moved to their current places."""
     if not any(option.rpartition(".")[2] in content for option in OPTIONS):
         return content
     import yaml
@@ -111,7 +112,7 @@ def current_config(content: str) -> str:
         within: Any = settings
         for group in groups:
             within = within.get(group) if isinstance(within, dict) else None
-        if not isinstance(within, dict) or name not in within or _is_of_another(settings, option):
+        if not isinstance(within, dict) or name not in within or _is_users(settings, option):
             continue
         group, _, name_now = current.partition(".")
         settings.setdefault(group, {}).setdefault(name_now, within.pop(name))
@@ -119,15 +120,15 @@ def current_config(content: str) -> str:
     return yaml.safe_dump(settings, sort_keys=False) if changed else content
 
 
-def _is_of_another(settings: dict[str, Any], option: str) -> bool:
-    """Whether the option is one of a model or data of the user's own."""
+def _is_users(settings: dict[str, Any], option: str) -> bool:
+    """Whether the option belongs to a user's model or data."""
     group = settings.get(option.partition(".")[0])
     path = group.get("class_path") if isinstance(group, dict) else None
     return "." in str(path or "") and not str(path).startswith("mnist_lightning.")
 
 
-def bring_up_to_date(checkpoint: dict[str, Any]) -> None:
-    """Has a checkpoint of before say what it says by the names of now."""
+def update_checkpoint(checkpoint: dict[str, Any]) -> None:
+    """Replaces former settings in a checkpoint by the current ones."""
     settings = checkpoint.get("hyper_parameters")
     ours = str(checkpoint.get("model_class", "")).startswith("mnist_lightning.")
     if ours and isinstance(settings, dict) and isinstance(settings.get("fused"), bool):

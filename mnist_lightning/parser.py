@@ -1,4 +1,4 @@
-"""The parser of fit, validate, test, predict and inspect: its help, and its errors."""
+"""The parser of fit, validate, test, predict and inspect: short help, short errors."""
 
 import inspect as inspect_module
 import re
@@ -19,7 +19,7 @@ from mnist_lightning.models.architectures import ARCHITECTURES
 from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.words import options
 
-# the sections of the help after those of the command and the model, in their order
+# the sections of the help, after the general options and those of the model
 SECTIONS = {
     "data": "data",
     "early_stopping": "early stopping",
@@ -27,40 +27,40 @@ SECTIONS = {
     "execution": "how the training steps",
     "trainer": "Lightning's Trainer",
 }
-# what is needed first, and better words than the parser's own
+# the general options, and a better text than the parser's where it needs one
 GENERAL = {
     "config": None,
-    "model": "A model by its class, one of this package or my_module.MyModel of your own.",
-    "ckpt_path": "A checkpoint: its file, the folder of a run, or the name of one, like shallow or"
+    "model": "The class of the model: one of this package, or your own, like my_module.MyModel.",
+    "ckpt_path": "A checkpoint: a file, the folder of a run, or the name of a run, like shallow or"
     " shallow/last.",
-    "seed_everything": "The seed of the training; true draws one.",
+    "seed_everything": "The seed of the training; true draws a random one.",
     "save_every_minutes": None,
     "verbose": None,
     "print_config": None,
-    "weights_only": "As in Lightning; checkpoints are read as data in any case.",
+    "weights_only": "As in Lightning; checkpoints are always read as data.",
     "help": None,
 }
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong in a line or two, and in its help first what users need first."""
+    """Reports an error in a line or two; its help shows the model's options first."""
 
     def parse_args(self, args: Any = None, *others: Any, **settings: Any) -> Any:
-        words = list(args or [])
-        if {"-h", "--help"} & set(words):
-            print(self._help(words))
+        argv = list(args or [])
+        if {"-h", "--help"} & set(argv):
+            print(self._help(argv))
             raise SystemExit(0)
         return super().parse_args(args, *others, **settings)
 
-    def _help(self, words: list[str]) -> str:
-        """The options of a command: of the model at hand, then the others, Lightning's own last."""
+    def _help(self, argv: list[str]) -> str:
+        """The options of a command: general, then the model's, the others, Lightning's last."""
         command, parser = "inspect", self
         if self._subcommands_action is not None:
-            command = words[0]
+            command = argv[0]
             parser = self._subcommands_action.choices[command]
         groups = parser._action_groups
         actions = [action for group in groups for action in group._group_actions]
-        model, settings = _model(words, parser.get_defaults(skip_validation=True).get("model"))
+        model, settings = _model(argv, parser.get_defaults(skip_validation=True).get("model"))
         by_name = {_name(action): action for action in actions}
         general = [by_name[name] for name in GENERAL if name in by_name]
         for action in general:
@@ -69,7 +69,7 @@ class Parser(LightningArgumentParser):
         if model is not None:
             own = ArgumentParser()
             own.add_class_arguments(model, "model")
-            with suppress(Exception):  # of a configuration that does not fit the class
+            with suppress(Exception):  # the settings may not fit the class
                 own.set_defaults({f"model.{name}": value for name, value in settings.items()})
             summary = (model.__doc__ or "").strip().partition("\n")[0]
             title = f"{model.__name__}: {summary}".rstrip(".: ")
@@ -96,7 +96,7 @@ class Parser(LightningArgumentParser):
 
 
 def shorten(message: str, parser: LightningArgumentParser) -> str:
-    """The core of a jsonargparse message, and what was probably meant."""
+    """The core of a jsonargparse message, with a suggestion."""
     if denied := re.search(r"Importing '[\w.]+' is not allowed", message):
         return denied[0]
     given = "".join(re.findall(r"^ *Given value: (.*)$", message, re.MULTILINE)[-1:])
@@ -119,8 +119,8 @@ def shorten(message: str, parser: LightningArgumentParser) -> str:
     if match := re.search(r"does not correspond to a subclass of (\w+)", core):
         if match[1] != "LightningModule":
             wrong = re.search(r"Import path (\S+) does not", core)
-            return f"{core.partition(':')[0]}: {wrong[1] if wrong else given} is no {match[1]}"
-        return f"--model {given}: no LightningModule; {suggest(given, models)}"
+            return f"{core.partition(':')[0]}: {wrong[1] if wrong else given} is not a {match[1]}"
+        return f"--model {given}: not a LightningModule; {suggest(given, models)}"
     if match := re.search(r"argument (?:\S+/)?(\S+): expected one argument", core):
         return f"{match[1]} needs a value after it"
     if match := re.search(r"(\w+): Option '(\w+)' is not accepted", core):
@@ -128,14 +128,14 @@ def shorten(message: str, parser: LightningArgumentParser) -> str:
         known = inspect_module.signature(kind).parameters if kind else []
         return f"{match[1]} has no option {match[2]!r}; {suggest(match[2], known)}"
     if match := re.search(r"unrecognized arguments: (\S+)|not accept option '(\S+)'", core):
-        word = (match[1] or match[2]).partition("=")[0]
+        unknown = (match[1] or match[2]).partition("=")[0]
         nested = getattr(parser, "_subcommands_action", None)
         parsers = [parser, *(nested.choices.values() if nested else [])]
         options = [o for p in parsers for action in p._actions for o in action.option_strings]
-        if match[2]:  # in a file, where there are no dashes
+        if match[2]:  # a key in a file has no dashes
             options = [option.lstrip("-") for option in options]
-        return f"no option {word}; {suggest(word, options, 'all of them: --help')}"
-    if given and "Expected a" in core:  # of several types
+        return f"no option {unknown}; {suggest(unknown, options, 'all of them: --help')}"
+    if given and "Expected a" in core:  # one of several types
         start, *types = re.split(r"Expected an? ", core)
         return f"{start}expected {' or '.join(kind.strip() for kind in types)}, got {given}"
     return core
@@ -145,34 +145,36 @@ def _name(action: Any) -> str:
     return max(action.option_strings, key=len, default="").lstrip("-")
 
 
-def _model(words: list[str], default: Any) -> tuple[type | None, dict[str, Any]]:
-    """The class of the model that the words speak of, if they do, and its settings."""
-    given = list(options(words))
-    said: list[Any] = [default]
+def _model(argv: list[str], default: Any) -> tuple[type | None, dict[str, Any]]:
+    """The model class that the command names, or None, and its settings."""
+    given = list(options(argv))
+    candidates: list[Any] = [default]  # the last one wins
     for name, value in given:
         if name == "config" and value:
-            said.append(read_config(find_config(value)).get("model"))
-    said += [value for name, value in given if name == "model" and value]
-    found: tuple[type | None, dict[str, Any]] = (None, {})
-    for one in said:
-        path, settings = one, {}
-        if isinstance(one, Mapping | Namespace):
-            path, settings = one.get("class_path"), dict(one.get("init_args") or {})
+            candidates.append(read_config(find_config(value)).get("model"))
+    candidates += [value for name, value in given if name == "model" and value]
+    model: type | None = None
+    model_settings: dict[str, Any] = {}
+    for candidate in candidates:
+        path, settings = candidate, {}
+        if isinstance(candidate, Mapping | Namespace):
+            path = candidate.get("class_path")
+            settings = dict(candidate.get("init_args") or {})
         if isinstance(path, str):
             ours = {model.__name__: model for model in _subclasses(Classifier)}
             name = path.rpartition(".")[2]
-            made = ours[name] if name in ours else import_class(path)
-            found = made, settings
-    return found
+            model = ours[name] if name in ours else import_class(path)
+            model_settings = settings
+    return model, model_settings
 
 
 def _introduction(command: str, model: type | None) -> str:
     if model is not None:
-        return f"The options of {model.__name__}, of its data, and of the training."
+        return f"The options of {model.__name__}, its data and its training."
     models = sorted(ARCHITECTURES)
     configs = (path.name for path in shipped_configs())
     return (
-        "A model has options of its own, like its learning rate. To see them too, name it:\n"
+        "Each model has its own options, like its learning rate. To see them too, name the model:\n"
         f"  {console.command(command, '--help', '--config', 'shallow.yaml')}\n"
         f"  {console.command(command, '--help', '--model', 'ShallowNetwork')}\n"
         f"models: {', '.join(models)}; or your own: my_module.MyModel\n"

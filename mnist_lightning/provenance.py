@@ -1,4 +1,4 @@
-"""Where a result comes from: code, versions, machine, command."""
+"""Records how a result was made: code, versions, machine, command."""
 
 import os
 import platform
@@ -14,10 +14,10 @@ PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "jsonargparse",
 
 
 def provenance(**facts: Any) -> dict[str, Any]:
-    """What a reader needs to judge or repeat a result, as plain JSON types.
+    """The facts needed to judge or repeat a result, as plain JSON types.
 
     Args:
-        facts: what only the caller knows (data, seeds ...), put first.
+        facts: those that only the caller knows (data, seeds ...); they come first.
     """
     from mnist_lightning import __version__
 
@@ -47,21 +47,21 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any]:
-    """Commit of the checkout that this code runs from; nothing when it was installed."""
+    """The commit of the checkout that this code runs from; empty if it is installed."""
     folder = Path(__file__).resolve().parent
 
-    def ask(*words: str) -> str:
-        run = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True)
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True)
         return run.stdout.strip()
 
     try:
-        if not ask("ls-files", __file__):  # not ours: a virtual environment inside another checkout
+        if not git("ls-files", __file__):  # installed in an environment inside another checkout
             return {}
         return {
-            "commit": ask("rev-parse", "HEAD"),
-            "modified": bool(ask("status", "--porcelain", "--untracked-files=no")),
+            "commit": git("rev-parse", "HEAD"),
+            "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
         }
-    except OSError:  # no git here
+    except OSError:  # git is not installed
         return {}
 
 

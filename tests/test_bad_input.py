@@ -1,4 +1,4 @@
-"""Whatever is wrong with a command: one or two lines that help, and nothing half-written."""
+"""Wrong commands: an error in one or two helpful lines, and no partial files."""
 
 import contextlib
 import csv
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sklearn.datasets  # noqa: F401  its import writes, which would meet the limits set below
+import sklearn.datasets  # noqa: F401  its import writes files, which would hit the limits below
 import torch
 import torchvision.datasets
 
@@ -31,7 +31,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test has a working directory of its own, no MNIST and no network."""
+    """Each test has its own working directory, no MNIST and no network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MNIST_DATA_DIR", raising=False)
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:1/"])
@@ -48,7 +48,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path) -> Path:
-    """A copy of that run, to be spoiled."""
+    """A copy of that run, to be damaged."""
     return Path(shutil.copytree(trained, Path("lightning_logs/shallow/version_0")))
 
 
@@ -59,7 +59,7 @@ def best(run: Path) -> Path:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
-    """Runs a command that must fail as all failures must look; returns its message."""
+    """Runs a command that must fail with a proper error; returns the message."""
 
     def run_refused(*words: object, code: int = 1, changes: bool = False) -> str:
         before = contents(tmp_path)
@@ -87,10 +87,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-# ---- words: commands, configurations, options, types, classes
+# ---- arguments: commands, configurations, options, types, classes
 
 WRONG_WORDS: list[tuple[str, list[str]]] = [
-    # command line, what the message must hold: the value, and the remedy
+    # command line, parts of the message: the value, and the remedy
     ("fti", ["'fti'", "did you mean fit?"]),
     ("zzz", ["'zzz'", "there are: fit, validate, test, predict"]),
     ("--config shallow.yaml", ["'--config'", "there are: fit"]),
@@ -130,7 +130,7 @@ WRONG_WORDS: list[tuple[str, list[str]]] = [
     ("fit --config shallow.yaml --data.split half", ["--data.split", "'canonical'", "got half"]),
     ("fit --config shallow.yaml --model.optimizer sdg", ["'sgd'", "got sdg"]),
     ("fit --model ShalowNetwork", ["'ShalowNetwork'", "did you mean ShallowNetwork?"]),
-    ("fit --model torch.nn.Linear", ["torch.nn.Linear", "no LightningModule", "ShallowN"]),
+    ("fit --model torch.nn.Linear", ["torch.nn.Linear", "not a LightningModule", "ShallowN"]),
     (
         "fit --config shallow.yaml --model.hiden_units 3",
         ["--model.hiden_units;", "mean --model.hidden_units?"],
@@ -223,7 +223,7 @@ def test_a_wrong_word_in_a_configuration(refused: Refused, content: str, parts: 
 
 @pytest.mark.parametrize("source", ["mnist", "auto"])
 def test_a_damaged_data_file(refused: Refused, source: str) -> None:
-    """A set that is there was meant to be used: ``auto`` does not turn to the digits."""
+    """A damaged data set is an error: ``auto`` does not replace it by the digits."""
     folder = Path("data/MNIST/raw")
     folder.mkdir(parents=True)
     for part, count in (("train", 60), ("t10k", 10)):
@@ -231,7 +231,7 @@ def test_a_damaged_data_file(refused: Refused, source: str) -> None:
         (folder / f"{part}-images-idx3-ubyte").write_bytes(images)
         labels = struct.pack(">2I", 0x801, count) + bytes(count)
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(labels)
-    text = refused(*FIT, "--data.source", source)  # well-formed, but not MNIST's
+    text = refused(*FIT, "--data.source", source)  # well-formed, but not MNIST
     for part in (str(folder / "train-images-idx3-ubyte"), "wrong checksum", "Delete it"):
         assert part in text
     (folder / "train-images-idx3-ubyte").unlink()
@@ -261,7 +261,7 @@ def test_pictures_that_are_missing_or_none(refused: Refused, best: Path) -> None
 
 
 class RunsCode:
-    """Unpickled by ``pickle.load``, it makes a folder."""
+    """Creates a folder when it is unpickled by ``pickle.load``."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return os.mkdir, ("code-was-run",)
@@ -272,7 +272,7 @@ def truncated(file: Path) -> None:
 
 
 def altered(file: Path) -> None:
-    """One bit of a weight: PyTorch would load it without a word."""
+    """Flips one bit of a weight: PyTorch would load it without an error."""
     content = bytearray(file.read_bytes())
     weights = torch.load(file, weights_only=True)["state_dict"]["net.hidden1.weight"]
     start = content.find(weights.numpy().tobytes())
@@ -286,7 +286,7 @@ def saved(content: Any, zipped: bool = True) -> Callable[[Path], None]:
 
 
 def changed(**entries: Any) -> Callable[[Path], None]:
-    """The checkpoint with other entries; ``None`` takes one out."""
+    """Replaces entries of the checkpoint; ``None`` removes one."""
 
     def change(file: Path) -> None:
         content = {**torch.load(file, weights_only=True), **entries}
@@ -329,13 +329,13 @@ def test_a_bad_checkpoint(refused: Refused, best: Path, command: str, kind: str)
     assert str(best) in text
     assert what in text
     assert "Give another: --ckpt_path FILE, or the folder of a run" in text or (
-        f"The run's other one is whole: --ckpt_path {best.with_name('last.ckpt')}" in text
+        f"The run's other checkpoint is intact: --ckpt_path {best.with_name('last.ckpt')}" in text
     )
     assert not Path("code-was-run").exists()
 
 
 def test_the_code_would_have_run() -> None:
-    """The files above are dangerous where nobody takes care."""
+    """The files above are dangerous for a program that does not check them."""
     saved({"more": RunsCode()})(Path("code.ckpt"))
     torch.load("code.ckpt", weights_only=False)
     assert Path("code-was-run").is_dir()
@@ -363,7 +363,7 @@ def test_a_missing_checkpoint(refused: Refused, run: Path, where: str, parts: li
     ("class_path", "what"),
     [
         *((path, "not known here") for path in ("os.system", "torch.nn.Linear", "Nothing")),
-        ("mine.Net", "its code would be run"),
+        ("mine.Net", "would run its code"),
     ],
 )
 def test_a_checkpoint_of_an_unknown_class(
@@ -417,7 +417,7 @@ def test_weights_alone_are_tested_but_not_resumed(refused: Refused, best: Path) 
 
 @contextlib.contextmanager
 def files_end_at(size: int) -> Iterator[None]:
-    """As on a full disk, whatever is written fails, here once a file has ``size`` bytes."""
+    """Makes writes fail as on a full disk, as soon as a file has ``size`` bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -498,7 +498,7 @@ def test_a_failed_write_leaves_the_earlier_file(
 def test_a_failed_write_leaves_the_earlier_metrics(
     refused: Refused, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rename is what makes a file whole: it fails here, at the table only."""
+    """The rename completes a file; here it fails, for the table only."""
     before = (run / "metrics.csv").read_bytes()
     replace = os.replace
 
@@ -517,7 +517,7 @@ def test_a_failed_write_leaves_the_earlier_metrics(
 def test_a_read_only_run_is_not_tested(
     refused: Refused, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A test evaluation that could not be recorded does not take place."""
+    """No test evaluation takes place if it cannot be recorded."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr(Classifier, "test_step", lambda *_: pytest.fail("scored"))
     text = refused("test", "--ckpt_path", run)
@@ -539,7 +539,7 @@ def test_nothing_is_tested_where_the_record_of_tests_is_damaged(
 def test_a_resumed_run_keeps_its_best_checkpoint(
     run: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """The run was moved since, and the epoch added is no better: the rate is nearly nothing."""
+    """The run was moved, and the new epoch is not better: its learning rate is almost zero."""
     best, last = run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"
     before = best.read_bytes()
     words = ["fit", "--ckpt_path", str(run), "--trainer.max_epochs", "2", "--model.lr", "1e-30"]

@@ -1,4 +1,4 @@
-"""The command line's promises: names from any folder, checkpoints first, nothing silently lost.
+"""The command line: names from any folder, defaults from checkpoints, no option silently ignored.
 
 Several are traps of the tools underneath, each met once for real; what would bring one back (a
 private name that goes away, say) fails here.
@@ -44,7 +44,7 @@ def _there(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _parsed(words: str) -> CLI:
-    """The command up to the point where it would run."""
+    """The command line object, without running the command."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CLI, "_run_subcommand", lambda self, subcommand: None)
         return CLI(words.split())
@@ -95,15 +95,15 @@ def test_untrained_weights_are_not_scored(command: str, capsys: pytest.CaptureFi
 
 
 def test_flags_win_over_the_checkpoint() -> None:
-    """Lightning alone takes the checkpoint's values, without a word."""
+    """Lightning alone silently uses the checkpoint's values."""
     cli = _parsed(f"fit --ckpt_path {CKPT} --model.lr 0.7 --data.batch_size 5")
     assert (cli.model.lr, cli.datamodule.batch_size) == (0.7, 5)
-    assert cli.model.hparams.hidden_units == 20  # what was not said stays
+    assert cli.model.hparams.hidden_units == 20  # not given: the checkpoint's value
 
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a configuration of the user's own."""
+    """Writes a user's configuration."""
 
     def write(name: str = "mine", **settings: object) -> Path:
         file = tmp_path / f"{name}.yaml"
@@ -118,7 +118,7 @@ def mine(tmp_path: Path) -> Callable[..., Path]:
 def test_a_configuration_wins_over_the_run_that_is_resumed(
     mine: Callable[..., Path], option: str, first: bool
 ) -> None:
-    """In each spelling, before and after the checkpoint; what it leaves unsaid is the run's."""
+    """In each spelling, before and after the checkpoint; other settings come from the run."""
     config = option.format(mine(trainer={"max_epochs": 4}))
     both = (config, "--ckpt_path shallow/last") if first else ("--ckpt_path shallow/last", config)
     cli = _parsed(f"fit {' '.join(both)}")
@@ -132,7 +132,7 @@ def test_several_configurations_lie_over_the_run(mine: Callable[..., Path]) -> N
     two = mine("two", trainer={"max_epochs": 5})
     cli = _parsed(f"fit --config {one} --ckpt_path shallow/last --config {two}")
     assert (cli.trainer.max_epochs, cli.datamodule.batch_size) == (5, 3)
-    # a flag wins wherever it stands
+    # a flag wins at any position
     cli = _parsed(f"fit --trainer.max_epochs 6 -c {one} --ckpt_path shallow/last -c {two}")
     assert cli.trainer.max_epochs == 6
 
@@ -140,7 +140,7 @@ def test_several_configurations_lie_over_the_run(mine: Callable[..., Path]) -> N
 def test_a_checkpoint_named_in_a_configuration(
     mine: Callable[..., Path], capsys: pytest.CaptureFixture
 ) -> None:
-    """It is found and checked like one on the command line, which wins over it."""
+    """It is found and checked like the option; the option wins."""
     cli = _parsed(f"test -c {mine(ckpt_path='shallow/last')}")
     assert cli.checkpoint_path == Path(CKPT).with_name("last.ckpt")
     assert dict(cli.model.hparams) == TRAINED
@@ -152,7 +152,7 @@ def test_a_checkpoint_named_in_a_configuration(
 
 
 def test_the_configuration_of_a_resumed_run_starts_the_training_again() -> None:
-    """It names the checkpoint that the run went on from, in its own folder."""
+    """It names the checkpoint in its own folder from which the run resumed."""
     run = Path(CKPT).parent.parent
     config = (run / "config.yaml").read_text()
     try:
@@ -203,7 +203,7 @@ def test_other_data_are_refused(flag: str, capsys: pytest.CaptureFixture) -> Non
 
 
 def test_own_model_from_another_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's own Classifier, in a file beside: trained by name, tested by checkpoint and name."""
+    """A user's Classifier in a file: trained by name, tested by checkpoint and name."""
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
         "from mnist_lightning.models import Classifier\n"
@@ -224,7 +224,7 @@ def test_config_names_work_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "deep3.yaml").write_text(
         "model: {class_path: ShallowNetwork, init_args: {hidden_units: 3}}"
     )
-    # one's own file wins
+    # the user's file wins
     mine = _parsed("fit --config deep3.yaml --data.source digits")
     assert mine.model.hparams.hidden_units == 3
 
@@ -357,7 +357,7 @@ def test_fit_says_how_it_steps(
 def test_a_command_leaves_the_process_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Warnings, log levels and threads, also after an error."""
+    """It restores warnings, log levels and threads, also after an error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
@@ -384,7 +384,7 @@ def test_inspect_reads_the_perceptrons_tensors_off_a_step(capsys: pytest.Capture
     }
     assert rows["w"] == "784, 10"
     assert rows["b"] == "1, 10"
-    assert rows["y"] == rows["t"] == rows["grad"] == "6, 10"  # follows the batch size
+    assert rows["y"] == rows["t"] == rows["grad"] == "6, 10"  # the batch size is 6
     assert rows["data_train"] == "1294, 784"
 
 
@@ -420,6 +420,6 @@ def test_checkpoint_holds_plain_data_only() -> None:
 
 @pytest.mark.parametrize("name", ["_parse_ckpt_path", "_parser", "_get", "_run_subcommand"])
 def test_lightning_still_has_what_we_lean_on(name: str) -> None:
-    """Names that are not public. When Lightning takes the flags over the checkpoint by itself
-    (pull request 21455), ours can go."""
+    """We rely on names that are not public. When Lightning itself prefers flags to the checkpoint
+    (pull request 21455), our code for that can be deleted."""
     assert callable(getattr(LightningCLI, name))

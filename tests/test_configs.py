@@ -1,4 +1,4 @@
-"""Every shipped configuration runs, and says of itself what is true."""
+"""Every shipped configuration runs, and its comments are true."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def fit_words(config: Path, weights: Path) -> list[str]:
 def test_runs(
     config: Path, resnet18_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For real, from a folder that knows nothing of the project."""
+    """A real run, from a folder outside the project."""
     monkeypatch.chdir(tmp_path)
     assert main(fit_words(config, resnet18_file)) == 0
     run = tmp_path / "lightning_logs" / config.stem / "version_0"
@@ -80,7 +80,7 @@ def test_same_seed_and_threads_give_the_same_bits(
             ],
             check=True,
             stdout=subprocess.DEVNULL,
-            # two processes have other orders of what is hashed
+            # hash orders differ between processes
             env={**os.environ, "PYTHONHASHSEED": str(len(runs) + 1)},
         )
         runs.append(contents(root / "lightning_logs" / config.stem / "version_0"))
@@ -91,7 +91,7 @@ def test_same_seed_and_threads_give_the_same_bits(
 def test_every_file_is_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the second line of its file, which says what it is and what it reached."""
+    """With the second line of its file: a description and the results."""
     monkeypatch.chdir(tmp_path)
     assert main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -130,7 +130,7 @@ def test_a_file_here_overrides_one_that_is_shipped(
         ("deep2_grid", "deep2_grid"),
     ]
     for name, folder in (("shallow.yaml", "."), ("deep2_grid", "search")):
-        assert find_config(name.removesuffix(".yaml"), folder) == Path(name)  # as it says
+        assert find_config(name.removesuffix(".yaml"), folder) == Path(name)  # as the list says
 
 
 @pytest.mark.parametrize("name", ["shallow", "shallow.yaml", "shallow_grid"])

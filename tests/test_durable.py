@@ -1,4 +1,4 @@
-"""Trainings that are stopped or killed, and what they leave: whole files, and the way to go on."""
+"""Trainings that are stopped or killed leave complete files and can be resumed."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def fit(*words: object) -> int:
     return main([*FIT, *(str(word) for word in words)])
 
 
-# ---- files are whole or not there
+# ---- files are complete or missing
 
 
 _written: list[str] | None = None
@@ -66,7 +66,7 @@ def test_no_file_is_written_under_its_own_name(
         pytest.skip("needs a second file system: /dev/shm")
     with tempfile.TemporaryDirectory(dir=other) as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
-        sys.addaudithook(_note)  # for good: there is no taking it back
+        sys.addaudithook(_note)  # permanent: an audit hook cannot be removed
         monkeypatch.setattr(sys.modules[__name__], "_written", [])
         assert fit("--trainer.max_epochs", 1) == 0
         assert fit("--trainer.max_epochs", 2, "--ckpt_path", "last") == 0
@@ -82,7 +82,7 @@ def test_no_file_is_written_under_its_own_name(
 def test_a_file_in_new_folders_survives_a_power_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder's name is in the folder above, which nobody has synced yet."""
+    """A new folder's name is in the folder above, which must be synced too."""
     root = tmp_path / "disk"
     root.mkdir()
     disk = powerloss.Disk(root, tmp_path / "store")
@@ -163,7 +163,7 @@ def test_a_resumed_training_that_diverges_leaves_the_run_as_it_was(tmp_path: Pat
 
 
 class Dropping(Classifier):
-    """What makes a restart hard: dropout, running statistics, a schedule by step, Adam."""
+    """A model that is hard to resume: dropout, running statistics, a schedule by step, Adam."""
 
     def __init__(self, lr: float = 0.003) -> None:
         net = torch.nn.Sequential(
@@ -187,12 +187,12 @@ class Dropping(Classifier):
 
 
 class Killed(BaseException):
-    """As kill -9: nothing is saved on the way out."""
+    """Like kill -9: nothing is saved at the end."""
 
 
 @pytest.fixture
 def killed_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Has the next training die after so many executions."""
+    """Kills the next training after this many executions."""
     after = _EpochLoop.on_advance_end
 
     def arrange(executions: int) -> None:
@@ -213,7 +213,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 EMA = "lightning.pytorch.callbacks.EMAWeightAveraging"
 MODELS: dict[str, tuple[list[str], int]] = {
-    # words, and executions before the kill: in the second of three epochs
+    # arguments, and executions before the kill, which is in the second of three epochs
     "perceptron": (["--config", "perceptron.yaml"], 5),
     "fused": (["--config", "shallow.yaml", "--execution.steps", "7"], 40),
     "joined": (["--config", "shallow.yaml", "--execution.fused", "no"], 3),
@@ -231,7 +231,7 @@ MODELS: dict[str, tuple[list[str], int]] = {
 def test_a_training_killed_within_an_epoch_goes_on_as_if_it_had_not_been(
     model: str, killed_after: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same bits and figures as undisturbed, where every execution is followed by a save."""
+    """The same bits and metrics as without a kill; every execution is followed by a save."""
     words, executions = MODELS[model]
     common = ["--data.source", "digits", "--early_stopping.enabled=no", "--trainer.max_epochs=3"]
     words = ["fit", *words, *common, "--save_every_minutes", "0"]
@@ -248,7 +248,7 @@ def test_a_training_killed_within_an_epoch_goes_on_as_if_it_had_not_been(
     epochs, batches = checkpoints.progress(saved)
     assert (epochs, batches > 0) == (1, True)
     capsys.readouterr()
-    own = words[1:3] if words[1] == "--model" else []  # a class of one's own is named again
+    own = words[1:3] if words[1] == "--model" else []  # the user's class is named again
     resume = ["fit", *own, "--ckpt_path", str(killed / "last"), "--save_every_minutes=9"]
     assert main(resume) == 0
     assert "not resumable" not in capsys.readouterr().err
@@ -262,7 +262,7 @@ def test_a_training_killed_within_an_epoch_goes_on_as_if_it_had_not_been(
 
 @pytest.fixture
 def signal_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Has the next training get signals after so many executions."""
+    """Sends signals to the next training after this many executions."""
     after = _EpochLoop.on_advance_end
 
     def arrange(executions: int, *signals: int) -> None:
@@ -302,7 +302,7 @@ def test_a_signal_ends_a_training_after_a_step_with_a_sentence_and_its_code(
     now = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert now == handlers
     out = capsys.readouterr().out
-    assert "stopped; saved up to 100 mini-batches of epoch 1. To go on:" in out
+    assert "stopped; saved up to 100 mini-batches of epoch 1. To resume:" in out
     again = shlex.split(out.strip().splitlines()[-1])
     assert again[1:3] == ["-m", "mnist_lightning"]
     assert main(again[3:]) == 0
@@ -317,7 +317,7 @@ def test_a_second_ctrl_c_stops_at_once(
     with pytest.raises(SystemExit) as stop:
         fit("--trainer.max_epochs", 3, "--execution.steps", 100)
     assert stop.value.code == 130
-    assert "saved up to epoch 1. To go on:" in capsys.readouterr().out
+    assert "saved up to epoch 1. To resume:" in capsys.readouterr().out
 
 
 def test_a_training_stopped_before_its_first_step_leaves_nothing(
@@ -343,7 +343,7 @@ def test_a_stop_asked_for_in_a_validation_waits_for_its_end(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Within it nothing can be saved, and the whole epoch before it would be lost."""
+    """Nothing can be saved within a validation: the whole epoch before it would be lost."""
     words = ("--trainer.max_epochs", 2, "--data.eval_batch_size", 50)
     assert fit(*words, "--trainer.default_root_dir", "undisturbed") == 0
     step, steps = Classifier.validation_step, []
@@ -368,7 +368,7 @@ def test_a_stop_asked_for_in_a_validation_waits_for_its_end(
     monkeypatch.setattr(_EpochLoop, "on_advance_end", after)
     assert stop.value.code == code
     assert steps == list(range(7))  # 323 images
-    assert "stopped; saved up to epoch 1. To go on:" in capsys.readouterr().out
+    assert "stopped; saved up to epoch 1. To resume:" in capsys.readouterr().out
     assert main(["fit", "--ckpt_path", "lightning_logs/shallow/version_0/last"]) == 0
     runs = [Path(folder, "lightning_logs/shallow/version_0") for folder in ("undisturbed", "")]
     assert same(contents(runs[0]), contents(runs[1]))
@@ -382,7 +382,7 @@ def test_other_mini_batches_do_not_go_on_within_an_epoch(
         fit("--trainer.max_epochs", 1, "--execution.steps", 50)
     again = ("fit", "--ckpt_path", "lightning_logs/shallow/version_0/last")
     assert main([*again, "--data.batch_size", "16"]) == 1
-    assert "go on with --data.batch_size 8" in capsys.readouterr().err
+    assert "resume with --data.batch_size 8" in capsys.readouterr().err
 
 
 def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path: Path) -> None:
@@ -395,13 +395,13 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path: Path) -> None
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-# ---- one training a run, complete figures, and words for what did not train
+# ---- one training per run, complete metrics, and messages for what did not train
 
 
 def test_a_run_has_one_training_at_a_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """While it trains the first time, and while it is resumed."""
+    """During the first training, and during a resumed one."""
     run = Path("lightning_logs/shallow/version_0")
     start, codes = Dashboard.on_train_start, []
 
@@ -442,7 +442,7 @@ def test_a_kill_right_after_an_epochs_checkpoint_changes_nothing(
         main(words)
     monkeypatch.setattr(cli.WholeFiles, "save_checkpoint", save)
     run = Path(f"lightning_logs/{model}/version_0")
-    own = which if model == "Dropping" else ()  # a class of one's own is named again
+    own = which if model == "Dropping" else ()  # the user's class is named again
     assert main(["fit", *own, "--ckpt_path", str(run / "last")]) == 0
     assert same(contents(Path("undisturbed") / run), contents(run))
     points = [
@@ -481,7 +481,7 @@ def test_a_finished_training_that_is_resumed_says_so(capsys: pytest.CaptureFixtu
 def test_a_training_that_diverges_says_where_why_and_how_to_go_on(
     steps: int, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The weights are spoiled before the 21st mini-batch of the second epoch."""
+    """An image in the 21st mini-batch of the second epoch is NaN."""
     batches = -(-1294 // 8)
     fetch = MNISTDataModule.on_after_batch_transfer
     seen = 0

@@ -1,4 +1,4 @@
-"""Arbitrary input: what must hold for all of it, and errors that are sentences, not crashes."""
+"""Arbitrary input: properties that hold for all of it, and errors as sentences, not crashes."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ from mnist_lightning.training.stacked import Population
 QUICK = settings(
     max_examples=60,
     deadline=None,
-    derandomize=True,  # the same examples each time: a new failure is one of the code
+    derandomize=True,  # the same examples each time: a new failure comes from the code
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
@@ -144,7 +144,7 @@ def test_bytes_are_no_data_set(tmp_path: Path, content: bytes, packed: bool, lab
 def test_any_perceptron_steps_as_by_autograd(
     sizes: list[int], batch: int, n: int, seed: int
 ) -> None:
-    """One pass over n images, in float64, whatever the shapes."""
+    """One pass over n images, in float64, for any shapes."""
     generator = torch.Generator().manual_seed(seed)
     shapes = list(zip([7, *sizes], [*sizes, 3], strict=True))
     network = []

@@ -1,4 +1,4 @@
-"""Files from elsewhere: nothing that one holds is run, removed, or allowed to stop the machine."""
+"""Untrusted files: they cannot run code, remove files, or exhaust the machine."""
 
 import csv
 import gzip
@@ -26,7 +26,7 @@ from mnist_lightning.__main__ import main
 from mnist_lightning.files import csv_cell
 
 SEARCH = Path(__file__).parent.parent / "lightning_logs" / "study" / "shallow_random"
-# a file to append what each input got to, as rows of the table in benchmarks/reliability.md
+# a file for the rows of the table in benchmarks/reliability.md: the answer to each input
 KEEP = os.environ.get("HOSTILE_ROWS")
 
 QUICK = ("--data.source", "digits", "--trainer.accelerator", "cpu")
@@ -36,7 +36,7 @@ FIT = ("fit", "--config", "shallow.yaml", *QUICK, "--model.hidden_units", "4")
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test has a working directory of its own, no MNIST and no network."""
+    """Each test has its own working directory, no MNIST and no network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MNIST_DATA_DIR", raising=False)
 
@@ -52,7 +52,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path) -> Path:
-    """A copy of that run, to be spoiled."""
+    """A copy of that run, to be damaged."""
     return Path(shutil.copytree(trained, Path("lightning_logs/shallow/version_0")))
 
 
@@ -165,7 +165,7 @@ COUNT = count()
 
 
 def name_in_run(run: Path, key: str, value: Any) -> None:
-    """Has the run's config.yaml say so."""
+    """Replaces settings in the run's config.yaml."""
     config = part = yaml.safe_load((run / "config.yaml").read_text())
     *path, last = key.split(".")
     for name in path:
@@ -256,7 +256,7 @@ def test_a_configuration_of_the_user_names_the_users_classes(stranger: str) -> N
 
 
 def pipe(file: Path) -> None:
-    """A named pipe that nobody writes to: whoever opens it waits for ever."""
+    """A named pipe that nobody writes to: opening it waits forever."""
     file.unlink(missing_ok=True)
     os.mkfifo(file)
 
@@ -267,7 +267,7 @@ def folder(file: Path) -> None:
 
 
 def zipped(bomb: int = 0) -> Callable[[Path], None]:
-    """The same archive, compressed; with so many zeros besides."""
+    """The same archive, compressed, with this many additional zeros."""
 
     def change(file: Path) -> None:
         with zipfile.ZipFile(file) as archive:
@@ -283,7 +283,7 @@ def zipped(bomb: int = 0) -> Callable[[Path], None]:
 
 
 def weight(value: Callable[[torch.Tensor], Any]) -> Callable[[Path], None]:
-    """One tensor of the state dict is another."""
+    """Replaces one tensor of the state dict."""
 
     def change(file: Path) -> None:
         content = torch.load(file, weights_only=True)
@@ -296,7 +296,7 @@ def weight(value: Callable[[torch.Tensor], Any]) -> Callable[[Path], None]:
 
 
 def entry(section: str, **values: Any) -> Callable[[Path], None]:
-    """Entries of a section of the checkpoint are others; ``None`` takes one out."""
+    """Replaces entries in a section of the checkpoint; ``None`` removes one."""
 
     def change(file: Path) -> None:
         content = torch.load(file, weights_only=True)
@@ -308,7 +308,7 @@ def entry(section: str, **values: Any) -> Callable[[Path], None]:
 
 
 def flipped(file: Path) -> None:
-    """One bit in the middle of the weights."""
+    """Flips one bit in the middle of the weights."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0x40
     file.write_bytes(content)
@@ -344,14 +344,14 @@ def picture(size: tuple[int, int]) -> Callable[[Path], None]:
 
 
 def declared(width: int, height: int) -> Callable[[Path], None]:
-    """A PNG whose header promises so many pixels."""
+    """A PNG whose header declares this size."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
     return text(data + struct.pack(">I", zlib.crc32(header)))
 
 
 def trial(**values: Any) -> Callable[[Path], None]:
-    """The trials of a search, the first with other values."""
+    """The trials of a search; the first has other values."""
 
     def change(file: Path) -> None:
         trials = json.loads(file.read_text())
@@ -388,7 +388,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a text for hidden units": (entry("hyper_parameters", hidden_units="4"), "refuses its hyper"),
     "a list of 2^40 hidden units": (
         entry("hyper_parameters", hidden_units=nested(40)),
-        "are no settings",
+        "are not settings",
     ),
     "a learning rate of text": (entry("hyper_parameters", lr="0.1"), "refuses its hyper"),
     "a class for a learning rate": (
@@ -398,12 +398,12 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an unknown hyper-parameter": (entry("hyper_parameters", zz=1), "refuses its hyper"),
     "a tensor for a hyper-parameter": (
         entry("hyper_parameters", lr=torch.tensor(0.1)),
-        "are no settings",
+        "are not settings",
     ),
     "no facts of the data": (changed(datamodule_hyper_parameters=None), "--data.split"),
     "no split": (entry("datamodule_hyper_parameters", split=None), "--data.split"),
     "no normalization": (entry("datamodule_hyper_parameters", normalization=None), "normalization"),
-    "an unknown fact": (entry("datamodule_hyper_parameters", zz=1), "says zz of its data"),
+    "an unknown fact": (entry("datamodule_hyper_parameters", zz=1), "setting of the data: zz"),
     "an unknown split": (entry("datamodule_hyper_parameters", split="all"), "split"),
     "a set of elsewhere": (entry("datamodule_hyper_parameters", name="../x"), "name"),
     "mini-batches of no image": (entry("datamodule_hyper_parameters", batch_size=0), "batch_size"),
@@ -413,9 +413,9 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a tensor for a folder": (
         entry("datamodule_hyper_parameters", data_dir=torch.ones(1)),
-        "are no settings",
+        "are not settings",
     ),
-    "the facts as a list": (changed(datamodule_hyper_parameters=[1]), "are no settings"),
+    "the facts as a list": (changed(datamodule_hyper_parameters=[1]), "are not settings"),
     "a class of the system": (changed(model_class="os.system"), "not known here"),
     "a class of PyTorch": (changed(model_class="torch.nn.Linear"), "not known here"),
     "a class without a name": (changed(model_class=""), "not known here"),
@@ -458,22 +458,22 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         weight(lambda t: torch.zeros(1).expand(10**6, 10**6)),
         "larger than its data",
     ),
-    "a pipe": (pipe, "no file"),
+    "a pipe": (pipe, "not a regular file"),
     "a folder": (folder, "no file"),
     "no state dict": (saved([1, 2]), "not a state dict"),
     "code": (saved({"more": RunsCode()}), "holds code"),
     "random bytes": (text(bytes(range(256)) * 9), "weights.pth"),
 }
 CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "aliases that stand for 10^10 values": (text(ALIASES), "stands for more than"),
-    "an alias of itself": (text("a: &a [*a]\n"), "stands for more than"),
+    "aliases that stand for 10^10 values": (text(ALIASES), "expand to more than"),
+    "an alias of itself": (text("a: &a [*a]\n"), "expand to more than"),
     "a megabyte": (text("# " + "x" * 10**6), "has more than"),
     "100,000 brackets": (text("a: " + "[" * 10**5), "not a YAML file"),
     "an object of Python": (text("!!python/object/apply:os.mkdir [code-was-run]\n"), "not a YAML"),
     "no text": (text(b"model: \xff\xfe"), "not a YAML file"),
     "control characters": (text("model: \x00\x1b[2J"), "not a YAML file"),
     "a day that is none": (text("model: 2024-99-99"), "not a YAML file"),
-    "a pipe": (pipe, "is no file"),
+    "a pipe": (pipe, "is not a regular file"),
     "a folder": (folder, "no such file"),
     "a class of the system": (text("model: {class_path: os.Net}"), "os.Net"),
     "a callback of the system": (
@@ -488,7 +488,7 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an unknown section": (text("model: Perceptron\nzz: 1"), "zz"),
 }
 SEARCHES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "aliases that stand for 10^10 values": (text(ALIASES), "stands for more than"),
+    "aliases that stand for 10^10 values": (text(ALIASES), "expand to more than"),
     "a model of the system": (
         text("model: antigravity.Net\nspace: {lr: [0.1]}\nfixed: {max_epochs: 1}"),
         "no model 'antigravity.Net'",
@@ -537,13 +537,13 @@ FOUND: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "an accuracy of text": ("results.json", trial(val_acc="0.9"), "val_acc '0.9'"),
     "results of 100,000 brackets": ("results.json", text("[" * 10**5), "damaged"),
     "results as a number": ("results.json", text("7"), "damaged"),
-    "results as a pipe": ("results.json", pipe, "no file"),
-    "no results": ("results.json", Path.unlink, "no file"),
+    "results as a pipe": ("results.json", pipe, "not a regular file"),
+    "no results": ("results.json", Path.unlink, "not a regular file"),
     "a search that is no JSON": ("search.json", text("{"), "damaged"),
     "a search that is a list": ("search.json", text("[]"), "damaged"),
     "a search of bytes": ("search.json", text(b"\xff\xfe{}"), "damaged"),
 }
-# of these the message names the setting, not the file
+# for these, the message names the setting, not the file
 NAMELESS = {"a model for a callback", "a number for a model", "an unknown section"}
 NAMELESS |= {"a model of the system", "a name that leads elsewhere", "a class of the system"}
 NAMELESS |= {"a callback of the system", "truncated curves"}
@@ -563,7 +563,7 @@ CASES = [
 
 
 def command(kind: str, name: str) -> tuple[Path, list[str]]:
-    """Where the file of a case lies, and the command that reads it."""
+    """The file of a case, and the command that reads it."""
     run = Path("lightning_logs/shallow/version_0")
     if kind == "checkpoint":
         return run / "checkpoints" / name, ["test", "--ckpt_path", str(run / "checkpoints" / name)]
@@ -586,7 +586,7 @@ def command(kind: str, name: str) -> tuple[Path, list[str]]:
 
 @pytest.fixture
 def in_time() -> Iterator[None]:
-    """What waits for ever fails."""
+    """Fails what waits forever."""
 
     def stop(*_: object) -> None:
         raise TimeoutError("it hangs")
@@ -636,7 +636,7 @@ def test_a_hostile_or_damaged_file_is_refused(
     assert part in errors
     assert file.stem in errors or what in NAMELESS or "\x1b" in name
     assert all(c.isprintable() for c in errors.replace("\n", ""))
-    if kind == "resumed checkpoint":  # Lightning reads its state once the run has begun
+    if kind == "resumed checkpoint":  # Lightning reads its state only after the start of the run
         before = {name: content for name, content in before.items() if ".ckpt" in name}
     after = files(tmp_path)
     assert {name: after.get(name) for name in before} == before
@@ -698,10 +698,10 @@ def test_a_file_within_settings_is_read_within_bounds(
         (tmp_path / "nested/x.yaml").write_text(BOMB)
     words = [where, "nested/x.yaml"]
     if where == "a file":
-        (tmp_path / "nested/mine.yaml").write_text("data: x.yaml\n")  # from its own folder
+        (tmp_path / "nested/mine.yaml").write_text("data: x.yaml\n")  # relative to its own folder
         words = ["--config", "nested/mine.yaml"]
     assert main([command, *words]) == 1
-    said = {"pipe": "nested/x.yaml is no file", "bomb": "more than 20,000 values"}
+    said = {"pipe": "nested/x.yaml is not a regular file", "bomb": "more than 20,000 values"}
     assert said[what] in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""What was made before the house had wings still works: names, options, a run and a search."""
+"""What older versions wrote or named still works: names, options, a run and a search."""
 
 import csv
 import pickle
@@ -12,13 +12,13 @@ import yaml
 
 from mnist_lightning import load
 from mnist_lightning.__main__ import main
-from mnist_lightning.moved import GONE, current_config, current_words
+from mnist_lightning.moved import GONE, current_argv, current_config
 from mnist_lightning.search.results import load_curves
 
 # a run of two epochs and a search of four trials, on the digits, made by commit 6a4caca
 OLD = Path(__file__).parent / "old"
 
-# module: public names that it had at commit 6a4caca, and class paths that files hold
+# module: its public names at commit 6a4caca, and class paths in files
 NAMES = {
     "analysis": "Found groups setting_text",
     "callbacks": "EarlyStopping EpochLines LayerFreezing Mistakes ProgressBar say",
@@ -75,7 +75,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().out
 
 
-# what commit 6a4caca itself printed, and wrote in two further epochs
+# what commit 6a4caca itself printed and wrote in two more epochs
 VALIDATED = "val/acc 0.1765  val/loss 1.8772"
 TESTED = "test/acc 0.1778  test/loss 1.9160"
 SEARCH_TESTED = "test/acc 0.6778  test/loss 0.8791"
@@ -132,7 +132,7 @@ def test_options_of_before_are_understood(
     assert said in run(capsys, "fit", "--config", "mine.yaml")
     config = yaml.safe_load(Path("lightning_logs/mine/version_0/config.yaml").read_text())
     assert config["execution"] == {"steps": 7, "fused": False, "threads": 2}
-    # a training that goes on is fused or not as it was
+    # a resumed training is fused only if it was fused before
     checkpoint = "lightning_logs/mine/version_0/checkpoints/last.ckpt"
     shutil.copy(checkpoint, "alone.ckpt")
     out = run(capsys, "fit", "--ckpt_path", "alone.ckpt", "--trainer.max_epochs", "2")
@@ -141,7 +141,7 @@ def test_options_of_before_are_understood(
 
 def test_options_of_others_stay() -> None:
     words = ["--model", "fused", "--model.hidden_units", "5", "--threads_of_mine", "3"]
-    assert current_words(words) == words
+    assert current_argv(words) == words
     for own in ("mine.Net", "other.models.ShallowNetwork"):
         content = f"model: {{class_path: {own}, init_args: {{fused: no}}}}"
         assert current_config(content) == content

@@ -1,4 +1,4 @@
-"""A model and data of one's own, from an empty folder: trained, tested, predicted, searched.
+"""A user's own model and data, from an empty folder: trained, tested, predicted, searched.
 
 What is printed as a command is read out of the output and run.
 """
@@ -27,7 +27,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 PART = README.split("**A model of your own**")[1].split("\n\n**")[0]
 QUICK = "--data.source digits --trainer.max_epochs 1".split()
 
-# as in Lightning's tutorial "PyTorch Lightning CIFAR10/MNIST", its data taken out
+# as in Lightning's tutorial "PyTorch Lightning CIFAR10/MNIST", without its data
 TUTORIAL = """
 import torch
 from lightning.pytorch import LightningModule
@@ -98,7 +98,7 @@ from my_module import MyModel
 class Scheduled(MyModel):
     def __init__(self, hidden: int = 8, lr: float = 0.2):
         super().__init__(hidden, 0.5, lr)
-        self.save_hyperparameters()  # saves dropout too, which this class does not take
+        self.save_hyperparameters()  # also saves dropout, which this class does not accept
 
 
 class Wide(MyModel):
@@ -160,7 +160,7 @@ class Few(MNISTDataModule):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An empty folder with the modules of its owner, as the working directory."""
+    """An empty working directory with the user's modules."""
     folder = tmp_path_factory.mktemp("own")
     written = re.search(r"```python\n(.*?)```", PART, re.DOTALL)
     assert written
@@ -179,7 +179,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def forget() -> None:
-    """As in a new process, which has not imported them yet."""
+    """Forgets the modules, as in a new process."""
     for name in ("my_module", "my_heirs", "my_tutorial", "my_data", "my_pictures"):
         sys.modules.pop(name, None)
 
@@ -194,12 +194,12 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command that works, and returns what it prints."""
+    """Runs a command that must succeed; returns its output."""
 
     def run(*words: str) -> str:
         forget()
         capsys.readouterr()
-        if words[0] == "search":  # in this process: starting another takes longer than the search
+        if words[0] == "search":  # in this process: starting another one would take longer
             found, place = search.read(words[1:])
             search.run(found, **{**place, "workers": 0})
             return capsys.readouterr().out
@@ -212,7 +212,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def hints(text: str) -> list[list[str]]:
-    """The commands of this program that a text prints, as words."""
+    """Our commands in a text, as lists of arguments."""
     found = re.findall(r"(?:mnist-lightning|mnist_lightning) +((?:fit|test|predict) .*)", text)
     return [shlex.split(line) for line in found]
 
@@ -225,7 +225,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def test_what_the_readme_writes_works(run: Run) -> None:
-    """Its module and its commands, only quicker."""
+    """Its module and its commands, with less training."""
     commands = hints(re.sub(r" +", " ", PART)) + [
         shlex.split(line.split("mnist_lightning ")[1])
         for line in PART.splitlines()
@@ -269,7 +269,7 @@ def test_a_validation_may_write_pictures_as_it_does_in_a_training(run: Run) -> N
 
 
 def test_a_validation_that_works_only_within_a_training_is_no_mistake(run: Run) -> None:
-    """The figures that it logs can be named; without that, the last epoch is kept."""
+    """The metrics that it logs can be named; otherwise the last epoch is kept."""
     words = ("fit", "--model", "my_pictures.Rates", *QUICK)
     assert "best.ckpt is of the last epoch, no early stopping" in run(*words)
     text = run(*words, "--early_stopping.monitor", "val_loss")
@@ -278,7 +278,7 @@ def test_a_validation_that_works_only_within_a_training_is_no_mistake(run: Run) 
 
 
 def test_a_module_that_cannot_says_why(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """It trains, with an argument that is a network; it has no other step."""
+    """It trains, with a network as an argument; it has no other step."""
     model = "my_tutorial.LitAutoEncoder"
     encoder = "torch.nn.Linear --model.encoder.in_features 784 --model.encoder.out_features 3"
     text = run("fit", "--model", model, "--model.encoder", *encoder.split(), *QUICK)
@@ -304,7 +304,7 @@ def test_a_subclass_of_a_subclass(run: Run) -> None:
 
 
 def test_what_a_configuration_names_is_known(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """The user's file names the class; that of the run is asked about once, with what to type."""
+    """The user's file may name the class; a run's file needs --trust, and the error says so."""
     settings = {
         "model": {"class_path": "my_module.MyModel", "init_args": {"hidden": 8}},
         "data": {"class_path": "my_data.Few", "init_args": {"share": 0.25}},
@@ -313,15 +313,15 @@ def test_what_a_configuration_names_is_known(run: Run, capsys: pytest.CaptureFix
     Path("mine.yaml").write_text(yaml.safe_dump(settings))
     run("fit", "--config", "mine.yaml")
     run("test", "--ckpt_path", "mine", "--config", "mine.yaml")
-    run("fit", "--config", "lightning_logs/mine/version_0/config.yaml")  # starts it again
+    run("fit", "--config", "lightning_logs/mine/version_0/config.yaml")  # trains it again
     assert Path("lightning_logs/mine/version_1/checkpoints/best.ckpt").is_file()
     text = refused(capsys, "test", "--ckpt_path", "mine")
-    assert "names my_module.MyModel, which is neither ours" in text
+    assert "names my_module.MyModel, a class from outside" in text
     run(*hints(text)[0])
 
 
 def test_own_data(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """Any LightningDataModule; a configuration of the settings that it shares is taken along."""
+    """Any LightningDataModule works, also with a configuration for settings that it shares."""
     config = ["--config", "shallow.yaml", "--trainer.max_epochs", "1"]
     text = run("fit", *config, "--data", "my_data.Noise", "--data.count", "40")
     (hint,) = hints(text)
@@ -333,14 +333,14 @@ def test_own_data(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert "40 predictions" in run("predict", *again)
     run("fit", *again, "--trainer.max_epochs", "2")
     text = refused(capsys, "test", "--ckpt_path", "shallow")
-    assert "names my_data.Noise, which is neither ours" in text
+    assert "names my_data.Noise, a class from outside" in text
     run(*hints(text)[0])
 
 
 def test_the_console_script_finds_the_working_directory(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It starts with its own folder on the path, where python -m has the working directory."""
+    """Its sys.path starts with its own folder; that of python -m with the working directory."""
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(folder))])
     assert "Dropout" in run("inspect", "--model", "my_module.MyModel")
 
@@ -359,10 +359,10 @@ def test_the_workers_of_a_search_find_it_too(folder: Path) -> None:
     [
         ("fit --model my_module.Missing", "no class my_module.Missing"),
         ("fit --model my_modul.MyModel", "No module named 'my_modul'"),
-        ("fit --model my_module.nn", "no LightningModule"),
+        ("fit --model my_module.nn", "not a LightningModule"),
         ("fit --model my_module.MyModel --model.hiden 3", "did you mean hidden?"),
         ("fit --model my_tutorial.LitMNIST --model.hidden 3", "did you mean hidden_size?"),
-        ("fit --config shallow --data my_module.MyModel", "no LightningDataModule"),
+        ("fit --config shallow --data my_module.MyModel", "not a LightningDataModule"),
         ("fit --model", "--model needs a value after it"),
         ("fit --model my_heirs.Wide --data.source digits", "Wide fails in a validation of MNIST"),
         ("search --model my_module.MyModel --data my_data.Noise", "no other data module"),
@@ -392,7 +392,7 @@ class Chain(ShallowNetwork):
 
 
 def test_arguments_are_hyper_parameters() -> None:
-    """Of the whole chain of classes, where they are plain values."""
+    """Plain values, from the whole chain of classes."""
     assert dict(WithNet(nn.Linear(2, 2)).hparams) == {"width": 3, "lr": 0.1}
     assert dict(Chain(more=[1]).hparams) == {
         "hidden_units": 5,
@@ -418,7 +418,7 @@ def deep2(folder: Path) -> None:
 
 @pytest.mark.usefixtures("deep2")
 def test_load_gives_a_model_ready_to_predict(run: Run) -> None:
-    """By folder, by name, by file; the same answers as those of predict."""
+    """By folder, by name, by file; with the same results as predict."""
     best = "lightning_logs/deep2/version_0/checkpoints/best.ckpt"
     for where in ("lightning_logs/deep2", "deep2", "deep2/last", Path(best)):
         model = mnist_lightning.load(where)
@@ -436,7 +436,7 @@ def test_load_gives_a_model_ready_to_predict(run: Run) -> None:
 def test_a_checkpoint_of_a_script(
     run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Trained in Python, it says nothing of its class, or calls it one of __main__."""
+    """A checkpoint written from Python names no class, or one of __main__."""
     data = MNISTDataModule(source="digits")
     lit = importlib.import_module("my_tutorial").LitMNIST()
     file = str(tmp_path / "lit.ckpt")
@@ -455,7 +455,7 @@ def test_load_imports_nothing_that_a_file_names(run: Run) -> None:
     run("fit", "--model", "my_tutorial.LitMNIST", "--model.hidden_size", "9", *QUICK)
     lit = sys.modules["my_tutorial"].LitMNIST
     run("fit", "--model", "my_heirs.Scheduled", *QUICK)
-    # imported here already
+    # already imported here
     assert type(mnist_lightning.load("Scheduled")) is sys.modules["my_heirs"].Scheduled
     forget()
     with pytest.raises(ValueError, match=r"load\('Scheduled', model_class=Scheduled\)"):
@@ -471,7 +471,7 @@ def test_the_package_itself_stays_light() -> None:
     assert done.stdout == "False\n"
 
 
-# ---- named data is never swapped
+# ---- named data is never replaced
 
 
 @pytest.mark.parametrize(
@@ -495,7 +495,7 @@ def test_named_data_is_never_swapped(
 @pytest.mark.usefixtures("deep2")
 def test_a_checkpoint_of_the_digits_takes_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
     text = refused(capsys, "test", "--ckpt_path", "deep2", "--data.data_dir", "photos")
-    assert "--data.data_dir photos: scikit-learn's digits lie in no folder" in text
+    assert "--data.data_dir photos: scikit-learn's digits are not in a folder" in text
 
 
 def _nobody(*_: object) -> str:

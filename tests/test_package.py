@@ -1,4 +1,4 @@
-"""What is installed: pinned versions, a wheel with all that it needs, types that checkers see."""
+"""The installed package: pinned versions, a complete wheel, types for type checkers."""
 
 import ast
 import os
@@ -26,7 +26,7 @@ PINNED = [
 
 
 def _direct() -> list[Requirement]:
-    """What pyproject.toml names: dependencies, those of all extras, what builds the package."""
+    """The requirements in pyproject.toml: dependencies, those of all extras, the build system."""
     project = PROJECT["project"]
     texts = [*project["dependencies"], *PROJECT["build-system"]["requires"]]
     for extra in project["optional-dependencies"].values():
@@ -51,7 +51,7 @@ def test_every_pin_is_exact() -> None:
 
 
 def test_installed_packages_of_ours_are_all_pinned() -> None:
-    """Also those that others bring along: from our own requirements to the last of theirs."""
+    """Also indirect ones: our requirements, their requirements, and so on."""
     (torch,) = [pin for pin in PINNED if pin.name == "torch"]
     if not torch.specifier.contains(version("torch")):
         pytest.skip("another torch brings other packages")
@@ -65,7 +65,7 @@ def test_installed_packages_of_ours_are_all_pinned() -> None:
         seen.add(key)
         try:
             texts = requires(name) or []
-        except PackageNotFoundError:  # an extra that is not there
+        except PackageNotFoundError:  # an extra that is not installed
             continue
         for requirement in map(Requirement, texts):
             environments = [{"extra": extra} for extra in ("", *extras)]
@@ -77,7 +77,7 @@ def test_installed_packages_of_ours_are_all_pinned() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with our wheel in it, and nothing else: its site-packages."""
+    """The site-packages of an environment with only our wheel."""
     pytest.importorskip("hatchling")
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
@@ -118,7 +118,7 @@ def test_the_doctor_reads_the_same_ranges_from_the_wheel(site: Path) -> None:
 
 
 def test_type_checkers_see_the_installed_package(site: Path, tmp_path: Path) -> None:
-    """mypy on a user's program: a right line, and one with a wrong argument."""
+    """mypy on a user's program: a correct line, and one with a wrong argument."""
     program = tmp_path / "program.py"
     program.write_text(
         "from mnist_lightning import MNISTDataModule, ShallowNetwork\n"

@@ -135,15 +135,15 @@ DEEP = {"hidden_units__1": 1024, "hidden_units__2": 128}
 # what README says, and where each number of it comes from
 CLAIMS: list[tuple[str, Callable[[], Any]]] = [
     # Before the notes
-    ("its {} networks, which took", lambda: len(searches()["shallow_grid"].first_round)),
+    ("The study's {} networks took", lambda: len(searches()["shallow_grid"].first_round)),
     ("the study's grid of {}, random", lambda: len(searches()["shallow_grid"].first_round)),
     (
-        "ResNet-18 trained at {} pixels",
+        "ResNet-18 was trained at {} pixels",
         lambda: searches()["resnet18_regimes"].about["data"]["image_size"],
     ),
     (
-        "{:,} train, {:,} validate, {:,} test. `--data.split canonical` keeps MNIST's own test set"
-        " and compares with the literature: {:,}, {:,} and {:,}.",
+        "{:,} for training, {:,} for validation, {:,} for the test. `--data.split canonical` keeps"
+        " MNIST's own test set, for comparison with the literature: {:,}, {:,} and {:,}.",
         split_sizes,
     ),
     # Speed
@@ -288,7 +288,7 @@ def test_no_other_number_is_claimed() -> None:
 def test_numbers_in_words_are_those_of_the_files() -> None:
     words = ("no", "one", "two", "three", "four", "five")
     bench_runs = len(results("bench.json")["fit"]["seconds"]["ours"])
-    assert f"Medians of {words[bench_runs]} alternating runs" in README
+    assert f"medians of {words[bench_runs]} alternating runs" in README
     grid = results("bench.json")["grid"]
     cores, seeds = words[grid["provenance"]["machine"]["cores"]], words[grid["n"]]
     assert f"minutes on {cores} cores ({seeds} seed, " in README

@@ -1,4 +1,4 @@
-"""What a user sees: the terminal, the pipe, help, hints that are pasted, and answers to typos."""
+"""What a user sees: output on a terminal and in a pipe, help, hints to paste, errors for typos."""
 
 import csv
 import fcntl
@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from mnist_lightning import MNISTDataModule, ShallowNetwork, console, words
 from mnist_lightning.__main__ import EXTRAS, main
 from mnist_lightning.cli import CLI
-from mnist_lightning.configs import asked
+from mnist_lightning.configs import read_request
 from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.runs.messages import progress_text
 from mnist_lightning.training.progress import EpochLines
@@ -36,7 +36,7 @@ Printed = pytest.CaptureFixture[str]
 
 
 def in_a_terminal(words: list[str], folder: Path, columns: int) -> str:
-    """Runs a command in a terminal of its own; returns all that it wrote there."""
+    """Runs a command in its own terminal; returns everything that it wrote."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     command = [sys.executable, "-m", "mnist_lightning", *words]
@@ -57,7 +57,7 @@ def in_a_terminal(words: list[str], folder: Path, columns: int) -> str:
 
 
 def shown(written: str) -> list[str]:
-    """What is on the screen at the end: a carriage return has the line written over."""
+    """The final content of the screen: after a carriage return, a line is overwritten."""
     lines = []
     for line in written.replace("\r\n", "\n").split("\n"):
         row: list[str] = []
@@ -69,7 +69,7 @@ def shown(written: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def terminal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder with a run that was trained in a terminal, and what stood there."""
+    """A folder with a run that was trained in a terminal, and the final screen."""
     folder = tmp_path_factory.mktemp("with a space")
     return folder, in_a_terminal(FIT, folder, 80)
 
@@ -89,7 +89,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 
 def best_epochs(folder: Path) -> list[int]:
-    """The epochs that were better than all before."""
+    """The epochs that were better than all earlier ones."""
     values = [float(row["val/acc"]) for row in rows_of(folder)]
     return [i + 1 for i, value in enumerate(values) if value > max(values[:i], default=-1)]
 
@@ -99,20 +99,20 @@ def table(lines: list[str]) -> list[list[str]]:
 
 
 def hints(text: str) -> list[str]:
-    """The commands in a text: what stands alone, or after a label and spaces."""
+    """The commands in a text: alone on a line, or after a label and spaces."""
     known = r"-m (mnist_lightning|tensorboard\.main) |^(mnist-lightning|tensorboard) "
     commands = (re.split(r" {2,}", line)[-1] for line in text.splitlines())
     return [command for command in commands if re.search(known, command)]
 
 
 def pasted(hint: str) -> "subprocess.CompletedProcess[str]":
-    """Runs a hint as a shell does where no environment is activated."""
+    """Runs a hint in a shell without an activated environment."""
     env = {**os.environ, "PATH": "/usr/bin:/bin"}
     return subprocess.run(hint, shell=True, env=env, capture_output=True, text=True)
 
 
 def pasted_here(hint: str) -> int:
-    """The same for one of our commands in Python, without the seconds of a start."""
+    """The same for one of our commands, in this process, to save the start-up time."""
     python, dash_m, package, *rest = shlex.split(hint)
     assert os.path.samefile(shutil.which(python) or python, sys.executable)
     assert (dash_m, package) == ("-m", "mnist_lightning")
@@ -186,7 +186,7 @@ def test_a_pipe_gets_named_lines(
 
 
 class WithMetrics(ShallowNetwork):
-    """Logs a figure of its own for the screen, and one that is not for it."""
+    """Logs one metric of its own for the screen, and one that is not shown."""
 
     steps_known = True
 
@@ -197,7 +197,7 @@ class WithMetrics(ShallowNetwork):
 
 
 class OtherNames(ShallowNetwork):
-    """Logs what it logs under the names of Lightning's tutorials."""
+    """Logs its metrics under the names of Lightning's tutorials."""
 
     def on_train_epoch_end(self) -> None:
         self.log("train_loss", 0.5)
@@ -243,7 +243,7 @@ def test_a_resumed_training_says_what_it_resumes(there: Path, capsys: Printed) -
     out = capsys.readouterr().out
     assert f"resuming {RUN}/checkpoints/last.ckpt after epoch 4, with {RUN}/config.yaml\n" in out
     assert f"best so far: val/acc {score:.4f} in epoch {best}\n" in out
-    assert "threads 1, 2 before: the results are not those of" in out
+    assert "threads 1, 2 before: the results differ from those of" in out
     (line,) = re.findall(r"^epoch .*", out, re.MULTILINE)
     assert line.startswith("epoch   5/5")
     assert line.endswith("best") == (float(rows_of(there)[-1]["val/acc"]) > score)
@@ -253,7 +253,7 @@ def test_going_on_from_the_best_epoch_says_so(there: Path, capsys: Printed) -> N
     assert best_epochs(there)[-1] == 3
     assert main("fit --ckpt_path shallow/best --trainer.max_epochs 4".split()) == 0
     out = capsys.readouterr().out
-    assert "this is the best epoch: epoch 4 is trained again. To go on after the last one:" in out
+    assert "this is the best epoch: epoch 4 is trained again. To resume after the last one:" in out
     assert "before: the results" not in out  # the same threads, processes ...
     assert pasted_here(hints(out)[0]) == 0
     assert "last.ckpt after epoch 4" in capsys.readouterr().out
@@ -334,7 +334,7 @@ def _version() -> str:
 
 
 def _other_python(folder: Path) -> str:
-    """A ``python`` that is another one."""
+    """A ``python`` that is another program."""
     folder.mkdir()
     (folder / "python").write_text("#!/bin/sh\nexit 3\n")
     (folder / "python").chmod(0o755)
@@ -488,7 +488,7 @@ class _Seen(Exception):
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "inspect"])
 def test_what_the_parser_knows_is_no_typo(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The quick check reads the options off the sources: they are the parser's."""
+    """The quick check reads the options from the sources; they must be the parser's."""
     known: set[str] = set()
 
     def look(self: CLI, parser: Any, args: Any) -> None:
@@ -501,10 +501,12 @@ def test_what_the_parser_knows_is_no_typo(command: str, monkeypatch: pytest.Monk
     with pytest.raises(_Seen):
         CLI([command] if command != "inspect" else [], run=command != "inspect")
     for option in known:
-        words._check_options(command, [name for name, _ in words.options([option, "1"])], asked([]))
+        words._check_options(
+            command, [name for name, _ in words.options([option, "1"])], read_request([])
+        )
     for group in ("trainer", "data", "early_stopping", "freezing"):
         with pytest.raises(ValueError, match=f"no option --{group}.nonsense"):
-            words._check_options(command, [f"{group}.nonsense"], asked([]))
+            words._check_options(command, [f"{group}.nonsense"], read_request([]))
 
 
 def test_a_start_imports_no_scipy_signal_and_leaves_it_usable() -> None:

@@ -1,1 +1,1 @@
-"""What a run leaves: its folder, checkpoints, logs and test evaluations."""
+"""One run: its folder, checkpoints, logs, messages and test evaluations."""

@@ -1,6 +1,6 @@
-"""Checkpoints: find them, read them, refuse what is unsafe or contradicts the request.
+"""Reads and writes checkpoints; refuses those that are unsafe or contradict the request.
 
-A run's folder is ``lightning_logs/<config name>/version_N/``; its checkpoints lie in
+A run's folder is ``lightning_logs/<config name>/version_N/``; its checkpoints are
 ``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``.
 """
 
@@ -20,26 +20,26 @@ from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.files import check_archive, first_line, is_plain, write_torch
-from mnist_lightning.moved import bring_up_to_date
+from mnist_lightning.moved import update_checkpoint
 from mnist_lightning.runs.folder import LOGS, find_checkpoint
 from mnist_lightning.weights import check_tensors, load_data
 
-DATA_CLASS = "mnist_lightning.MNISTDataModule"  # where a checkpoint does not say another
+DATA_CLASS = "mnist_lightning.MNISTDataModule"  # if a checkpoint names no other
 Kind = TypeVar("Kind")
 
-# A model that learned from one split must not be scored on another: its training images would be
-# among the test images. Nor on pixels that were scaled in another way.
+# A model that was trained on one split must not be tested on another: its training images would be
+# among the test images. Nor may it be tested on pixels with another scaling.
 BINDING_DATA = ("name", "source", "split", "val_fraction", "split_seed", "normalization")
 
 REMEDY = "Give another: --ckpt_path FILE, or the folder of a run."
-_LEAVE_AWAY = ". What is left unsaid, the checkpoint itself says."
+_LEAVE_OUT = ". Leave these options out: the checkpoint has them."
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Loads a checkpoint as data: nothing that it holds is executed.
+    """Loads a checkpoint as data; no code in it is run.
 
     Raises:
-        ValueError: damaged, no checkpoint of this project, or one that would run code.
+        ValueError: it is damaged, not a checkpoint of this project, or contains code.
     """
     check_archive(path, _remedy(path))
     checkpoint = load_data(path, REMEDY, mmap=True)
@@ -47,35 +47,39 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict. {REMEDY}")
     for key in ("model_class", "data_class"):
         if not isinstance(checkpoint.get(key, ""), str):
-            raise ValueError(f"{path} is not of this project: its {key} is no name. {REMEDY}")
+            raise ValueError(
+                f"{path} was not written by this project: its {key} is not a name. {REMEDY}"
+            )
     version = checkpoint.get("pytorch-lightning_version")
     if not isinstance(version, str) or not re.match(r"\d+\.\d[\w.+]*$", version):
-        raise ValueError(f"{path} is of no version of Lightning: {version!r}. {REMEDY}")
+        raise ValueError(f"{path} names no version of Lightning: {version!r}. {REMEDY}")
     check_tensors(checkpoint["state_dict"], f"{path}", REMEDY)
     for key in ("hyper_parameters", "datamodule_hyper_parameters", "execution"):
         settings = checkpoint.get(key, {})
         if not isinstance(settings, Mapping) or not is_plain(settings, 4):
-            raise ValueError(f"{path} is not of this project: its {key} are no settings. {REMEDY}")
-    bring_up_to_date(checkpoint)
+            raise ValueError(
+                f"{path} was not written by this project: its {key} are not settings. {REMEDY}"
+            )
+    update_checkpoint(checkpoint)
     return cast(dict[str, Any], checkpoint)
 
 
 def _remedy(path: Path) -> str:
-    """What to take instead of a damaged file: the run's other checkpoint, where that is whole."""
+    """The remedy for a damaged file: the run's other checkpoint if it is intact."""
     for name in ("last", "best"):
         other = path.with_name(f"{name}.ckpt")
         if path.name in ("last.ckpt", "best.ckpt") and other.name != path.name and other.is_file():
             with contextlib.suppress(ValueError):
                 check_archive(other, "")
-                return f"The run's other one is whole: --ckpt_path {other}"
+                return f"The run's other checkpoint is intact: --ckpt_path {other}"
     return REMEDY
 
 
 def check_resumable(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Refuses a checkpoint that a training cannot go on from as if it had not stopped.
+    """Refuses a checkpoint from which a training cannot resume exactly.
 
     Raises:
-        ValueError: part of the state is missing; names it.
+        ValueError: a part of the state is missing; the message names it.
     """
     if not checkpoint.get("optimizer_states"):
         raise ValueError(f"{path} holds weights only, no optimizer state: training cannot resume")
@@ -91,28 +95,30 @@ def check_resumable(checkpoint: Mapping[str, Any], path: Path) -> None:
         raise ValueError(f"{path} has an empty optimizer state: training cannot resume. {REMEDY}")
 
 
-def check_facts(
-    checkpoint: Mapping[str, Any], model: type[LightningModule], said: Collection[str], path: Path
+def check_complete(
+    checkpoint: Mapping[str, Any], model: type[LightningModule], given: Collection[str], path: Path
 ) -> None:
-    """Refuses a checkpoint that says neither which data nor which network it is of.
+    """Refuses a checkpoint that does not fully describe its data and its network.
 
     Args:
-        checkpoint: as ``read``.
-        model: its class.
-        said: the arguments of the data module that the user gives.
-        path: of the checkpoint, for the message.
+        checkpoint: as ``read`` returns it.
+        model: the class of its model.
+        given: the arguments of the data module that the user gives.
+        path: the file of the checkpoint, for the message.
 
     Raises:
-        ValueError: a fact of the data is missing or unknown; or its hyper-parameters make another
-            network than its weights are of, perhaps one that does not fit into memory.
+        ValueError: a setting of the data is missing or unknown; or the hyper-parameters do not
+            match the weights, and might describe a network that does not fit into memory.
     """
     data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
     if checkpoint.get("data_class", DATA_CLASS) == DATA_CLASS:
-        _check_data(data, said, path)
+        _check_data(data, given, path)
     if not model.__module__.startswith("mnist_lightning."):
         return
     if "hyper_parameters" not in checkpoint:
-        raise ValueError(f"{path} is not of this project: it has no hyper_parameters. {REMEDY}")
+        raise ValueError(
+            f"{path} was not written by this project: it has no hyper_parameters. {REMEDY}"
+        )
     try:
         with torch.device("meta"):  # shapes without memory
             made = model(**checkpoint["hyper_parameters"]).state_dict()
@@ -122,25 +128,24 @@ def check_facts(
         ) from error
     if _kinds(made) != _kinds(checkpoint["state_dict"]):
         raise ValueError(
-            f"{path} contradicts itself: its hyper_parameters make other weights than it holds."
-            f" {REMEDY}"
+            f"{path} contradicts itself: its hyper_parameters do not match its weights. {REMEDY}"
         )
 
 
-def _check_data(data: Mapping[str, Any], said: Collection[str], path: Path) -> None:
+def _check_data(data: Mapping[str, Any], given: Collection[str], path: Path) -> None:
     known = inspect.signature(MNISTDataModule.__init__).parameters
     for key in data:
         if key not in known:
-            raise ValueError(f"{path} says {key} of its data, which nothing here knows. {REMEDY}")
+            raise ValueError(f"{path} has an unknown setting of the data: {key}. {REMEDY}")
     try:
         MNISTDataModule(**data)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is of data that cannot be: {error}. {REMEDY}") from error
-    if missing := [key for key in BINDING_DATA if key not in data and key not in said]:
+        raise ValueError(f"{path} has invalid settings of the data: {error}. {REMEDY}") from error
+    if missing := [key for key in BINDING_DATA if key not in data and key not in given]:
         options = " ".join(f"--data.{key} ..." for key in missing)
         raise ValueError(
             f"{path} does not say on which data it was trained: its training images may be among"
-            f" the test images. Say it: {options}"
+            f" the test images. Give what is missing: {options}"
         )
 
 
@@ -149,7 +154,7 @@ def _kinds(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def progress(checkpoint: dict[str, Any]) -> tuple[int, int]:
-    """How far the training was: whole epochs, and mini-batches of the one begun after them."""
+    """The progress of the training: whole epochs, and mini-batches of the next one."""
     loops = checkpoint["loops"]["fit_loop"]
     epochs = loops["epoch_progress"]["current"]
     within = epochs["ready"] > epochs["processed"]
@@ -158,26 +163,26 @@ def progress(checkpoint: dict[str, Any]) -> tuple[int, int]:
 
 
 def known_class(path: str, kind: type[Kind]) -> type[Kind]:
-    """A class that a checkpoint names; only among modules that are imported already.
+    """The class that a checkpoint names, if its module is imported already.
 
     Args:
-        path: its dotted path.
-        kind: what it must be a subclass of.
+        path: the dotted path of the class.
+        kind: the base class that it must have.
 
     Raises:
-        ValueError: the class is not there, or is of another kind.
+        ValueError: there is no such class, or it has another base.
     """
     module, _, name = path.rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
-    if not (isinstance(found, type) and issubclass(found, kind)):
-        raise ValueError(f"of the class {path}, not known here. {REMEDY}")
-    return found
+    named = getattr(sys.modules.get(module), name, None)
+    if not (isinstance(named, type) and issubclass(named, kind)):
+        raise ValueError(f"its class {path} is not known here. {REMEDY}")
+    return named
 
 
 def arguments(made: type, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the saved hyper-parameters that the class takes, as in ``load_from_checkpoint``.
+    """The saved hyper-parameters that the class accepts, as in ``load_from_checkpoint``.
 
-    A subclass that passes fewer arguments on than its base takes has saved those of both.
+    The others are arguments of its base class, which ``save_hyperparameters`` saved too.
     """
     known = ArgumentParser(exit_on_error=False).add_class_arguments(made, fail_untyped=False)
     return {name: value for name, value in saved.items() if name in known}
@@ -186,18 +191,18 @@ def arguments(made: type, saved: Mapping[str, Any]) -> dict[str, Any]:
 def load(
     where: str | os.PathLike[str], model_class: type[LightningModule] | None = None
 ) -> LightningModule:
-    """A trained model, ready to predict: on the CPU, in evaluation mode.
+    """Loads a trained model, ready to predict: on the CPU, in evaluation mode.
 
     ``load("lightning_logs/shallow")(images)`` gives class scores ``(b, 10)`` for images
-    ``(b, 1, 28, 28)`` as ``MNISTDataModule.preprocess`` makes them.
+    ``(b, 1, 28, 28)`` as ``MNISTDataModule.preprocess`` returns them.
 
     Args:
-        where: what ``--ckpt_path`` takes: a checkpoint file, the folder of a run, or its name.
-        model_class: of a model of your own. Without it, the class has to be imported already:
-            nothing is imported because a file says so.
+        where: as for ``--ckpt_path``: a checkpoint file, the folder of a run, or its name.
+        model_class: the class of your own model. Without it, the class must be imported already:
+            a checkpoint never causes an import.
 
     Raises:
-        ValueError: nothing is there, it is damaged or would run code, or its class is not known.
+        ValueError: it is missing, damaged or contains code, or its class is not imported.
     """
     path = find_checkpoint(os.fspath(where), Path(LOGS))
     checkpoint = read(path)
@@ -207,11 +212,11 @@ def load(
     except ValueError as error:
         name = named.rpartition(".")[2] or "MyModel"
         raise ValueError(
-            f"{path} is of the class {named}, not known here. Import the class, and give it:"
+            f"{path}: its class {named} is not known here. Import the class, and pass it:"
             f" load({os.fspath(where)!r}, model_class={name})"
         ) from error
     if kind.__module__.startswith("mnist_lightning."):
-        check_facts(checkpoint, kind, BINDING_DATA, path)
+        check_complete(checkpoint, kind, BINDING_DATA, path)
     return kind.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
 
 
@@ -221,52 +226,53 @@ def check_agrees(
     """Refuses a request that contradicts the checkpoint.
 
     Args:
-        model: as asked for.
-        data: the data module's hyper-parameters, as asked for.
-        checkpoint: as ``read``.
-        path: of the checkpoint, for the message.
+        model: the requested model.
+        data: the requested hyper-parameters of the data module.
+        checkpoint: as ``read`` returns it.
+        path: the file of the checkpoint, for the message.
 
     Raises:
-        ValueError: another class, another shape of the network, another split of the data.
+        ValueError: the class, the shape of the network or the split of the data differs.
     """
     saved = checkpoint.get("model_class", "").rpartition(".")[2]
     if saved not in ("", type(model).__name__):
         raise ValueError(f"{path} holds a {saved}, not a {type(model).__name__}")
     if _kinds(checkpoint["state_dict"]) != _kinds(model.state_dict()):
         raise ValueError(
-            f"{path} does not fit the model asked for: "
+            f"{path} does not fit the requested model: "
             + _differences(dict(model.hparams), checkpoint.get("hyper_parameters", {}), "model")
-            + _LEAVE_AWAY
+            + _LEAVE_OUT
         )
     saved_data = checkpoint.get("datamodule_hyper_parameters", {})
-    asked = {key: data[key] for key in BINDING_DATA if key in data}
-    if asked.get("source") == "auto":
-        del asked["source"]
-    if any(key in saved_data and saved_data[key] != value for key, value in asked.items()):
+    requested = {key: data[key] for key in BINDING_DATA if key in data}
+    if requested.get("source") == "auto":
+        del requested["source"]
+    if any(key in saved_data and saved_data[key] != value for key, value in requested.items()):
         raise ValueError(
-            f"{path} was trained on other data than asked for: "
-            + _differences(asked, saved_data, "data")
-            + _LEAVE_AWAY
+            f"{path} was trained on other data than requested: "
+            + _differences(requested, saved_data, "data")
+            + _LEAVE_OUT
         )
 
 
-def _differences(asked: dict[str, Any], saved: dict[str, Any], group: str) -> str:
-    different = [key for key in asked if key in saved and asked[key] != saved[key]]
+def _differences(requested: dict[str, Any], saved: dict[str, Any], group: str) -> str:
+    different = [key for key in requested if key in saved and requested[key] != saved[key]]
     return (
-        "; ".join(f"--{group}.{key} {asked[key]}, but it has {saved[key]}" for key in different)
+        "; ".join(f"--{group}.{key} {requested[key]}, but it has {saved[key]}" for key in different)
         or "its weights have other names or shapes"
     )
 
 
 class Origin(Callback):
-    """Has each checkpoint say what made it, so that it alone is enough to make it again.
+    """Writes the classes and arguments of model and data into each checkpoint.
 
-    A LightningModule that is no ``Classifier`` says nothing of its class, and nothing of its
-    arguments unless it calls ``save_hyperparameters()``, perhaps not for all.
+    So the checkpoint alone is enough to build them again. A LightningModule other than
+    ``Classifier`` does not save its class, and saves only arguments for which it calls
+    ``save_hyperparameters()``.
 
     Args:
         model: ``{class_path, init_args}``, as plain values.
-        data: the same of the data module; of ``MNISTDataModule`` nothing, which says it itself.
+        data: the same for the data module; None for ``MNISTDataModule``, which saves it itself.
     """
 
     def __init__(self, model: Mapping[str, Any], data: Mapping[str, Any] | None) -> None:
@@ -281,31 +287,31 @@ class Origin(Callback):
         for key, (name, origin) in made.items():
             checkpoint[key] = origin["class_path"]
             saved = {k: value for k, value in checkpoint.get(name, {}).items() if is_plain(value)}
-            # an argument that is an object (a network, say) was given as settings of its class
+            # these hold an object, like a network, as the settings of its class
             checkpoint[name] = saved | dict(origin.get("init_args", {}))
 
 
 class ModelCheckpoint(callbacks.ModelCheckpoint):
-    """Lightning's own, for a run that goes on in its folder whatever path now leads there.
+    """Lightning's ModelCheckpoint, for a run that resumes in its folder under any path.
 
-    Lightning forgets what was best as soon as the path is spelled in another way: the first epoch
-    after would then pass for the best one, and earlier files for other files, to be removed. And it
-    removes what a checkpoint names as its earlier file, be it a whole folder of the user's: no
-    ``ModelCheckpoint`` of the training takes over more than the files in its own folder.
+    Lightning forgets the best epoch if the folder's path is written differently: the next epoch
+    would become the best. It also removes any path that a checkpoint names as its earlier file,
+    even a folder of the user. So every ``ModelCheckpoint`` of the training here keeps only files
+    in its own folder.
     """
 
     steps_known = True  # see execution.HARMLESS
 
     @property
     def state_key(self) -> str:
-        # without a figure to watch, that of the best would be that of the last
-        alike = self.monitor is None and self.filename == "best"
-        return super().state_key + (self.filename if alike else "")  # type: ignore[operator]
+        # without a monitor, "best" would have the same key as "last"
+        ambiguous = self.monitor is None and self.filename == "best"
+        return super().state_key + (self.filename if ambiguous else "")  # type: ignore[operator]
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # Lightning calls this hook of all callbacks before any of them takes its state
+        # Lightning calls this hook for all callbacks before any of them loads its state
         states = checkpoint.get("callbacks") or {}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, callbacks.ModelCheckpoint) and callback.state_key in states:
@@ -313,22 +319,22 @@ class ModelCheckpoint(callbacks.ModelCheckpoint):
 
 
 def _own_files(callback: callbacks.ModelCheckpoint, state: Any) -> dict[str, Any]:
-    """The state of a ModelCheckpoint, with checkpoints that lie in its folder and no other path."""
+    """The state of a ModelCheckpoint without any path outside its folder."""
     state = state if isinstance(state, Mapping) else {}
     folder = Path(callback.dirpath or "").absolute()
 
     def own(path: Any) -> str:
         try:
-            if isinstance(callback, ModelCheckpoint):  # keeps one file, wherever it was before
+            if isinstance(callback, ModelCheckpoint):  # it keeps one file; the run may have moved
                 file = folder / Path(path).name
                 fits = file.name == f"{callback.filename}.ckpt"
             else:
                 file = folder / Path(path).relative_to(state["dirpath"])
                 fits = file.suffix == ".ckpt"
-            # a link, or ".." on the way, could lead to a file of somebody else
+            # a link or ".." could lead to another file
             inside = file.resolve() == folder.resolve() / file.relative_to(folder)
             return str(file) if fits and inside and file.is_file() else ""
-        except (TypeError, ValueError, KeyError, OSError):  # no path at all, or of elsewhere
+        except (TypeError, ValueError, KeyError, OSError):  # not a path, or outside the folder
             return ""
 
     scores = state.get("best_k_models")
@@ -337,7 +343,7 @@ def _own_files(callback: callbacks.ModelCheckpoint, state: Any) -> dict[str, Any
     best, worst = own(state.get("best_model_path")), own(state.get("kth_best_model_path"))
     full = 0 < callback.save_top_k <= len(kept)
     if len(kept) < len(scores) or best not in kept or (full and worst not in kept):
-        kept = {}  # what is left would not be the best k
+        kept = {}  # the remaining ones may not be the best k
     if callback.monitor and (not kept or state.get("monitor") != callback.monitor):
         kept, best = {}, ""
     return {
@@ -357,17 +363,17 @@ def _is_score(value: Any) -> bool:
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Has a Trainer write its checkpoints whole or not at all; see ``files``.
+    """Writes the Trainer's checkpoints atomically; see ``files``.
 
-    Lightning stages a checkpoint in TMPDIR and moves it. From another file system that is a copy
-    over the old file, and whatever ends it half way leaves neither.
+    Lightning writes a checkpoint to TMPDIR and moves it. From another file system, a move is a copy
+    over the old file: if it is interrupted, both files are lost.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Raises ValueError if the file cannot be written; the one before is unchanged."""
-        if "://" in str(path):  # an object store: it puts whole objects in place by itself
+        """Raises ValueError if the file cannot be written; an existing file is unchanged."""
+        if "://" in str(path):  # an object store, which is atomic by itself
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from mnist_lightning.configs import Asked
+from mnist_lightning.configs import Request
 from mnist_lightning.console import is_first_process, short
 from mnist_lightning.files import reason
 
@@ -15,7 +15,7 @@ LOGS = "lightning_logs"
 
 
 class RunFolder:
-    """A run's folder and the places in it.
+    """The folder of a run, and the files in it.
 
     Args:
         path: the folder.
@@ -34,12 +34,12 @@ class RunFolder:
 
     @classmethod
     def make(cls, folder: Path) -> "RunFolder":
-        """Makes the next ``version_N``; never the same one for two trainings that start together.
+        """Makes the next ``version_N``; two trainings that start together get different ones.
 
         Raises:
             ValueError: it cannot be made.
         """
-        if not is_first_process():  # a further one of the same training: it writes nothing
+        if not is_first_process():  # another process of the same training: it writes nothing
             return cls(folder / "version_0")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -53,8 +53,8 @@ class RunFolder:
                     number += 1
         except OSError as error:
             raise ValueError(
-                f"no run can be kept in {folder}: {reason(error)}."
-                " Another place: --trainer.default_root_dir DIR"
+                f"{folder} cannot hold a run: {reason(error)}."
+                " Give another folder: --trainer.default_root_dir DIR"
             ) from error
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a training was recorded there: a checkpoint can also lie outside of a run."""
+        """Whether a training was recorded here: a checkpoint can also be outside of a run."""
         return self.config.is_file()
 
     @property
@@ -81,7 +81,7 @@ class RunFolder:
         """Keeps other trainings out, until this process ends or calls ``unlock``.
 
         Raises:
-            ValueError: another process trains there, or the folder cannot be locked.
+            ValueError: another process trains in it, or the folder cannot be locked.
         """
         if not is_first_process():
             return
@@ -109,18 +109,18 @@ class RunFolder:
 def find_checkpoint(
     where: str, root: Path, run_name: str | None = None, kind: str = "best"
 ) -> Path:
-    """The checkpoint file that the user means.
+    """Finds the checkpoint file that the user means.
 
     Args:
         where: a checkpoint file; the folder of a run, or of several runs (then the newest); or the
             name of a run. ``/best`` or ``/last`` after a folder or name says which one.
-            ``best`` or ``last`` alone are those of ``run_name``.
+            ``best`` or ``last`` alone belong to ``run_name``.
         root: the folder that holds the runs, ``lightning_logs``.
         run_name: the name that this command's configuration gives to its runs.
-        kind: ``best`` or ``last``, where ``where`` does not say it.
+        kind: ``best`` or ``last``, if ``where`` does not say it.
 
     Raises:
-        ValueError: nothing is there; says where it looked.
+        ValueError: there is no such checkpoint; the message says where it looked.
     """
     path = Path(where)
     if path.is_file():
@@ -131,7 +131,7 @@ def find_checkpoint(
     if base == Path("."):
         if run_name is None:
             raise ValueError(
-                f"--ckpt_path {where}: of which run? Say {root.name}/NAME/{where}, or give --config"
+                f"--ckpt_path {where}: of which run? Give {root.name}/NAME/{where}, or --config"
             )
         base = Path(run_name)
     folders = [folder for folder in (base, root / base) if folder.is_dir()]
@@ -165,11 +165,11 @@ def _runs(root: Path) -> str:
     return f"; the runs in {root} are: {', '.join(names)}" if names else ""
 
 
-def run_name(asked: Asked) -> str | None:
+def run_name(request: Request) -> str | None:
     """The name that a command's configuration gives to its runs, if it has one."""
-    if not asked.configs:
+    if not request.configs:
         return None
-    file = asked.configs[-1].absolute()
-    # of a run's own, that of the run: lightning_logs/NAME/version_N/config.yaml
+    file = request.configs[-1].absolute()
+    # the config.yaml of a run gives that run's name: lightning_logs/NAME/version_N/config.yaml
     of_run = file.name == "config.yaml" and re.fullmatch(r"version_\d+", file.parent.name)
     return file.parent.parent.name if of_run else file.stem

@@ -1,4 +1,4 @@
-"""What a run leaves behind: TensorBoard's curves and HParams, metrics.csv, provenance."""
+"""The logs of a run: TensorBoard's curves and HParams, metrics.csv, provenance.json."""
 
 import csv
 import io
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-# The same columns for every architecture: TensorBoard takes the columns of the first run that it
-# finds, and drops what others have beyond them.
+# The same columns for every architecture: TensorBoard uses the columns of the first run that it
+# finds, and drops further columns of others.
 METRICS = ("best/val_acc", "best/val_loss", "test/acc", "test/loss", "run/epochs", "run/seconds")
 CURVES = {
     "learning curves": {
@@ -35,18 +35,17 @@ CURVES = {
 
 
 class RunLogger(TensorBoardLogger):
-    """Logs one run into one folder: TensorBoard events and ``metrics.csv``, a row an epoch.
+    """Logs a run into its folder: TensorBoard events and ``metrics.csv`` with a row per epoch.
 
-    The horizontal axis counts finished epochs, so that runs with other batch sizes lie over each
-    other. Figures that are logged within an epoch (``self.log(..., on_step=True)``,
-    LearningRateMonitor, DeviceStatsMonitor) have an axis of their own, the optimizer's steps:
-    TensorBoard shows them as ``by_step/<name>`` in the run ``<folder>/by_step``, and
-    ``metrics.csv`` has the last value of each epoch. A run that is resumed goes on in the same
-    files.
+    The horizontal axis counts finished epochs, so that runs with different batch sizes can be
+    compared. Values logged within an epoch (``self.log(..., on_step=True)``, LearningRateMonitor,
+    DeviceStatsMonitor) are plotted over the optimizer's steps: TensorBoard shows them as
+    ``by_step/<name>`` in the run ``<folder>/by_step``, and ``metrics.csv`` has the last value of
+    each epoch. A resumed run continues in the same files.
 
     Args:
-        folder: the run's folder, made when something is first written.
-        first_epoch: of a resumed run, the first epoch that will be logged (again).
+        folder: the run's folder, created at the first write.
+        first_epoch: for a resumed run, the first epoch that will be logged (again).
     """
 
     def __init__(self, folder: str | os.PathLike[str], first_epoch: int | None = None) -> None:
@@ -56,7 +55,7 @@ class RunLogger(TensorBoardLogger):
             name="",
             version=folder.name,
             default_hp_metric=False,
-            # has TensorBoard forget what a killed run logged beyond its last checkpoint
+            # TensorBoard drops what a killed run logged after its last checkpoint
             purge_step=first_epoch,
         )
         self.table = folder / "metrics.csv"
@@ -64,7 +63,7 @@ class RunLogger(TensorBoardLogger):
         self._by_step: SummaryWriter | None = None
         self._rows: dict[int, dict[str, Any]] = {}
         self._columns: list[str] = []  # after the epoch
-        self._lines: dict[int, str] = {}  # rows as the file has them, formatted once
+        self._lines: dict[int, str] = {}  # the rows as CSV text, formatted once
         if first_epoch is not None and self.table.is_file():
             with self.table.open(newline="") as file:
                 for row in csv.DictReader(file):
@@ -73,29 +72,29 @@ class RunLogger(TensorBoardLogger):
                         self._note(epoch, row)
 
     def log_graph(self, model: LightningModule, input_array: Tensor | None = None) -> None:  # type: ignore[override]
-        # Called before the first figure, and the only call that leads a logger to its trainer.
+        # Lightning calls it before the first metric; no other call gives a logger its trainer.
         self._trainer = model.trainer
         super().log_graph(model, input_array)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
-        """Logs figures of an epoch, or of a step within it.
+        """Logs metrics of an epoch, or of a step within it.
 
         Args:
-            metrics: of an epoch's end with the ``epoch`` that Lightning adds, counted from 0.
-            step: the optimizer's steps before this one.
+            metrics: at the end of an epoch, with the ``epoch`` that Lightning adds, from 0.
+            step: the number of optimizer steps before this one.
         """
         metrics, trainer = dict(metrics), self._trainer
         by_step = "epoch" not in metrics
         epoch = int(metrics.pop("epoch", -1)) + 1
         if trainer is not None:
-            # once a training has ended, current_epoch is how many epochs it had
+            # after a training, current_epoch is the number of its epochs
             epoch = trainer.current_epoch + (trainer.state.fn == TrainerFn.FITTING)
             if trainer.training:
-                # "processed" is ahead of "completed" while the figures of an epoch's end are logged
+                # at the end of an epoch, while its metrics are logged, processed > completed
                 epochs: Any = trainer.fit_loop.epoch_progress.current
                 by_step |= epochs.processed == epochs.completed
-            else:  # Lightning has counted evaluated mini-batches
+            else:  # here Lightning's step counts evaluated mini-batches
                 step = max(0, trainer.global_step - 1)
         if by_step:
             writer = self._step_writer(step or 0)
@@ -107,7 +106,7 @@ class RunLogger(TensorBoardLogger):
 
     @rank_zero_only
     def complete(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Logs figures of a finished epoch that a kill kept from being logged, if any."""
+        """Logs those metrics of a finished epoch that were not logged because of a kill."""
         row = self._rows.get(epoch, {})
         missing = {name: value for name, value in metrics.items() if row.get(name, "") == ""}
         if missing:
@@ -116,15 +115,15 @@ class RunLogger(TensorBoardLogger):
             self.save()
 
     def _note(self, epoch: int, metrics: Mapping[str, Any]) -> None:
-        """Puts figures into the epoch's row of the table."""
+        """Puts metrics into the epoch's row of the table."""
         self._rows.setdefault(epoch, {}).update(metrics)
         self._lines.pop(epoch, None)
         if new := [name for name in metrics if name not in self._columns]:
             self._columns += new
-            self._lines.clear()  # every row gets another cell
+            self._lines.clear()  # every row gets a new cell
 
     def _step_writer(self, step: int) -> "SummaryWriter":
-        """Writes beside the run: forgetting steps of a killed run would take epochs along."""
+        """A separate writer: purging the steps of a killed run must not purge its epochs."""
         if self._by_step is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -149,13 +148,13 @@ class RunLogger(TensorBoardLogger):
         super().finalize(status)
         if self._by_step is not None:
             self._by_step.close()
-            self._by_step = None  # opened again, it would forget from where it was first opened
+            self._by_step = None  # reopened, it would purge from the step of its first opening
 
 
 class Dashboard(Callback):
-    """Fills TensorBoard's HParams and Custom Scalars tabs, and writes ``provenance.json``.
+    """Writes TensorBoard's HParams and Custom Scalars tabs, and ``provenance.json``.
 
-    Works with a ``RunLogger``; without one it does nothing.
+    It needs a ``RunLogger``; without one it does nothing.
     """
 
     def __init__(self) -> None:
@@ -177,10 +176,10 @@ class Dashboard(Callback):
     ) -> None:
         epochs: Any = trainer.fit_loop.epoch_progress.current
         if epochs.processed > epochs.completed:
-            # the epoch's end: Lightning logs its figures only after the checkpoint
+            # the end of an epoch: Lightning logs its metrics only after the checkpoint
             logged = trainer.fit_loop.epoch_loop._results.metrics(on_step=False)["log"]
-            figures = {name: float(value) for name, value in logged.items()}
-            checkpoint["figures"] = (epochs.processed, figures)
+            metrics = {name: float(value) for name, value in logged.items()}
+            checkpoint["figures"] = (epochs.processed, metrics)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -188,7 +187,7 @@ class Dashboard(Callback):
         self._logged = checkpoint.get("figures")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # not at on_fit_start: a resumed training does not know yet where it goes on
+        # not at on_fit_start: a resumed training does not know its epoch yet
         self._began = time.monotonic() - self._seconds
         if (logger := _run_logger(trainer)) is None:
             return
@@ -204,7 +203,7 @@ class Dashboard(Callback):
             writer.file_writer.add_summary(summary)
         data = getattr(trainer, "datamodule", None)
         sessions = logger.table.with_name("provenance.json")
-        remedy = "remove it, and the earlier sessions are no longer told"
+        remedy = "restore it, or remove it and lose the record of earlier sessions"
         earlier = read_json(sessions, remedy, list) if sessions.is_file() else []
         facts = provenance(
             data={
@@ -219,7 +218,7 @@ class Dashboard(Callback):
             resumed_at_epoch=trainer.current_epoch,
         )
         if changes := _changes(earlier[-1] if earlier else {}, facts):
-            say(f"{changes}: the results are not those of a training that was never interrupted")
+            say(f"{changes}: the results differ from those of an uninterrupted training")
         write_json(sessions, [*earlier, facts])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -243,7 +242,7 @@ class Dashboard(Callback):
 
 
 def _changes(before: Any, now: dict[str, Any]) -> str:
-    """What differs between two sessions of a training and changes its numbers."""
+    """The differences between two sessions of a training that change its results."""
     before = before if isinstance(before, dict) else {}
     return ", ".join(
         f"{name} {now[name]}, {before[name]} before"
@@ -253,7 +252,7 @@ def _changes(before: Any, now: dict[str, Any]) -> str:
 
 
 def hparams_row(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    """What HParams shows of a run: always the same columns, numbers as numbers, words as words."""
+    """The run's row in HParams: always the same columns, with numbers or texts."""
     model = dict(module.hparams)
     data: dict[str, Any] = dict(getattr(getattr(trainer, "datamodule", None), "hparams", {}))
     hidden = model.get("hidden_units", [])

@@ -1,4 +1,4 @@
-"""What the terminal is told about a training: where it goes on, how it ended, what comes next."""
+"""Messages about a training: where it resumes, how it ended, which command comes next."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,28 +15,28 @@ from mnist_lightning.runs.checkpoints import ModelCheckpoint
 from mnist_lightning.runs.folder import RunFolder
 
 
-def say_where_it_goes_on(
+def say_resumed(
     path: Path,
     checkpoint: dict[str, Any],
     configs: Sequence[Path],
     run: RunFolder | None,
-    naming: Sequence[str],
+    class_options: Sequence[str],
 ) -> None:
-    """Of a training that is resumed: which one, from where, and what was best so far.
+    """Says which training is resumed, from where, and which epoch was best so far.
 
     Args:
-        path: of the checkpoint.
+        path: the file of the checkpoint.
         checkpoint: its content.
-        configs: the configurations that count.
-        run: the run that goes on in its folder, if one does.
-        naming: what a command has to say of classes of the user's own.
+        configs: the configurations in use.
+        run: the run whose folder is used again; None if a new run starts.
+        class_options: the options that name the user's classes in a command.
     """
     epochs, batches = checkpoints.progress(checkpoint)
     files = ", ".join(short(config) for config in configs)
     say(
         f"resuming {short(path)} after {progress_text(epochs, batches)}"
         + (f", with {files}" if files else "")
-        + ("" if run else "; what is trained from here on is a run of its own")
+        + ("" if run else "; the training continues as a new run")
     )
     if (best := _best_so_far(path)) is not None:
         epoch, monitor, score = best
@@ -45,33 +45,33 @@ def say_where_it_goes_on(
     if path.name == "best.ckpt" and (done := _epochs(last)) is not None and done > epochs:
         again = f"epoch {done} is" if done == epochs + 1 else f"epochs {epochs + 1} to {done} are"
         say(
-            f"this is the best epoch: {again} trained again. To go on after the last one:"
-            f"\n  {console.command('fit', '--ckpt_path', short(last), *naming)}"
+            f"this is the best epoch: {again} trained again. To resume after the last one:"
+            f"\n  {console.command('fit', '--ckpt_path', short(last), *class_options)}"
         )
 
 
-def say_how_to_go_on(run: RunFolder | None, naming: Sequence[str]) -> None:
-    """Of a training that was stopped."""
+def say_stopped(run: RunFolder | None, class_options: Sequence[str]) -> None:
+    """Says what a stopped training has saved, and the command that resumes it."""
     if run is None or not run.last.is_file():
         say("\nstopped; nothing was saved")
         return
     epochs, batches = checkpoints.progress(torch.load(run.last, weights_only=True, mmap=True))
-    again = console.command("fit", "--ckpt_path", f"{run}/last", *naming)
-    say(f"\nstopped; saved up to {progress_text(epochs, batches)}. To go on:\n  {again}")
+    again = console.command("fit", "--ckpt_path", f"{run}/last", *class_options)
+    say(f"\nstopped; saved up to {progress_text(epochs, batches)}. To resume:\n  {again}")
 
 
-def last_good(run: RunFolder | None, lr: float, naming: Sequence[str]) -> str:
-    """From where a training that diverged can be tried again, with a tenth of its ``lr``."""
+def retry_hint(run: RunFolder | None, lr: float, class_options: Sequence[str]) -> str:
+    """The command that resumes a diverged training with a tenth of its ``lr``."""
     if run is None or not run.last.is_file():
         return "No checkpoint had been saved before"
     again = console.command(
-        *("fit", "--ckpt_path", f"{run}/last"), *("--model.lr", f"{lr / 10:g}"), *naming
+        *("fit", "--ckpt_path", f"{run}/last"), *("--model.lr", f"{lr / 10:g}"), *class_options
     )
-    return f"The last good checkpoint is last.ckpt. To go on from it:\n  {again}"
+    return f"The last good checkpoint is last.ckpt. To resume from it:\n  {again}"
 
 
-def say_what_came_of_it(trainer: Trainer, run: RunFolder, naming: Sequence[str]) -> None:
-    """Of a training that has ended: the best epoch, and the commands that test and show it."""
+def say_finished(trainer: Trainer, run: RunFolder, class_options: Sequence[str]) -> None:
+    """Says the best epoch, and the commands that test it and show its curves."""
     ours = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
     best = next((c for c in ours if c.best_model_score is not None), None)
     if best is None:
@@ -79,25 +79,25 @@ def say_what_came_of_it(trainer: Trainer, run: RunFolder, naming: Sequence[str])
     file = Path(best.best_model_path)
     epoch = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
     stops = [c.stopped_epoch for c in trainer.early_stopping_callbacks]  # type: ignore[attr-defined]
-    # a stop of an earlier session is still in there
+    # the callback also remembers a stop of an earlier session
     stopped = any(stop and stop + 1 == trainer.current_epoch for stop in stops)
     say(
         f"\nbest epoch   {epoch} of {trainer.current_epoch}"
         + (" (stopped early)" if stopped else "")
         + f"\n{best.monitor:<12} {best.best_model_score:.4f}"
         f"\ncheckpoint   {short(file)}"
-        f"\ntest it      {console.command('test', '--ckpt_path', str(run), *naming)}"
+        f"\ntest it      {console.command('test', '--ckpt_path', str(run), *class_options)}"
         f"\nsee it       {console.tensorboard(short(run.path.parent.parent))}"
     )
 
 
 def metrics_text(metrics: Mapping[str, float]) -> str:
-    """Metrics on a line, sorted by name."""
+    """Metrics on one line, sorted by name."""
     return "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
 
 
 def progress_text(epochs: int, batches: int) -> str:
-    """How far a training is: whole epochs, and mini-batches of the next one."""
+    """The progress of a training: whole epochs, and mini-batches of the next one."""
     within = f"{batches:,} mini-batches of epoch {epochs + 1}"
     if not batches:
         return f"epoch {epochs}"
@@ -105,14 +105,14 @@ def progress_text(epochs: int, batches: int) -> str:
 
 
 def _epochs(file: Path) -> int | None:
-    """How many epochs the training was after that saved a checkpoint, if it can be read."""
+    """The finished epochs in a checkpoint; None if it cannot be read."""
     with suppress(ValueError, KeyError, TypeError):
         return checkpoints.progress(checkpoints.read(file))[0]
     return None
 
 
 def _best_so_far(checkpoint: Path) -> tuple[int, str, float] | None:
-    """Epoch, metric and its value of the best checkpoint of a run, if it can be read."""
+    """Epoch, metric and value of a run's best checkpoint; None if it cannot be read."""
     with suppress(ValueError, KeyError, TypeError, StopIteration):
         best = checkpoints.read(checkpoint.with_name("best.ckpt"))
         saved = [s for s in best["callbacks"].values() if s.get("best_model_score") is not None]
