@@ -1,5 +1,6 @@
 """Augmentation against torchvision, and its draws against SplitMix64 in Python's own integers."""
 
+import json
 import math
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mnist_lightning import Classifier, Execution, MNISTDataModule, Perceptron, 
 from mnist_lightning.__main__ import main
 from mnist_lightning.data.augmentation import Augment, uniform
 from mnist_lightning.data.sampling import EpochSampler
+from mnist_lightning.search.command import read, run
 
 NUMBERS = torch.arange(64)
 
@@ -269,3 +271,22 @@ def test_on_the_command_line(
     assert (settings["shift"], settings["flip"], settings["rotate"]) == (2.0, True, 0.0)
     assert main([*fit.split(), "--data.augment.rotate", "-5"]) == 1
     assert "augment.rotate must be from 0 to 180, got -5" in capsys.readouterr().err
+
+
+def test_a_search_augments_what_its_data_says(tmp_path: Path) -> None:
+    """The Trainer trains such trials; without augmentation networks are trained together."""
+    words = "--model ShallowNetwork --space.lr [0.1] --fixed.max_epochs 2 --data.source digits"
+    plain, _ = read(words.split())
+    moved, _ = read([*words.split(), "--data.augment.shift", "2"])
+    params = {"lr": 0.1, "max_epochs": 2, "seed": 0}
+    assert plain.hidden_units(params) == (100,)
+    assert moved.hidden_units(params) is None
+    definitions = [search.definition(search.load_data())["data"] for search in (plain, moved)]
+    assert definitions[1] == {**definitions[0], "augment": {"shift": 2.0}}
+    run(moved, tmp_path / "moved", workers=0)
+    record = json.loads(next((tmp_path / "moved" / "trials").iterdir()).read_text())
+    pl.seed_everything(0, verbose=False)
+    data = MNISTDataModule(source="digits", augment=Augment(shift=2))
+    alone = trainer(max_epochs=2)
+    alone.fit(ShallowNetwork(lr=0.1), data)
+    assert record["val_loss"] == pytest.approx(float(alone.callback_metrics["val/loss"]))

@@ -295,7 +295,7 @@ def test_numbers_in_words_are_those_of_the_files() -> None:
     seeds = words[len(searches()["shallow_grid"].about["seeds"])]
     assert f"The {seeds} seeds in [lightning_logs/study]" in README
     within, judged = shallow_agreement()
-    assert f"The other {words[judged - within]} are of its five worst models" in README
+    assert f"The other {words[judged - within]} belong to its five worst models" in README
 
 
 def test_the_lesson_of_the_grid_is_that_of_its_report() -> None:

@@ -287,7 +287,8 @@ class Search:
 
     def hidden_units(self, params: Mapping[str, Any]) -> tuple[int, ...] | None:
         """Sizes of the hidden layers if a population can train the model, else ``None``."""
-        if self.model_class not in SMALL or self.data_settings(params).get("augment"):
+        augmented = any((self.data_settings(params).get("augment") or {}).values())
+        if self.model_class not in SMALL or augmented:
             return None
         signature = inspect.signature(self.model_class.__init__)
         bound = signature.bind_partial(None, **self.model_args(params))
