@@ -230,6 +230,11 @@ class CLI(LightningCLI):
             denied = re.search(r"Importing '([\w.]+)' is not allowed", str(error))
             if denied and is_own(denied[1]):
                 raise ValueError(self._untrusted(f"a file names {denied[1]}")) from error
+            if denied:
+                raise ValueError(
+                    f"a file names {denied[1]}, which is never imported: name a class of"
+                    " mnist_lightning, torch.nn, torch.optim or Lightning, or your own"
+                ) from error
             raise
         settings = self.config.get(self.command, self.config)
         if self.command:  # a configuration may name another checkpoint, or a run

@@ -111,7 +111,7 @@ def test_a_search_of_before_is_scored_reported_and_grows(
     assert len(before) == len(set(load_curves(folder)["id"])) == 4
     run(capsys, "report", str(folder), "--out", "page")
     assert "0.7183" in Path("page", "index.html").read_text()
-    run(capsys, "search", "--config", "small.yaml", "--seeds", "[0, 1]")
+    run(capsys, "search", "--config", "small.yaml", "--seeds", "[0, 1]", "--workers", "1")
     after = {file.name: file.read_bytes() for file in (folder / "trials").iterdir()}
     assert len(after) == 8
     assert before.items() <= after.items()

@@ -1,9 +1,7 @@
 """Lightning's Trainer in a search: the trials that it trains, and checkpoints as it writes them."""
 
 import inspect
-import logging
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +14,7 @@ from mnist_lightning.classes import class_path
 from mnist_lightning.console import suggest
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.models import own
+from mnist_lightning.quiet import silence
 from mnist_lightning.search import space
 from mnist_lightning.search.plan import Search
 from mnist_lightning.search.space import Trial
@@ -35,11 +34,7 @@ def make_trainer(search: Search, max_epochs: int, *callbacks: Callback) -> Train
     Raises:
         Lack: it does not take the search's options, or not on this machine.
     """
-    # the search reports what matters
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for advice in (".*does not have many workers.*", ".*LeafSpec.*"):
-        warnings.filterwarnings("ignore", advice)
+    silence()  # the search reports what matters
     known = list(inspect.signature(Trainer.__init__).parameters)[1:]
     if wrong := space.unknown(search.trainer, known):
         raise Lack(f"the Trainer has no option {wrong[0]}; {suggest(wrong[0], known)}")
