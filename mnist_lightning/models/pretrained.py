@@ -19,7 +19,7 @@ def pretrained_tensors(weights: str, shapes: Mapping[str, torch.Size]) -> dict[s
     """
     is_name = weights in ResNet18_Weights.__members__
     path = _cached(ResNet18_Weights[weights]) if is_name else Path(weights)
-    names = ", ".join(ResNet18_Weights.__members__)
+    names = ", ".join(known.name for known in ResNet18_Weights)
     if not path.is_file():  # refuses a pipe too: reading it might never end
         raise ValueError(f"weights must be {names} or a file; there is no file {path}")
     tensors = read_tensors(path, f"Give other weights: --model.weights FILE, or {names}.")
