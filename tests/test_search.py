@@ -676,6 +676,28 @@ class Flaky:
         return []
 
 
+def test_a_worker_that_starts_waits_for_a_storage_that_has_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[str] = []
+    connect = leases._connect
+
+    def refuse_twice(place: str) -> Any:
+        tries.append(place)
+        if len(tries) < 3:
+            raise OSError(errno.ECONNREFUSED, "Connection refused")
+        return connect(place)
+
+    monkeypatch.setattr(leases, "_connect", refuse_twice)
+    monkeypatch.setattr(leases.time, "sleep", lambda _: None)
+    place = str(tmp_path / "journal.log")
+    with pytest.raises(ValueError, match="cannot be reached: connection refused"):
+        open_storage(place, tmp_path)
+    tries.clear()
+    assert open_storage(place, tmp_path, answered=True).get_all_studies() == []
+    assert len(tries) == 3
+
+
 def test_a_storage_that_comes_back_within_a_minute_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, clock: dict[str, float]
 ) -> None:

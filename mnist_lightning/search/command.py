@@ -80,7 +80,7 @@ def run(
     search = dataclasses.replace(search, grown_from=tuple(results.open(definition, known)))
     # named after the first definition, which workers of every later one know too
     key = f"{search.name}-{digest(search.at(0).definition(data))}"
-    meeting_point = open_storage(storage, results.path)
+    meeting_point = open_storage(storage, results.path, answered=bool(storage))
     leases = Leases(meeting_point, key)
     if without_weights := results.heal():
         leases.forget(without_weights)

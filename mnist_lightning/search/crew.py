@@ -35,7 +35,7 @@ def work_here(
     threads: int,
 ) -> None:
     """Works in this process until nothing is left to do; see ``Worker``."""
-    meeting_point = open_storage(storage, path)
+    meeting_point = open_storage(storage, path, answered=bool(storage))
     Worker(search, key, Results(path), meeting_point, device, threads, on_progress).work()
 
 

@@ -287,7 +287,9 @@ def start_of(pid: int) -> str | None:
     return "running"
 
 
-def open_storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
+def open_storage(
+    url: str | None, folder: Path, answered: bool = False
+) -> optuna.storages.BaseStorage:
     """The storage where workers meet.
 
     Args:
@@ -295,6 +297,8 @@ def open_storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
             proxy, or a database like ``postgresql://user@host/name``; by default a journal in
             ``folder``.
         folder: of the search.
+        answered: whether it has answered this command before. Then it is asked again for
+            ``PATIENCE_SECONDS``, since it may be restarting.
 
     Raises:
         ValueError: it cannot be reached.
@@ -302,17 +306,22 @@ def open_storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     journal = folder / "journal.log"
-    try:
+    place = _without_password(url or str(journal))
+
+    def connect() -> optuna.storages.BaseStorage:
         storage = _connect(url or str(journal))
         storage.get_all_studies()
-        patient: Any = _Patient(storage, f"storage {_without_password(url or str(journal))}")
+        return storage
+
+    try:
+        storage = _insist(f"storage {place}", connect) if answered else connect()
+        patient: Any = _Patient(storage, f"storage {place}")
         return patient
     except Exception as error:  # each backend has exceptions of its own
         if url is None and journal.is_file():
             # only an index of the trials, which nobody else uses: begin a new one
             os.replace(journal, folder / "journal.damaged")
             return open_storage(None, folder)
-        place = _without_password(url or str(journal))
         raise ValueError(f"storage {place} cannot be reached: {_reason(error)}") from error
 
 
@@ -328,22 +337,30 @@ class _Patient:
 
     def __getattr__(self, attribute: str) -> Any:
         value = getattr(self._storage, attribute)
-        return functools.partial(self._insist, value) if callable(value) else value
+        if not callable(value):
+            return value
+        return functools.partial(_insist, self._name, value)
 
-    def _insist(self, ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        deadline, pause = time.monotonic() + PATIENCE_SECONDS, 0.1
-        while True:
-            try:
-                return ask(*args, **kwargs)
-            except Exception as error:
-                if not _may_come_back(error):
-                    raise
-                full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-                if full or time.monotonic() + pause > deadline:
-                    does = "cannot be written" if full else "does not answer"
-                    raise StorageLost(f"{self._name} {does}: {_reason(error)}") from error
-            time.sleep(pause)
-            pause = min(2 * pause, 5.0)
+
+def _insist(name: str, ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Asks again for ``PATIENCE_SECONDS``.
+
+    Raises:
+        StorageLost: there is no answer, or no room.
+    """
+    deadline, pause = time.monotonic() + PATIENCE_SECONDS, 0.1
+    while True:
+        try:
+            return ask(*args, **kwargs)
+        except Exception as error:
+            if not _may_come_back(error):
+                raise
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+            if full or time.monotonic() + pause > deadline:
+                does = "cannot be written" if full else "does not answer"
+                raise StorageLost(f"{name} {does}: {_reason(error)}") from error
+        time.sleep(pause)
+        pause = min(2 * pause, 5.0)
 
 
 def _may_come_back(error: BaseException) -> bool:
