@@ -14,10 +14,12 @@ from mnist_lightning.checks import check_choice
 from mnist_lightning.classes import class_path
 from mnist_lightning.files import is_plain
 from mnist_lightning.models.epoch_metrics import EpochMetrics, divergence
+from mnist_lightning.spec import DataSpec
 from mnist_lightning.training import resuming
 from mnist_lightning.training.execution import Execution
 
 Batch = tuple[Tensor, Tensor]
+Spec = DataSpec | dict[str, Any] | None  # a dictionary has the values as ``DataSpec.plain``
 OptimizerName = Literal["sgd", "adam", "adamw"]
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -40,9 +42,10 @@ class Classifier(LightningModule):
     the Trainer, which decides how many mini-batches the training takes at once.
 
     Args:
-        net: maps images ``(b, 1, height, width)`` to class scores ``(b, 10)``.
+        net: maps images ``(b, channels, height, width)`` to class scores ``(b, classes)``.
         lr: learning rate.
         optimizer: ``sgd`` (plain, no momentum), ``adam`` or ``adamw``.
+        spec: shape and classes of the images; by default MNIST's.
 
     Raises:
         ValueError: the learning rate is not positive, or the optimizer is unknown.
@@ -55,12 +58,15 @@ class Classifier(LightningModule):
     """True if a training step computes only the cross entropy of ``net``. ``Execution`` may then
     fuse steps, if ``execution.unfusable`` finds no obstacle."""
 
-    def __init__(self, net: nn.Module, lr: float, optimizer: OptimizerName) -> None:
+    def __init__(
+        self, net: nn.Module, lr: float, optimizer: OptimizerName, spec: Spec = None
+    ) -> None:
         super().__init__()
         if not lr > 0:
             raise ValueError(f"lr must be positive, got {lr}")
         check_choice("optimizer", optimizer, OptimizerName)
         self.net, self.lr, self.optimizer = net, lr, optimizer
+        self.spec = DataSpec.of(spec)
         if type(self) is not Classifier:
             frame = cast(FrameType, cast(FrameType, inspect.currentframe()).f_back)
             arguments: dict[str, Any] = {}
@@ -68,10 +74,12 @@ class Classifier(LightningModule):
                 arguments |= class_arguments
             not_plain = [name for name, value in arguments.items() if not is_plain(value)]
             self.save_hyperparameters(frame=frame, ignore=not_plain)
+            if "spec" in arguments:
+                self.hparams["spec"] = self.spec.plain()
         self.epoch_metrics = EpochMetrics()
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(b, 1, height, width)`` -> class scores ``(b, 10)``."""
+        """``(b, channels, height, width)`` -> class scores ``(b, classes)``."""
         return self.net(images)
 
     def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
@@ -93,13 +101,13 @@ class Classifier(LightningModule):
         self.score("val", self(batch[0]), batch[1])
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Class probabilities, ``(b, 10)``, for callbacks that evaluate single images."""
+        """Class probabilities, ``(b, classes)``, for callbacks that evaluate single images."""
         scores = self(batch[0])
         self.score("test", scores, batch[1])
         return scores.softmax(1)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Class probabilities, ``(b, 10)``."""
+        """Class probabilities, ``(b, classes)``."""
         return self(batch[0]).softmax(1)
 
     def on_train_epoch_start(self) -> None:

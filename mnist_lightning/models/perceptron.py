@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mnist_lightning.models.classifier import Batch, Classifier, OptimizerName
-from mnist_lightning.nets import CLASSES, AffineMap
+from mnist_lightning.models.classifier import Batch, Classifier, OptimizerName, Spec
+from mnist_lightning.nets import AffineMap
+from mnist_lightning.spec import DataSpec
 from mnist_lightning.training.execution import hooked
 
 
 class Perceptron(Classifier):
-    """784 -> 10 with the delta rule, computed explicitly, without autograd.
+    """pixels -> classes with the delta rule, computed explicitly, without autograd.
 
     With one-hot labels t and scores y = x w + b, a mini-batch changes w by ``lr * x^T (t - y)`` and
     b by the sum of ``lr * (t - y)`` over the images. This is gradient descent on half the squared
@@ -22,17 +23,21 @@ class Perceptron(Classifier):
     Args:
         lr: learning rate, for the sum over the mini-batch (not the mean).
         optimizer: ``sgd`` is the delta rule itself; the others receive the same gradient.
+        spec: shape and classes of the images; by default MNIST's.
     """
 
     steps_known = True
 
-    def __init__(self, lr: float = 0.0001, optimizer: OptimizerName = "sgd") -> None:
-        super().__init__(AffineMap(), lr, optimizer)
+    def __init__(
+        self, lr: float = 0.0001, optimizer: OptimizerName = "sgd", spec: Spec = None
+    ) -> None:
+        spec = DataSpec.of(spec)
+        super().__init__(AffineMap(spec.pixels, len(spec.classes)), lr, optimizer, spec)
         self._moves: tuple[Tensor, Tensor, Tensor] | None = None
 
     def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Half the squared error with one-hot labels, mean over the mini-batch."""
-        return (F.one_hot(labels, CLASSES) - scores).square().sum(1).mean() / 2
+        return (F.one_hot(labels, scores.shape[1]) - scores).square().sum(1).mean() / 2
 
     @torch.no_grad()
     def delta_rule(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -44,7 +49,7 @@ class Perceptron(Classifier):
         """
         net = cast(AffineMap, self.net)
         x = images.flatten(1)
-        t = F.one_hot(labels, CLASSES).to(x.dtype)
+        t = F.one_hot(labels, net.b.shape[1]).to(x.dtype)
         y = x @ net.w + net.b
         grad = t - y
         dw, db = x.T @ grad, grad.sum(0, keepdim=True)

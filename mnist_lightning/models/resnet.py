@@ -10,9 +10,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchvision.models import resnet18
 
 from mnist_lightning.checks import check_choice
-from mnist_lightning.models.classifier import OPTIMIZERS, Classifier, OptimizerName
+from mnist_lightning.models.classifier import OPTIMIZERS, Classifier, OptimizerName, Spec
 from mnist_lightning.models.pretrained import pretrained_tensors
-from mnist_lightning.nets import CLASSES
+from mnist_lightning.spec import DataSpec
 from mnist_lightning.training.freezing import LayerFreezing
 
 Regime = Literal["scratch", "finetune", "freeze"]
@@ -21,7 +21,7 @@ Schedule = Literal["constant", "one_cycle"]
 
 
 class ResNet18(Classifier):
-    """ResNet-18 for one channel and ten classes: 11,175,370 parameters.
+    """ResNet-18; for MNIST it has 11,175,370 parameters.
 
     ``net`` is torchvision's (He et al. 2015, "Deep residual learning for image recognition",
     arXiv:1512.03385), in the memory format channels_last, which is faster for convolutions in bf16.
@@ -50,6 +50,7 @@ class ResNet18(Classifier):
             quarter of the steps and falls to zero over the rest.
         compile: trains with torch.compile, which takes a minute or more to start. It is meant for a
             GPU; on a CPU it was slower.
+        spec: shape and classes of the images; by default MNIST's.
     """
 
     def __init__(
@@ -61,14 +62,17 @@ class ResNet18(Classifier):
         optimizer: OptimizerName = "adam",
         schedule: Schedule = "constant",
         compile: bool = False,
+        spec: Spec = None,
     ) -> None:
+        spec = DataSpec.of(spec)
         check_choice("regime", regime, Regime)
         check_choice("stem", stem, Stem)
         check_choice("schedule", schedule, Schedule)
-        net = resnet18(num_classes=CLASSES)
-        net.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        net = resnet18(num_classes=len(spec.classes))
+        net.conv1 = nn.Conv2d(spec.channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-        super().__init__(net.to(memory_format=torch.channels_last), lr, optimizer)  # type: ignore[call-overload]
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        super().__init__(net, lr, optimizer, spec)
         self.regime, self.weights, self.stem, self.schedule = regime, weights, stem, schedule
         self.trained_by_default = ["net.layer4.*", "net.fc.*"] if regime == "freeze" else []
         self._is_new = True
@@ -90,10 +94,16 @@ class ResNet18(Classifier):
         pretrained = pretrained_tensors(
             self.weights, {name: value.shape for name, value in state.items()}
         )
-        if self.stem == "sum":
-            pretrained["conv1.weight"] = pretrained["conv1.weight"].float().sum(1, keepdim=True)
-        else:
+        stem = pretrained["conv1.weight"].float()
+        if self.stem == "reset":
             del pretrained["conv1.weight"]
+        elif stem.shape[1] != self.spec.channels:
+            if self.spec.channels != 1:
+                raise ValueError(
+                    f"the first convolution of {self.weights} takes {stem.shape[1]} channels, the"
+                    f" images have {self.spec.channels}: --model.stem reset draws a new one"
+                )
+            pretrained["conv1.weight"] = stem.sum(1, keepdim=True)
         self.net.load_state_dict({**state, **pretrained})
 
     def configure_callbacks(self) -> list[Callback]:

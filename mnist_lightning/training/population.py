@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mnist_lightning.data.sampling import epoch_order
 from mnist_lightning.metrics import CURVES
-from mnist_lightning.nets import CLASSES, PIXELS, mlp
+from mnist_lightning.nets import mlp
 from mnist_lightning.training.stacked import BLOCK_ROWS, Population
 
 
