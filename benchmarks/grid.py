@@ -62,7 +62,7 @@ def loop(cell: tuple[int, int]) -> tuple[float, float]:
         (part.images.float().div_(255).flatten(1), part.labels)
         for part in (module.train_set, module.val_set)
     )
-    net = mlp([width])
+    net = mlp(784, [width], 10)
     sgd = torch.optim.SGD(net.parameters(), lr=0.01)
     steps, began = 0, 0.0
     for rows in epoch_order(TRAIN, 0, 0).split(batch_size):

@@ -74,7 +74,7 @@ def members(data: MNISTDataModule, count: int) -> float:
         for part in (data.train_set, data.val_set)
     )
     networks = [Member((WIDTH,), 0.1 / (1 + m), 1) for m in range(count)]
-    training = PopulationTraining(networks, train, val, BATCH, seed=0)
+    training = PopulationTraining(networks, train, val, BATCH, seed=0, classes=10)
     began = time.perf_counter()
     training.run_epoch()
     return time.perf_counter() - began

@@ -44,7 +44,7 @@ class Network(NamedTuple):
 
     def build(self, seed: int, dtype: torch.dtype) -> nn.Module:
         torch.manual_seed(seed)
-        return mlp(self.hidden_units).to(dtype)
+        return mlp(784, self.hidden_units, 10).to(dtype)
 
 
 SHALLOW = Network((100,), 0.1, 8)

@@ -58,6 +58,7 @@ from mnist_lightning.runs import checkpoints, evaluations, messages
 from mnist_lightning.runs.checkpoints import DATA_CLASS, REMEDY, ModelCheckpoint, Origin, WholeFiles
 from mnist_lightning.runs.folder import LOGS, RunFolder, find_checkpoint, run_name
 from mnist_lightning.runs.loggers import Dashboard, RunLogger
+from mnist_lightning.spec import DataSpec
 from mnist_lightning.training import memory
 from mnist_lightning.training.callbacks import EarlyStopping, Mistakes, SafePoints
 from mnist_lightning.training.execution import Execution
@@ -96,8 +97,7 @@ def inspect(argv: list[str]) -> None:
         cli = CLI(argv, run=False)
     data, model = cli.datamodule, cli.model
     net = cast(nn.Module, getattr(model, "net", model))
-    size = getattr(data, "image_size", 28)
-    image = torch.zeros(1, 1, size, size)
+    image = torch.zeros(1, *_spec(data).shape)
     print(inspection.format_layers(inspection.layer_table(net, image), net))
     if isinstance(model, Perceptron) and isinstance(data, MNISTDataModule):
         data.prepare_data()
@@ -208,6 +208,11 @@ class CLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        if self.request.data is None or hasattr(import_class(self.request.data), "spec"):
+            # a model without an argument spec, of the user's own, is left as it is
+            parser.link_arguments(
+                "data", "model.init_args.spec", compute_fn=_plain_spec, apply_on="instantiate"
+            )
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.add_lightning_class_args(LayerFreezing, "freezing")
         parser.add_lightning_class_args(Execution, "execution")
@@ -372,10 +377,15 @@ class CLI(LightningCLI):
         if torch.cuda.is_available() and settings.trainer.accelerator != "cpu":
             return
         module, _, name = settings.model.class_path.rpartition(".")
-        make = partial(getattr(sys.modules[module], name), **settings.model.get("init_args", {}))
-        data = self._data_settings()
-        if "batch_size" in data and "image_size" in data:
-            memory.check(make, data.batch_size, data.image_size, settings.execution.fused)
+        arguments = dict(settings.model.get("init_args", {}))
+        spec = DataSpec()
+        if self.request.data is None:
+            spec = MNISTDataModule(**settings.data.as_dict()).spec
+            if "spec" in arguments:
+                arguments["spec"] = spec
+        make = partial(getattr(sys.modules[module], name), **arguments)
+        if "batch_size" in (data := self._data_settings()):
+            memory.check(make, data.batch_size, spec, settings.execution.fused)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         # The model and the data exist now: check them before the run's folder is made.
@@ -383,7 +393,7 @@ class CLI(LightningCLI):
             checkpoints.check_agrees(
                 self.model, dict(self.datamodule.hparams), self.checkpoint, self.checkpoint_path
             )
-        _check_image_size(self.model, getattr(self.datamodule, "image_size", 28))
+        _check_image_size(self.model, _spec(self.datamodule))
         own.check_can(self.command, self.model)
         settings = self._get(self.config_init, "trainer")
         for name in ("max_epochs", "max_steps", "limit_train_batches"):
@@ -507,6 +517,8 @@ class CLI(LightningCLI):
         parameters = sum(p.numel() for p in model.parameters())
         say(f"{type(model).__name__}, {parameters:,} parameters, on {trainer.strategy.root_device}")
         say(own.describe(self.datamodule))
+        if isinstance(self.datamodule, MNISTDataModule):
+            say(self.datamodule.describe_classes())
         size = getattr(self.datamodule, "batch_size", "its own")
         say(f"batch size {size}, at most {trainer.max_epochs} epochs, early stopping {limit}")
         if self.checkpoint is not None and self.checkpoint_path is not None:
@@ -599,7 +611,7 @@ class CLI(LightningCLI):
         metrics, images = results[0], mistakes.images
         test_set = own.test_images(data, self.trainer, images)
         if isinstance(data, MNISTDataModule):
-            facts = mistakes.facts(data.test_set.images)
+            facts = mistakes.facts(data.test_set, data.spec.classes)
         # before the result is shown: if it cannot be recorded, nobody sees it
         number = evaluations.record(
             run.path,
@@ -647,8 +659,11 @@ class CLI(LightningCLI):
             ) from error
         if not batches:
             raise ValueError("no image was labelled: --trainer.limit_predict_batches is 0")
-        classes = 10 if type(data) is MNISTDataModule else None
-        scores = own.probabilities(batches, classes, type(self.model).__name__)
+        names = data.spec.classes if isinstance(data, MNISTDataModule) else None
+        known = len(names) if names and type(data) is MNISTDataModule else None
+        scores = own.probabilities(batches, known, type(self.model).__name__)
+        if names is None or len(names) != scores.shape[1]:
+            names = tuple(map(str, range(scores.shape[1])))
         loader = cast(Any, trainer.predict_dataloaders)
         images, scores = in_image_order(trainer, loader, scores)
         if not trainer.is_global_zero:
@@ -658,10 +673,10 @@ class CLI(LightningCLI):
         rows = [
             (
                 printable(files[image].name) if files else f"val[{image}]",
-                str(digit),
+                printable(names[label]),
                 f"{probability:.4f}",
             )
-            for image, probability, digit in zip(
+            for image, probability, label in zip(
                 images.tolist(), *(column.tolist() for column in scores.max(1)), strict=True
             )
         ]
@@ -674,16 +689,26 @@ class CLI(LightningCLI):
         say(f"{len(rows):,} predictions in {short(target)}")
 
 
-def _check_image_size(model: LightningModule, size: int) -> None:
-    if size == 28:  # every model takes these
+def _spec(data: LightningDataModule) -> DataSpec:
+    """Shape and classes of the images; MNIST's if the user's own data do not tell."""
+    spec = getattr(data, "spec", None)
+    return spec if isinstance(spec, DataSpec) else DataSpec()
+
+
+def _plain_spec(data: LightningDataModule) -> dict[str, Any]:
+    return _spec(data).plain()
+
+
+def _check_image_size(model: LightningModule, spec: DataSpec) -> None:
+    if spec.shape == DataSpec().shape:  # every model takes these
         return
     try:
         with torch.no_grad():
-            copy.deepcopy(getattr(model, "net", model)).eval()(torch.zeros(1, 1, size, size))
+            copy.deepcopy(getattr(model, "net", model)).eval()(torch.zeros(1, *spec.shape))
     except RuntimeError as error:
         raise ValueError(
-            f"{type(model).__name__} does not take images of {size} x {size} pixels:"
-            " --data.image_size 28"
+            f"{type(model).__name__} does not take images of {spec.height} x {spec.width} pixels"
+            f" with {spec.channels} channels: --data.image_size, --data.channels"
         ) from error
 
 

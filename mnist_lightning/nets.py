@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 
-
 class AffineMap(nn.Module):
     """Computes scores y = x w + b, with w ``(pixels, classes)`` and b ``(1, classes)``.
 

@@ -9,7 +9,9 @@ DIGITS = tuple("0123456789")
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What a network must know about its images. The data module makes it; by default it is MNIST's.
+    """What a network must know about its images; by default those of MNIST.
+
+    The data module makes it, and each checkpoint contains it.
 
     Args:
         channels: 1 for gray images, 3 for colour.
@@ -18,6 +20,8 @@ class DataSpec:
         classes: the names of the classes; a label is a position in this list.
         mean: one value for each channel, of pixels from 0 to 1. Subtracted from the pixels.
         std: likewise. The pixels are then divided by it.
+        drawn: whether an image is one drawn sign, light on dark and centred, as in MNIST. Image
+            files are then prepared like that; otherwise they are scaled and cropped.
 
     Raises:
         ValueError: there is no pixel, there are fewer than two classes, or two have one name.
@@ -29,6 +33,7 @@ class DataSpec:
     classes: tuple[str, ...] = DIGITS
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    drawn: bool = True
 
     def __post_init__(self) -> None:
         for name in ("classes", "mean", "std"):  # a checkpoint and a YAML file have lists

@@ -50,7 +50,8 @@ def _parsed(words: str) -> CLI:
         return CLI(words.split())
 
 
-TRAINED = {"hidden_units": 20, "lr": 0.3, "optimizer": "sgd"}
+SPEC = DataSpec().plain()
+TRAINED = {"hidden_units": 20, "lr": 0.3, "optimizer": "sgd", "spec": SPEC}
 CKPT = "lightning_logs/shallow/version_0/checkpoints/best.ckpt"
 
 

@@ -472,7 +472,7 @@ def test_a_partly_present_set_is_an_error_and_no_fallback(
     ("settings", "message"),
     [
         ({"name": "CIFAR"}, "name must be one of MNIST, FashionMNIST, KMNIST, got 'CIFAR'"),
-        ({"source": "web"}, "source must be one of auto, mnist, digits, got 'web'"),
+        ({"source": "web"}, "source must be one of auto, mnist, digits, folder, got 'web'"),
         ({"split": "half"}, "split must be one of study, canonical, got 'half'"),
         ({"normalization": "zca"}, "normalization must be one of .*, got 'zca'"),
         ({"val_fraction": 0.0}, "val_fraction must lie between 0 and 1, got 0.0"),

@@ -10,6 +10,7 @@ import torch
 
 from mnist_lightning import DeepNetwork, ResNet18, ShallowNetwork
 from mnist_lightning.__main__ import main
+from mnist_lightning.spec import DataSpec
 from mnist_lightning.training import memory
 
 # Prints the peak memory of a process that trains two steps.
@@ -44,21 +45,25 @@ def _peak(make: str, batch_size: int, image_size: int) -> int:
 )
 def test_the_estimate_is_near_the_peak(make: str, batch_size: int, image_size: int) -> None:
     """Within a factor of two: enough to tell 5 GB from 500."""
-    estimate = memory.training_bytes(lambda: eval(make), batch_size, image_size)
+    estimate = memory.training_bytes(
+        lambda: eval(make), batch_size, DataSpec(1, image_size, image_size)
+    )
     taken = _peak(make, batch_size, image_size) - _peak("ShallowNetwork(1)", 8, 28)
     assert estimate / 2 < taken < estimate * 2
 
 
 def test_nothing_is_allocated() -> None:
     """Estimates trainings with about a petabyte of weights or images."""
-    huge = memory.training_bytes(partial(ShallowNetwork, 10**11), 8, 28)
+    huge = memory.training_bytes(partial(ShallowNetwork, 10**11), 8, DataSpec())
     assert huge > 784 * 10**11 * 4
-    assert memory.training_bytes(ResNet18, 10**9, 224) > 10**9 * 224**2 * 4
+    assert memory.training_bytes(ResNet18, 10**9, DataSpec(1, 224, 224)) > 10**9 * 224**2 * 4
 
 
 def test_adam_takes_more() -> None:
     sgd, adam = (
-        memory.training_bytes(partial(DeepNetwork, [500, 500], optimizer=name), 1, 28, False)
+        memory.training_bytes(
+            partial(DeepNetwork, [500, 500], optimizer=name), 1, DataSpec(), False
+        )
         for name in ("sgd", "adam")
     )
     assert adam == pytest.approx(2 * sgd, rel=0.01)
@@ -71,8 +76,8 @@ class Odd(ShallowNetwork):
 
 
 def test_a_module_that_cannot_be_made_without_memory_is_not_judged() -> None:
-    assert memory.training_bytes(Odd, 8, 28) is None
-    memory.check(Odd, 8, 28)
+    assert memory.training_bytes(Odd, 8, DataSpec()) is None
+    memory.check(Odd, 8, DataSpec())
 
 
 def test_memory_asked_for_in_vain(

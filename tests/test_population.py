@@ -68,7 +68,7 @@ def train_alone(
 
 def networks(dtype: torch.dtype) -> list[nn.Module]:
     torch.manual_seed(0)
-    return [mlp(hidden).to(dtype) for hidden in NETWORKS]
+    return [mlp(784, hidden, 10).to(dtype) for hidden in NETWORKS]
 
 
 def train_together(
@@ -172,7 +172,13 @@ MEMBERS = [Member((h,), lr, 4) for h in (5, 9) for lr in (0.1, 0.01)] + [Member(
 def training(
     members: list[Member] = MEMBERS, epochs: int = 4, **changes: Any
 ) -> PopulationTraining:
-    settings = {"train": images(203), "val": images(50, seed=1), "batch_size": 8, "seed": 3}
+    settings = {
+        "train": images(203),
+        "val": images(50, seed=1),
+        "batch_size": 8,
+        "seed": 3,
+        "classes": 10,
+    }
     members = [member._replace(max_epochs=epochs) for member in members]
     result = PopulationTraining(members, **{**settings, **changes})
     while not result.done:
@@ -194,7 +200,7 @@ def test_a_training_is_what_each_member_gets_alone() -> None:
     together = training()
     for number, member in enumerate(MEMBERS):
         torch.manual_seed(3)
-        net = mlp(member.hidden_units)
+        net = mlp(784, member.hidden_units, 10)
         for epoch in range(4):
             order = epoch_order(203, 3, epoch)
             losses, _ = train_alone(net, member.lr, x[order], labels[order], 8)
@@ -210,7 +216,7 @@ def test_a_training_is_what_each_member_gets_alone() -> None:
 def test_ten_epochs_are_the_same_bits_on_the_way_to_more() -> None:
     shorter = training(epochs=2)
     nested = PopulationTraining(
-        MEMBERS, train=images(203), val=images(50, seed=1), batch_size=8, seed=3
+        MEMBERS, train=images(203), val=images(50, seed=1), batch_size=8, seed=3, classes=10
     )
     nested.run_epoch()
     nested.run_epoch()
@@ -223,7 +229,7 @@ def test_a_network_that_stops_changes_the_others_by_rounding_only() -> None:
     members = [member._replace(max_epochs=4) for member in MEMBERS]
     members[1] = members[1]._replace(max_epochs=2)
     together = training(**settings)
-    without = PopulationTraining(members, **settings, batch_size=8, seed=3)
+    without = PopulationTraining(members, **settings, batch_size=8, seed=3, classes=10)
     while not without.done:
         without.run_epoch()
     for member in (0, 2, 3, 4):
@@ -258,7 +264,7 @@ def test_members_of_other_lengths_stop_when_they_are_done() -> None:
     members = [member._replace(max_epochs=2) for member in MEMBERS]
     members[2] = members[2]._replace(max_epochs=4)
     result = PopulationTraining(
-        members, train=images(203), val=images(50, seed=1), batch_size=8, seed=3
+        members, train=images(203), val=images(50, seed=1), batch_size=8, seed=3, classes=10
     )
     while not result.done:
         result.run_epoch()
@@ -283,7 +289,13 @@ def test_the_best_state_is_the_one_of_the_first_highest_accuracy() -> None:
 
 def test_a_restored_training_goes_on_to_the_bit() -> None:
     undisturbed = training()
-    settings = {"train": images(203), "val": images(50, seed=1), "batch_size": 8, "seed": 3}
+    settings = {
+        "train": images(203),
+        "val": images(50, seed=1),
+        "batch_size": 8,
+        "seed": 3,
+        "classes": 10,
+    }
     first = PopulationTraining(MEMBERS, **settings)
     first.run_epoch()
     state = copy.deepcopy(first.state_dict())
@@ -297,18 +309,18 @@ def test_a_restored_training_goes_on_to_the_bit() -> None:
 
 def test_initial_weights_are_those_of_the_seed_and_leave_randomness_alone() -> None:
     torch.manual_seed(7)
-    expected = list(mlp([5]).parameters())
+    expected = list(mlp(784, [5], 10).parameters())
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    for ours, theirs in zip(initial_parameters([5], 7), expected, strict=True):
+    for ours, theirs in zip(initial_parameters([784, 5, 10], 7), expected, strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_the_memory_estimate_covers_the_weights_and_their_best_state() -> None:
     member = Member((2048, 2048), 0.1, 1)
-    weights = sum(p.nbytes for p in mlp(member.hidden_units).parameters())
-    assert 2 * weights <= training_bytes(member) <= 4 * weights
+    weights = sum(p.nbytes for p in mlp(784, member.hidden_units, 10).parameters())
+    assert 2 * weights <= training_bytes([784, *member.hidden_units, 10]) <= 4 * weights
 
 
 @pytest.mark.slow
@@ -328,11 +340,11 @@ def test_five_epochs_of_mnist_end_close_to_the_lone_model(
         (data.preprocess(s.images).flatten(1), s.labels) for s in (data.train_set, data.val_set)
     )
     members = [Member((100,), lr, 5), Member((10,), lr, 5), Member((50,), lr / 10, 5)]
-    together = PopulationTraining(members, train, val, batch_size, seed=0)
+    together = PopulationTraining(members, train, val, batch_size, seed=0, classes=10)
     while not together.done:
         together.run_epoch()
     torch.manual_seed(0)
-    net = mlp([100])
+    net = mlp(784, [100], 10)
     difference = []
     for epoch in range(5):
         order = epoch_order(len(train[1]), 0, epoch)

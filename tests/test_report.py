@@ -597,7 +597,7 @@ def test_a_test_step_of_ones_own_may_return_anything(returns, digits):
 
     mistakes = Mistakes()
     trainer(callbacks=[mistakes]).test(Own(10), digits, verbose=False)
-    assert mistakes.facts(digits.test_set.images) == {}
+    assert mistakes.facts(digits.test_set, digits.spec.classes) == {}
 
 
 # The page and the files

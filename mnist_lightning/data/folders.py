@@ -17,16 +17,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from mnist_lightning.data.photos import MOST_PIXELS, decode
 from mnist_lightning.files import printable, write_json
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 PARTS = ("train", "val", "test")
 MOST_CLASSES = 10_000
-_MOST_PIXELS = 50_000_000  # of a photo: unpacked, each takes some 20 bytes
 _SAMPLE = 200  # files whose headers say whether the images are gray or colour
 _NAMED = 3  # of many files with the same fault, so many are named
 
@@ -38,7 +38,9 @@ class Listing(NamedTuple):
     labels: list[int]
     classes: list[str]
     parts: list[str]
-    """Of each file: ``train``, ``val`` or ``test``, or "" where the folder is not split."""
+    """Of each file: ``train``, ``val`` or ``test``, or "" if the folder is not split."""
+    empty: list[str]
+    """Folders without an image."""
 
 
 class Pictures(NamedTuple):
@@ -46,8 +48,10 @@ class Pictures(NamedTuple):
 
     images: Tensor
     """uint8, ``(n, channels, size, size)``, mapped from the cache."""
+    digests: list[bytes]
+    """One for each image: images with equal pixels have equal digests."""
     listing: Listing
-    """Of these images: files that are no images are left out."""
+    """Lists these images: files that are no images are left out."""
     checksum: str
     """SHA-256 over the images, labels and parts."""
     warnings: list[str]
@@ -63,9 +67,11 @@ def list_images(folder: Path) -> Listing:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: give --data.data_dir DIR with DIR/<class>/*.jpg")
-    split = [part for part in PARTS if (folder / part).is_dir()]
-    parts = split if "train" in split else [""]
-    by_part = {part: _classes(folder / part) for part in parts}
+    by_part = {part: _classes(folder / part) for part in _parts(folder)}
+    empty = [
+        str(Path(p, name)) for p, found in by_part.items() for name in found if not found[name]
+    ]
+    by_part = {p: {name: f for name, f in found.items() if f} for p, found in by_part.items()}
     classes = sorted({name for by_class in by_part.values() for name in by_class})
     if len(classes) < 2:
         raise ValueError(
@@ -89,18 +95,29 @@ def list_images(folder: Path) -> Listing:
         [label for _, label, _ in rows],
         classes,
         [part for _, _, part in rows],
+        empty,
     )
 
 
+def _parts(folder: Path) -> list[str]:
+    """The parts into which the user has split a folder; [""] if it holds the classes."""
+    try:
+        inner = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read: {error.strerror}") from error
+    split = [part for part in PARTS if part in inner]
+    # a class may be called "test", but not all of them are called like parts
+    return split if "train" in inner or (inner and inner <= set(PARTS)) else [""]
+
+
 def _classes(folder: Path) -> dict[str, list[Path]]:
-    """The image files of each class that has some, by its name."""
+    """The image files of each folder, by its name."""
     try:
         inner = [entry for entry in os.scandir(folder) if entry.is_dir()]
         names = (entry.name for entry in inner if not entry.name.startswith("."))
-        listed = {name: _images(folder / name) for name in sorted(names)}
+        return {name: _images(folder / name) for name in sorted(names)}
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
-    return {name: files for name, files in listed.items() if files}
 
 
 def _images(folder: Path) -> list[Path]:
@@ -122,9 +139,9 @@ def read_folder(folder: Path, size: int, channels: int | None = None) -> Picture
         ValueError: as ``list_images``; or fewer than two classes have a readable image.
     """
     listing = list_images(folder)
-    channels = channels or _channels(listing.files)
+    channels = channels or common_format(listing.files)[0]
     key = _key(folder, listing, size, channels)
-    array, readable, digest = _cached(key) or _read(folder, listing, size, channels, key)
+    array, readable, digests = _cached(key) or _read(folder, listing, size, channels, key)
     rows = [row for row, whole in enumerate(readable) if whole]
     images = torch.from_numpy(array)
     if len(rows) < len(readable):
@@ -136,16 +153,21 @@ def read_folder(folder: Path, size: int, channels: int | None = None) -> Picture
         raise ValueError(f"{folder}: fewer than two classes have an image that can be read")
     left_out = [file for file, whole in zip(listing.files, readable, strict=True) if not whole]
     warnings = [_left_out(left_out)] if left_out else []
+    if listing.empty:
+        warnings.append(f"these folders hold no image, and are no class: {_some(listing.empty)}")
     if empty := [name for n, name in enumerate(listing.classes) if n not in set(labels)]:
         warnings.append(f"no readable image of {_some(empty)}: no class of that name is learned")
-    checksum = hashlib.sha256(f"{digest}{labels}{parts}{listing.classes}".encode()).hexdigest()
-    return Pictures(images, Listing(files, labels, listing.classes, parts), checksum, warnings)
+    digests = [digests[row] for row in rows]
+    total = hashlib.sha256(b"".join(digests))
+    total.update(f"{labels}{parts}{listing.classes}".encode())
+    kept = listing._replace(files=files, labels=labels, parts=parts)
+    return Pictures(images, digests, kept, total.hexdigest(), warnings)
 
 
 def _left_out(files: Sequence[Path]) -> str:
     return (
         f"{len(files):,} files are left out, since they are no images that can be read, or have"
-        f" more than {_MOST_PIXELS:,} pixels: {_some([file.name for file in files])}"
+        f" more than {MOST_PIXELS:,} pixels: {_some([file.name for file in files])}"
     )
 
 
@@ -154,47 +176,27 @@ def _some(names: Sequence[str]) -> str:
     return printable(", ".join(names[:_NAMED])) + more
 
 
-def _channels(files: Sequence[Path]) -> int:
-    """3 if any file of a sample is in colour."""
+def common_format(files: Sequence[Path]) -> tuple[int, int | None]:
+    """Reads the headers of a sample of the files.
+
+    Returns:
+        3 channels if any file is in colour, else 1; and the side in pixels if all images are
+        squares of one size, else None.
+    """
+    channels, sizes = 1, set()
     for file in files[:: max(1, len(files) // _SAMPLE)]:
         with contextlib.suppress(Exception), Image.open(file) as image:
+            sizes.add(image.size)
             if image.mode not in ("1", "L", "LA", "I", "F") and not image.mode.startswith("I;16"):
-                return 3
-    return 1
-
-
-def decode(path: Path, size: int, channels: int) -> np.ndarray | None:
-    """One image, uint8, ``(channels, size, size)``; nothing for a file that is no image.
-
-    Transparent parts count as white paper; the turn that a camera notes is undone.
-    """
-    try:
-        with Image.open(path) as file:
-            if file.width * file.height > _MOST_PIXELS:
-                return None
-            mode = "RGB" if channels == 3 else "L"
-            # the JPEG decoder may scale down by powers of two, to no less than twice the size
-            file.draft(mode, (2 * size, 2 * size))
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            elif image.mode in ("P", "PA", "LA", "RGBA"):
-                paper = Image.new("RGBA", image.size, "white")
-                paper.alpha_composite(image.convert("RGBA"))
-                image = paper
-            image = image.convert(mode)
-            if image.size != (size, size):
-                image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-            pixels = np.asarray(image, np.uint8)
-    except Exception:  # of many kinds, for the many ways to be damaged
-        return None
-    return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
+                channels = 3
+    width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
+    return channels, width if width == height else None
 
 
 def _read(
     folder: Path, listing: Listing, size: int, channels: int, key: str
-) -> tuple[np.ndarray, list[bool], str]:
-    """Reads all files into the cache; into memory where there is no room for that."""
+) -> tuple[np.ndarray, list[bool], list[bytes]]:
+    """Reads all files into the cache, or into memory if the disk has no room."""
     shape = (len(listing.files), channels, size, size)
     temporary = _cache() / f".{key}.{uuid.uuid4().hex[:12]}"
     try:
@@ -218,29 +220,42 @@ def _read(
         quiet = not sys.stderr.isatty()
         bar = tqdm(rows, f"reading {folder.name}", len(listing.files), leave=False, disable=quiet)
         readable = list(bar)
-    digest = hashlib.sha256(array.data).hexdigest()
+    digests = _digests(array)
     if isinstance(array, np.memmap):
         array.flush()
         os.replace(temporary, _cache() / f"{key}.npy")
         array = np.load(_cache() / f"{key}.npy", mmap_mode="c")  # whose changes stay in memory
-        write_json(_cache() / f"{key}.json", {"readable": readable, "sha256": digest})
-    return array, readable, digest
+        checksum = hashlib.sha256(b"".join(digests)).hexdigest()
+        write_json(_cache() / f"{key}.json", {"readable": readable, "sha256": checksum})
+    return array, readable, digests
 
 
-def _cached(key: str) -> tuple[np.ndarray, list[bool], str] | None:
-    """What an earlier start has read, if it is whole."""
+def _digests(array: np.ndarray) -> list[bytes]:
+    """A digest of each image, computed in parallel: hashing releases Python's lock."""
+
+    def of_rows(start: int) -> list[bytes]:
+        rows = array[start : start + 1000]
+        return [hashlib.blake2b(row.data, digest_size=16).digest() for row in rows]
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return [d for part in threads.map(of_rows, range(0, len(array), 1000)) for d in part]
+
+
+def _cached(key: str) -> tuple[np.ndarray, list[bool], list[bytes]] | None:
+    """Reads what an earlier start has cached; None if it is missing or damaged."""
     try:
         about = json.loads((_cache() / f"{key}.json").read_bytes())
         array = np.load(_cache() / f"{key}.npy", mmap_mode="c")
-        digest = hashlib.sha256(array.data).hexdigest()
-        return (array, about["readable"], digest) if digest == about["sha256"] else None
+        digests = _digests(array)
+        whole = hashlib.sha256(b"".join(digests)).hexdigest() == about["sha256"]
+        return (array, about["readable"], digests) if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _key(folder: Path, listing: Listing, size: int, channels: int) -> str:
-    """A name for all that the array of a folder follows from."""
-    digest = hashlib.sha256(f"1 {size} {channels}".encode())
+    """A name for the array, computed from all that it depends on."""
+    digest = hashlib.sha256(f"2 {size} {channels}".encode())
     for file in listing.files:
         stat = file.stat() if file.exists() else file.lstat()  # a link to nothing
         name = file.relative_to(folder)
@@ -272,17 +287,13 @@ def split_stratified(labels: Tensor, fraction: float, generator: torch.Generator
     return cut
 
 
-def count_shared(images: Tensor, rows: Tensor, others: Tensor) -> int:
-    """How many images of ``rows`` are also among ``others``, pixel by pixel.
+def count_shared(digests: Sequence[bytes], rows: Tensor, others: Tensor) -> int:
+    """Counts the images of ``rows`` that are also among ``others``, pixel by pixel.
 
     Args:
-        images: uint8, ``(n, ...)``.
-        rows: int64 indices of some.
+        digests: of all images, see ``Pictures``.
+        rows: int64 indices of some images.
         others: int64 indices of others.
     """
-
-    def digests(indices: Tensor) -> list[bytes]:
-        return [hashlib.blake2b(images[i].numpy().tobytes()).digest() for i in indices.tolist()]
-
-    known = set(digests(others))
-    return sum(digest in known for digest in digests(rows))
+    known = {digests[row] for row in others.tolist()}
+    return sum(digests[row] in known for row in rows.tolist())

@@ -1,15 +1,16 @@
-"""Data module for MNIST and data sets of the same format.
+"""Data module for MNIST, data sets like it, and the user's own folders of images.
 
-The whole set is kept in memory as uint8 tensors. A mini-batch is one indexing operation; scaling,
-normalisation and the resize to 224 pixels happen per batch, on the device that trains.
+The whole set is kept in memory as uint8 tensors, or mapped from a file. A mini-batch is one
+indexing operation; scaling, normalisation and the resize to 224 pixels happen per batch, on the
+device that trains.
 """
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,7 +20,16 @@ from torch.utils.data import DataLoader, DistributedSampler
 from mnist_lightning.checks import check_choice, check_count
 from mnist_lightning.data.augmentation import Augment
 from mnist_lightning.data.download import download
-from mnist_lightning.data.photos import IMAGES, read_image
+from mnist_lightning.data.folders import (
+    Pictures,
+    common_format,
+    count_shared,
+    list_images,
+    read_folder,
+    split_stratified,
+)
+from mnist_lightning.data.photos import IMAGES, read_for
+from mnist_lightning.data.preparation import prepare
 from mnist_lightning.data.readers import (
     FILES,
     first_picture,
@@ -30,9 +40,11 @@ from mnist_lightning.data.readers import (
     where_to_put,
 )
 from mnist_lightning.data.sampling import EpochSampler, ImageSet, as_is, split_indices
+from mnist_lightning.files import printable
+from mnist_lightning.spec import DIGITS, DataSpec
 
 SetName = Literal["MNIST", "FashionMNIST", "KMNIST"]
-Source = Literal["auto", "mnist", "digits"]
+Source = Literal["auto", "mnist", "digits", "folder"]
 Split = Literal["study", "canonical"]
 Normalization = Literal["unit", "mnist", "imagenet"]
 
@@ -43,44 +55,63 @@ NORMALIZATIONS: dict[str, tuple[float, float]] = {
     "mnist": (0.1307, 0.3081),
     "imagenet": (0.449, 0.226),
 }
+_IMAGENET_COLOUR = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_FOLDER_SIZE = 64  # pixels a side, for images of different sizes
+_MOST_LISTED = 20  # classes, in one line
+_LARGEST_NATIVE = 224  # larger images of one size are scaled down
 
 
 class MNISTDataModule(LightningDataModule):
-    """The 70,000 digits, split into train, validation and test, in mini-batches.
+    """Images, split into train, validation and test, in mini-batches: MNIST's 70,000 by default.
 
     Args:
         name: name of the data set; by default MNIST.
         source: ``mnist`` takes the set named above, from ``data_dir`` or else from its mirrors;
             ``digits`` takes scikit-learn's 1,797 real 8x8 digits, enlarged to 28x28; ``auto`` takes
             ``mnist`` and, if neither name nor ``data_dir`` nor ``MNIST_DATA_DIR`` is given, falls
-            back to ``digits`` with a warning.
+            back to ``digits`` with a warning. ``folder`` takes your own images from ``data_dir``.
         data_dir: folder that contains ``MNIST/raw/...`` in torchvision's layout, raw or .gz. The
-            default is the environment variable ``MNIST_DATA_DIR``, else ``data``.
+            default is the environment variable ``MNIST_DATA_DIR``, else ``data``. With source
+            ``folder``: contains ``<class>/*.jpg``, or ``train|val|test/<class>/*.jpg`` if you have
+            split the images already. Then your split is kept.
         split: ``study`` shuffles all 70,000 images and takes 63,000 for training and validation and
-            7,000 for the test; ``canonical`` keeps MNIST's official 10,000 test images.
+            7,000 for the test; ``canonical`` keeps MNIST's official 10,000 test images. A folder
+            has its own split: see ``test_fraction``.
         val_fraction: share of the non-test images for validation.
+        test_fraction: share of a folder's images for the test, if it has no ``test`` folder. From a
+            folder, the same share of each class is taken for the test and for validation.
         split_seed: the only seed that the split depends on.
         batch_size: images in a training mini-batch, in each process.
         eval_batch_size: images in a validation or test mini-batch; changes memory, not results.
-        image_size: side of the images that the model receives, in pixels. If it is not 28, each
-            batch is resized (bilinear, antialiased when it shrinks) on the device.
+        image_size: side of the images that the model receives, in pixels; by default the side that
+            the data set has: 28 for MNIST. If it is another, each batch is resized (bilinear,
+            antialiased when it shrinks) on the device. Images of a folder are scaled and cropped to
+            it once, when they are read; by default to 64 pixels if they have different sizes.
         normalization: ``unit`` divides pixels by 255; ``mnist`` and ``imagenet`` then subtract
-            that set's mean and divide by its standard deviation, one scalar for the gray channel.
+            that set's mean and divide by its standard deviation, one scalar for gray images and for
+            ``mnist``, one value for each channel of colour images for ``imagenet``.
         predict_dir: folder of image files for ``predict``; by default the validation images.
         augment: changes to the training images; by default none.
+        channels: 1 makes the images of a folder gray, 3 colour; by default as the files are.
+        classes: names of the classes of a folder, in the order of the labels; by default the names
+            of its folders, sorted. A checkpoint contains them.
+        balance: if True, each epoch draws as many images as there are, each class equally often on
+            average, instead of each image once.
 
-    A batch is ``(images, labels)``: from the loaders uint8 ``(b, 28, 28)`` and int64 ``(b,)``;
-    after ``on_after_batch_transfer``, which the Trainer calls, the images are float32
-    ``(b, 1, image_size, image_size)``. With ``augment``, the training loader adds the numbers of
-    the images in ``train_set``, int64 ``(b,)``, which the same hook uses up.
+    A batch is ``(images, labels)``: from the loaders uint8 ``(b, 28, 28)``, or
+    ``(b, channels, height, width)`` from a folder, and int64 ``(b,)``; after
+    ``on_after_batch_transfer``, which the Trainer calls, the images are float32
+    ``(b, channels, image_size, image_size)``. With ``augment``, the training loader adds the
+    numbers of the images in ``train_set``, int64 ``(b,)``, which the same hook uses up.
     """
 
-    name: SetName
+    name: str
     train_set: ImageSet
     val_set: ImageSet
     test_set: ImageSet
     checksum: str
-    """SHA-256 over images and labels as read; raw and .gz files give the same value."""
+    """SHA-256 over images and labels as read; raw and .gz files give the same value. Of a folder:
+    over its images, their labels and parts."""
 
     steps_known = True  # see execution.altered
 
@@ -94,45 +125,109 @@ class MNISTDataModule(LightningDataModule):
         split_seed: int = 0,
         batch_size: int = 32,
         eval_batch_size: int = 1000,
-        image_size: int = 28,
+        image_size: int | None = None,
         normalization: Normalization = "unit",
         predict_dir: str | None = None,
         augment: Augment = Augment(),  # noqa: B008 (it cannot change)
+        test_fraction: float = 0.1,
+        channels: Literal[1, 3] | None = None,
+        classes: list[str] | None = None,
+        balance: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(augment, Augment):  # plain, as checkpoints and YAML files have it
             augment = Augment(**augment)
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+        for option, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+            if not 0 < fraction < 1:
+                raise ValueError(f"{option} must lie between 0 and 1, got {fraction}")
         check_count("batch_size", batch_size)
         check_count("eval_batch_size", eval_batch_size)
-        check_count("image_size", image_size)
-        if image_size > 1024:
-            raise ValueError(f"image_size must be at most 1024, got {image_size}")
+        if image_size is not None:
+            check_count("image_size", image_size)
+            if image_size > 1024:
+                raise ValueError(f"image_size must be at most 1024, got {image_size}")
         check_choice("name", name or "MNIST", SetName)
         check_choice("source", source, Source)
         check_choice("split", split, Split)
         check_choice("normalization", normalization, Normalization)
-        folder = data_dir or os.environ.get("MNIST_DATA_DIR")
+        folder = data_dir or (os.environ.get("MNIST_DATA_DIR") if source != "folder" else None)
         if source == "auto" and (name or folder):
             source = "mnist"  # the user named a set or a folder: no fallback to the digits
-        name = name or "MNIST"
-        self.save_hyperparameters(ignore=["predict_dir", "augment"])
+        of_folder = {"test_fraction": test_fraction, "channels": channels, "classes": classes}
+        if source == "folder":
+            if name:
+                raise ValueError(f"name {name} and source folder contradict each other: choose one")
+            if folder is None:
+                raise ValueError("source folder needs a folder of images: --data.data_dir DIR")
+        else:
+            for option in ("channels", "classes"):
+                if of_folder[option] is not None:
+                    raise ValueError(f"{option} is only for images from a folder: source folder")
+        if source != "folder":
+            name = name or "MNIST"
+        self.save_hyperparameters(
+            ignore=["predict_dir", "augment", "balance", *of_folder, "image_size"]
+        )
         # a subclass may have passed other values
         self.hparams.update(name=name, source=source)
+        if source == "folder":
+            self.hparams.update(of_folder)
+        else:
+            image_size = image_size or 28
+        self.hparams.update(image_size=image_size)
         if augment:
             self.hparams["augment"] = augment.chosen()
-        self.name, self.source, self.split = name, source, split
+        if balance:
+            self.hparams["balance"] = True
+        self.name = name or Path(folder or "").resolve().name
+        self.source, self.split = source, split
         self.data_dir = Path(folder or "data")
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.image_size, self.normalization = image_size, normalization
+        self.normalization = normalization
         self.predict_dir, self.augment = predict_dir, augment
+        self.test_fraction, self.balance = test_fraction, balance
         self._loaded = False
         self._no_download = "not tried"
 
+    @property
+    def spec(self) -> DataSpec:
+        """Shape and classes of the images that the model receives.
+
+        Raises:
+            ValueError: the source is a folder that is missing or has no classes.
+        """
+        channels, classes, drawn = 1, list(DIGITS), self.source != "folder"
+        if self.source == "folder":
+            if None in (self.hparams[name] for name in ("channels", "classes", "image_size")):
+                self._look_into_folder()
+            channels, classes = self.hparams["channels"], self.hparams["classes"]
+        mean, std = ((value,) * channels for value in NORMALIZATIONS[self.normalization])
+        if self.normalization == "imagenet" and channels == 3:
+            mean, std = _IMAGENET_COLOUR
+        size = self.hparams["image_size"]
+        return DataSpec(channels, size, size, tuple(classes), mean, std, drawn)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that the model receives, in pixels."""
+        return self.spec.height
+
+    def _look_into_folder(self) -> None:
+        """Chooses what the user left open: channels, classes, size. Checkpoints then have them."""
+        listing = list_images(self.data_dir)
+        channels, size = common_format(listing.files)
+        found = {
+            "channels": channels,
+            "classes": listing.classes,
+            "image_size": min(size, _LARGEST_NATIVE) if size else _FOLDER_SIZE,
+        }
+        self.hparams.update({k: v for k, v in found.items() if self.hparams[k] is None})
+
     def prepare_data(self) -> None:
         """Downloads missing files; Lightning calls it in one process only."""
+        if self.source == "folder":
+            return
         missing = missing_files(self.name, self.data_dir)
         if self.source == "digits" or not missing:
             return
@@ -153,6 +248,9 @@ class MNISTDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Reads, verifies and splits the set; the split is the same in every process."""
         if self._loaded:
+            return
+        if self.source == "folder":
+            self._set_up_folder(stage)
             return
         if self.source == "auto":
             all_missing = len(missing_files(self.name, self.data_dir)) == len(FILES)
@@ -182,11 +280,78 @@ class MNISTDataModule(LightningDataModule):
         self.test_set = ImageSet(pool.images[test], pool.labels[test])
         self._loaded = True
 
+    def _set_up_folder(self, stage: str | None) -> None:
+        spec = self.spec
+        pictures = read_folder(self.data_dir, spec.height, spec.channels)
+        for warning in pictures.warnings:
+            rank_zero_warn(warning)
+        unknown = sorted(set(pictures.listing.classes) - set(spec.classes))
+        if unknown:
+            raise ValueError(
+                f"{self.data_dir} has a class {unknown[0]!r}, which is not among the known"
+                f" {len(spec.classes)}: {', '.join(spec.classes[:20])}. Rename or remove its folder"
+            )
+        labels = torch.tensor(
+            [spec.classes.index(pictures.listing.classes[n]) for n in pictures.listing.labels]
+        )
+        parts = self._folder_parts(pictures, labels)
+        train, val, test = parts
+        for part, rows, stages in (
+            ("train", train, ["fit"]),
+            ("val", val, ["fit", "validate", "predict"]),
+            ("test", test, ["test"]),
+        ):
+            if stage in stages and not len(rows) and not (stage == "predict" and self.predict_dir):
+                raise ValueError(
+                    f"{self.data_dir} leaves no images for {part}: put more images into each class,"
+                    f" or make folders {part}/<class>"
+                )
+        if shared := count_shared(pictures.digests, test, torch.cat([train, val])):
+            rank_zero_warn(
+                f"{shared:,} of the {len(test):,} test images are also among the images for"
+                " training or validation, equal in all pixels: the test result will be too good"
+            )
+        self.train_set, self.val_set, self.test_set = (
+            ImageSet(pictures.images, labels[rows], rows=rows) for rows in parts
+        )
+        self.checksum = pictures.checksum
+        self._loaded = True
+
+    def _folder_parts(self, pictures: Pictures, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows of the training, validation and test images."""
+        generator = torch.Generator().manual_seed(self.split_seed)
+        names = pictures.listing.parts
+        rows = {
+            part: torch.tensor([i for i, name in enumerate(names) if name == part]).long()
+            for part in ("", "train", "val", "test")
+        }
+        rest = rows[""] if len(rows[""]) else rows["train"]
+        for part, fraction in (("test", self.test_fraction), ("val", self.val_fraction)):
+            if not len(rows[part]):
+                cut = split_stratified(labels[rest], fraction, generator)
+                rows[part], rest = rest[cut], rest[~cut]
+        return rest, rows["val"], rows["test"]
+
     def describe(self) -> str:
         """Describes the data in one line; call it after ``setup``."""
-        name = self.name if self.source == "mnist" else "scikit-learn's digits"
         sizes = f"{len(self.train_set):,} / {len(self.val_set):,} / {len(self.test_set):,}"
+        if self.source == "folder":
+            spec = self.spec
+            kind = "gray" if spec.channels == 1 else "colour"
+            what = f"{printable(self.name)}, {len(spec.classes)} classes"
+            what += f", {kind} {spec.height} x {spec.width} (split seed {self.split_seed})"
+            return f"{what}: {sizes} train / val / test"
+        name = self.name if self.source == "mnist" else "scikit-learn's digits"
         return f"{name}, split {self.split} (seed {self.split_seed}): {sizes} train / val / test"
+
+    def describe_classes(self) -> str:
+        """Describes the classes of the training images in one line; call it after ``setup``."""
+        names = self.spec.classes
+        counts = torch.bincount(self.train_set.labels, minlength=len(names)).tolist()
+        if len(names) > _MOST_LISTED:
+            return f"{len(names)} classes of {min(counts):,} to {max(counts):,} training images"
+        each = (f"{printable(name)} {n:,}" for name, n in zip(names, counts, strict=True))
+        return f"training images by class: {', '.join(each)}"
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
@@ -196,9 +361,8 @@ class MNISTDataModule(LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             seed=_seed(),
         )
-        train_set = self.train_set
-        if self.augment:
-            train_set = ImageSet(train_set.images, train_set.labels, numbered=True)
+        sampler.balanced = self.balance
+        train_set = self.train_set.with_numbers() if self.augment else self.train_set
         return self._loader(train_set, self.batch_size, sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -210,7 +374,8 @@ class MNISTDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         if self.predict_dir is None:
             return self.val_dataloader()
-        images = torch.stack([read_image(path) for path in self.predict_files()])
+        spec = self.spec
+        images = torch.stack([read_for(spec, path) for path in self.predict_files()])
         unknown = torch.full((len(images),), -1)
         return self._eval_loader(ImageSet(images, unknown))
 
@@ -237,23 +402,17 @@ class MNISTDataModule(LightningDataModule):
         return pixels, labels
 
     def preprocess(self, images: Tensor, numbers: Tensor | None = None) -> Tensor:
-        """uint8 ``(b, 28, 28)`` -> normalised float32 ``(b, 1, image_size, image_size)``.
+        """uint8 images -> normalised float32 ``(b, channels, image_size, image_size)``.
 
         Args:
             images: as the loaders give them.
             numbers: of training images, which are then augmented; see ``ImageSet``.
         """
-        mean, std = NORMALIZATIONS[self.normalization]
-        pixels = images.unsqueeze(1).float().div_(255)
-        if numbers is not None:
-            epoch = self.trainer.current_epoch if self.trainer else 0
-            pixels = self.augment(pixels, numbers, _seed(), epoch)
-        if (mean, std) != (0.0, 1.0):
-            pixels.sub_(mean).div_(std)
-        if self.image_size != images.shape[-1]:
-            size = (self.image_size, self.image_size)
-            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
-        return pixels
+        if numbers is None:
+            return prepare(images, self.spec)
+        epoch = self.trainer.current_epoch if self.trainer else 0
+        augmented = partial(self.augment, numbers=numbers, seed=_seed(), epoch=epoch)
+        return prepare(images, self.spec, augmented)
 
     def _eval_loader(self, data: ImageSet) -> DataLoader:
         """Makes a loader of each image once, in order; several processes share the images.

@@ -1,14 +1,65 @@
-"""Reads photographed or drawn digits and prepares them as the makers of MNIST did."""
+"""Reads image files: photographs as they are, and digits prepared as the makers of MNIST did."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from mnist_lightning.spec import DataSpec
+
 IMAGES = {".png", ".jpg", ".jpeg", ".gif", ".webp"}  # suffixes of the files that predict reads
-_MOST_PIXELS = 50_000_000  # each pixel takes about 20 bytes of memory while it is processed
+MOST_PIXELS = 50_000_000  # each pixel takes about 20 bytes of memory while it is processed
+
+
+def read_for(spec: DataSpec, path: Path) -> Tensor:
+    """Reads an image file as a network for ``spec`` needs it.
+
+    Returns:
+        uint8, ``(28, 28)`` for drawings, else ``(channels, height, width)``.
+
+    Raises:
+        ValueError: the file is not an image, or shows nothing.
+    """
+    if spec.drawn:
+        return read_image(path)
+    pixels = decode(path, spec.height, spec.channels)
+    if pixels is None:
+        raise ValueError(
+            f"{path} cannot be read as an image of at most {MOST_PIXELS:,} pixels: put a good copy"
+            " there, or remove it"
+        )
+    return torch.from_numpy(pixels)
+
+
+def decode(path: Path, size: int, channels: int) -> np.ndarray | None:
+    """Reads one image, uint8, ``(channels, size, size)``; None for a file that is no image.
+
+    Transparent parts count as white paper. The rotation in the EXIF data is applied.
+    """
+    try:
+        with Image.open(path) as file:
+            if file.width * file.height > MOST_PIXELS:
+                return None
+            mode = "RGB" if channels == 3 else "L"
+            # the JPEG decoder may scale down by powers of two, to no less than twice the size
+            file.draft(mode, (2 * size, 2 * size))
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            elif image.mode in ("P", "PA", "LA", "RGBA"):
+                paper = Image.new("RGBA", image.size, "white")
+                paper.alpha_composite(image.convert("RGBA"))
+                image = paper
+            image = image.convert(mode)
+            if image.size != (size, size):
+                image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+            pixels = np.array(image, np.uint8)
+    except Exception:  # of many kinds, for the many ways to be damaged
+        return None
+    return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
 
 
 def read_image(path: Path) -> Tensor:
@@ -49,15 +100,13 @@ def read_image(path: Path) -> Tensor:
 
 def _decode(path: Path) -> np.ndarray:
     """Reads an image file as float32 gray values from 0 to 255, shape ``(height, width)``."""
-    from PIL import Image, ImageOps
-
     if not path.is_file():  # reading a pipe might never end
         raise ValueError(f"{path} cannot be read as an image: it is not a file. Remove it")
     pixels = 0
     try:
         with Image.open(path) as file:
             pixels = file.width * file.height
-            if pixels > _MOST_PIXELS:
+            if pixels > MOST_PIXELS:
                 raise ValueError
             picture = ImageOps.exif_transpose(file)
             if picture.mode.startswith("I;16"):
@@ -66,9 +115,9 @@ def _decode(path: Path) -> np.ndarray:
             paper.alpha_composite(picture.convert("RGBA"))
             return np.array(paper.convert("L"), np.float32)
     except Exception as error:  # PIL raises many types for damaged files
-        if pixels > _MOST_PIXELS or isinstance(error, Image.DecompressionBombError):
+        if pixels > MOST_PIXELS or isinstance(error, Image.DecompressionBombError):
             raise ValueError(
-                f"{path} has more than {_MOST_PIXELS:,} pixels: scale it down, or remove it"
+                f"{path} has more than {MOST_PIXELS:,} pixels: scale it down, or remove it"
             ) from error
         raise ValueError(
             f"{path} cannot be read as an image: put a good copy there, or remove it"

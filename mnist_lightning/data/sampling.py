@@ -25,29 +25,68 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(int(state >> 1)))
 
 
+def balanced_order(labels: Tensor, seed: int, epoch: int) -> Tensor:
+    """Draws as many images as there are labels, each class with the same probability.
+
+    Like ``epoch_order``, it depends on nothing else. An image may be drawn several times.
+
+    Args:
+        labels: int64, ``(n,)``.
+        seed: of the training.
+        epoch: counted from 0.
+
+    Returns:
+        Indices of images, int64, ``(n,)``.
+    """
+    state = np.random.SeedSequence([seed, epoch, 1]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(state >> 1))
+    by_class = labels.argsort(stable=True)
+    counts = labels.unique(return_counts=True)[1]
+    drawn = torch.randint(len(counts), (len(labels),), generator=generator)
+    within = torch.rand(len(labels), generator=generator, dtype=torch.float64) * counts[drawn]
+    return by_class[(counts.cumsum(0) - counts)[drawn] + within.long()]
+
+
 class ImageSet(Dataset):
     """Images and labels in memory; a whole mini-batch is one indexing operation.
 
     Args:
-        images: uint8, shape ``(n, 28, 28)``.
+        images: uint8, shape ``(n, height, width)`` of gray images, else
+            ``(n, channels, height, width)``.
         labels: int64, shape ``(n,)``.
         numbered: whether a mini-batch has a third tensor, the numbers of its images in the set.
+        rows: if given, int64 ``(n,)``: the set has only these rows of ``images``, which may be
+            mapped from a file and too large to copy.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, numbered: bool = False) -> None:
-        self.images, self.labels, self.numbered = images, labels, numbered
+    def __init__(
+        self, images: Tensor, labels: Tensor, numbered: bool = False, rows: Tensor | None = None
+    ) -> None:
+        self.labels, self.numbered = labels, numbered
+        self._images, self._rows = images, rows
+
+    @property
+    def images(self) -> Tensor:
+        """All images of the set; a copy in memory if the set has only some rows."""
+        return self._images if self._rows is None else self._images[self._rows]
+
+    def with_numbers(self) -> "ImageSet":
+        """Returns the same images, whose mini-batches have numbers too."""
+        return ImageSet(self._images, self.labels, True, self._rows)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
+        row = index if self._rows is None else int(self._rows[index])
+        return self._images[row], self.labels[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         # DataLoader's fetcher calls this with the indices of the whole mini-batch
         rows = torch.tensor(indices)
+        of_file = rows if self._rows is None else self._rows.index_select(0, rows)
         # index_select is several times as fast as indexing, with the same result
-        batch = self.images.index_select(0, rows), self.labels.index_select(0, rows)
+        batch = self._images.index_select(0, of_file), self.labels.index_select(0, rows)
         return (*batch, rows) if self.numbered else batch
 
 
@@ -59,12 +98,20 @@ class EpochSampler(DistributedSampler):
     with mini-batches of n * b.
     """
 
+    balanced = False
+    """Whether it visits the training set in ``balanced_order`` instead."""
     start = 0
     """Number of this process's images that the next pass skips, because a resumed epoch has already
     trained on them."""
 
     def __iter__(self) -> Iterator[int]:
-        order = epoch_order(len(cast(ImageSet, self.dataset)), self.seed, self.epoch).tolist()
+        data = cast(ImageSet, self.dataset)
+        drawn = (
+            balanced_order(data.labels, self.seed, self.epoch)
+            if self.balanced
+            else epoch_order(len(data), self.seed, self.epoch)
+        )
+        order = drawn.tolist()
         order += order[: self.total_size - len(order)]  # all processes take equally many steps
         start, self.start = self.start, 0
         return iter(order[self.rank :: self.num_replicas][start:])

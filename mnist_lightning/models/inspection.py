@@ -1,6 +1,7 @@
 """Tables of a model's layers and tensors, from a real forward pass or training step."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ def layer_table(net: nn.Module, image: Tensor) -> list[Layer]:
 
     Args:
         net: the network; its weights and its training mode are not changed.
-        image: one image, ``(1, 1, height, width)``.
+        image: one image, ``(1, channels, height, width)``.
     """
     table: list[Layer] = []
     counted: set[nn.Parameter] = set()
@@ -70,18 +71,19 @@ def tensor_table(
     Args:
         model: computes the update of one step; its weights are not changed.
         data: the data of the mini-batch, after ``setup``.
-        images: ``(b, 1, 28, 28)``.
+        images: ``(b, channels, height, width)``.
         labels: ``(b,)``.
     """
     step = model.delta_rule(images, labels)
+    one_hot = partial(F.one_hot, num_classes=len(model.spec.classes))
     y, t, grad = step["y"], step["t"], step["grad"]
     tensors = {
         "data_train": (data.train_set.images.flatten(1), "training images, each a row of pixels"),
-        "label_train": (F.one_hot(data.train_set.labels), "their labels, one-hot"),
+        "label_train": (one_hot(data.train_set.labels), "their labels, one-hot"),
         "data_val": (data.val_set.images.flatten(1), "validation images"),
-        "label_val": (F.one_hot(data.val_set.labels), "their labels, one-hot"),
+        "label_val": (one_hot(data.val_set.labels), "their labels, one-hot"),
         "data_test": (data.test_set.images.flatten(1), "test images"),
-        "label_test": (F.one_hot(data.test_set.labels), "their labels, one-hot"),
+        "label_test": (one_hot(data.test_set.labels), "their labels, one-hot"),
         "x": (step["x"], "the mini-batch, pixels from 0 to 1"),
         "w": (step["w"], "weights, from each pixel to each class"),
         "b": (step["b"], "biases, one a class"),

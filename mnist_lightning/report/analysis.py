@@ -22,9 +22,9 @@ from mnist_lightning.report.published import GRIDS, PUBLISHED, Published
 from mnist_lightning.runs import evaluations
 from mnist_lightning.search import space
 from mnist_lightning.search.results import load_results, search_folders
+from mnist_lightning.spec import DIGITS
 
 PATIENCE = 10  # epochs: EarlyStopping's default
-CLASSES = 10  # no search records it; the data sets that it can name have as many
 MULTILAYER = ("ShallowNetwork", "DeepNetwork")
 MANY = 8  # an axis with more values than this is shown in four groups of equal size
 
@@ -421,11 +421,12 @@ def capacity(search: SearchResult) -> pd.Series | None:
     if not widths or search.model not in MULTILAYER:
         return None
     table = search.configurations
-    pixels = search.about["data"]["image_size"] ** 2  # of one channel
+    data = search.about["data"]  # only of a folder it has channels and classes
+    pixels = data.get("channels", 1) * data["image_size"] ** 2
     sizes = [
         pd.Series(pixels, table.index),
         *(table[name] for name in widths),
-        pd.Series(CLASSES, table.index),
+        pd.Series(len(data.get("classes", DIGITS)), table.index),
     ]
     return sum((a + 1) * b for a, b in itertools.pairwise(sizes))  # type: ignore[return-value]
 

@@ -7,7 +7,6 @@ in one colour (``INK``), which the page replaces by its own text colour.
 
 import base64
 import io
-import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -296,9 +295,11 @@ def scatter(x: pd.Series, y: pd.Series, colour: pd.Series | None, titles: Sequen
     return figure
 
 
-def confusion(counts: Sequence[Sequence[int]], title: str) -> Figure:
+def confusion(
+    counts: Sequence[Sequence[int]], title: str, classes: Sequence[str] | None = None
+) -> Figure:
     """How often each label was predicted as another one; correct predictions are left out."""
-    table = pd.DataFrame(counts).astype(float)
+    table = pd.DataFrame(counts, classes, classes).astype(float)
     table.index.name, table.columns.name = "label", "predicted"
     values = table.to_numpy(copy=True)
     np.fill_diagonal(values, np.nan)
@@ -306,7 +307,12 @@ def confusion(counts: Sequence[Sequence[int]], title: str) -> Figure:
     return heat(wrong, title, digits=0)
 
 
-def mistakes(records: Sequence[Mapping[str, Any]], columns: int = 10, rows: int = 4) -> Figure:
+def mistakes(
+    records: Sequence[Mapping[str, Any]],
+    classes: Sequence[str] | None = None,
+    columns: int = 10,
+    rows: int = 4,
+) -> Figure:
     """Wrongly classified images, those with the highest probability first: label → prediction."""
     shown = records[: columns * rows]
     lines = -(-len(shown) // columns)
@@ -315,9 +321,16 @@ def mistakes(records: Sequence[Mapping[str, Any]], columns: int = 10, rows: int 
         for i, mistake in enumerate(shown):
             axes = figure.add_subplot(lines, columns, i + 1)
             pixels = np.frombuffer(zlib.decompress(base64.b64decode(mistake["pixels"])), np.uint8)
-            side = math.isqrt(pixels.size)
-            axes.imshow(pixels.reshape(side, side), cmap="gray_r", vmin=0, vmax=255)
+            image = pixels.reshape(mistake.get("shape", (28, 28))).squeeze()
+            if image.ndim == 3:
+                axes.imshow(image.transpose(1, 2, 0))
+            else:
+                axes.imshow(image, cmap="gray_r", vmin=0, vmax=255)
             sure = f"{100 * mistake['probability']:.0f} %"
-            axes.set_title(f"{mistake['label']} → {mistake['predicted']}\n{sure}", fontsize=7.5)
+            label, predicted = (
+                classes[mistake[kind]] if classes else mistake[kind]
+                for kind in ("label", "predicted")
+            )
+            axes.set_title(f"{label} → {predicted}\n{sure}", fontsize=7.5)
             axes.set_axis_off()
     return figure

@@ -542,7 +542,7 @@ def _mistakes(name: str, record: Mapping[str, Any]) -> list[Drawing]:
         Drawing(
             f"{name}_confusion",
             "Number of wrongly classified test images, by label and prediction.",
-            figures.confusion(record["confusion"], "mistakes"),
+            figures.confusion(record["confusion"], "mistakes", record.get("classes")),
         )
     ]
     if record["mistakes"]:
@@ -551,7 +551,7 @@ def _mistakes(name: str, record: Mapping[str, Any]) -> list[Drawing]:
                 f"{name}_mistakes",
                 "The mistakes with the highest probability: label → prediction, and its"
                 " probability.",
-                figures.mistakes(record["mistakes"]),
+                figures.mistakes(record["mistakes"], record.get("classes")),
                 wide=True,
             )
         )

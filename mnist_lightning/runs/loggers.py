@@ -269,7 +269,9 @@ def hparams_row(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         "max_epochs": int(trainer.max_epochs or 0),
         "patience": stopping[0].patience if stopping else 0,
         "image_size": int(data.get("image_size", 0)),
-        "data": f"{data.get('name')}/{data.get('source')}/{data.get('split')}",
+        "data": "/".join(
+            str(data.get(name)) for name in ("name", "source", "split") if data.get(name)
+        ),
         "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
         "parameters": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),

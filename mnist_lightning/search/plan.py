@@ -27,10 +27,10 @@ from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.models.architectures import ARCHITECTURES
 from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.models.multilayer import DeepNetwork, ShallowNetwork
-from mnist_lightning.nets import CLASSES, PIXELS
 from mnist_lightning.search import space
 from mnist_lightning.search.results import Record, score
 from mnist_lightning.search.space import GROWABLE, STRATEGIES, Trial
+from mnist_lightning.spec import DataSpec
 from mnist_lightning.training.population import Member, training_bytes
 
 # Networks trained together take at most this much memory, beside the images. Small enough to spread
@@ -44,7 +44,11 @@ OBJECTIVES = {
 }
 # Settings of the data that decide which images train and which validate.
 DATA_OF_ALL = [
-    f"data.{name}" for name in ("name", "source", "data_dir", "split", "val_fraction", "split_seed")
+    f"data.{name}"
+    for name in (
+        *("name", "source", "data_dir", "split", "val_fraction", "split_seed"),
+        *("test_fraction", "channels", "classes"),
+    )
 ]
 NO_RESULT = [f"data.{name}" for name in ("eval_batch_size", "predict_dir")]
 MOST_TRIALS = 100_000  # each is a file, and files are counted often
@@ -191,23 +195,17 @@ class Search:
             combinations = [{**first, name: v} for name, axis in ends.items() for v in axis]
         for combination in combinations:
             params = {**self.fixed, **combination}
-            data = self.data_settings(params)
-            if (key := json.dumps(data)) not in tried:
-                tried.add(key)
-                if MNISTDataModule(**data).image_size != 28 and self.model_class in SMALL:
-                    raise ValueError(
-                        f"{self.model} takes 28 x 28 pixels: data.image_size must be 28"
-                    )
-            arguments = self.model_args(params)
-            key = json.dumps(arguments)
+            spec, arguments = self.spec(params), self.model_args(params)
+            key = json.dumps([spec.plain(), arguments])
             if key not in tried:
                 tried.add(key)
                 with torch.device("meta"):  # shapes without memory
-                    self._build(arguments)
+                    self._build(arguments, spec)
 
-    def _build(self, arguments: Mapping[str, Any]) -> LightningModule:
+    def _build(self, arguments: Mapping[str, Any], spec: DataSpec) -> LightningModule:
+        takes_spec = "spec" in _arguments(self.model_class)
         try:
-            return self.model_class(**arguments)
+            return self.model_class(**arguments, **({"spec": spec.plain()} if takes_spec else {}))
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{self.model} refuses {dict(arguments)}: {error}") from error
 
@@ -233,7 +231,25 @@ class Search:
         """A new model for a trial, with the initial weights of its seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(params["seed"])
-            return self._build(self.model_args(params))
+            return self._build(self.model_args(params), self.spec(params))
+
+    def spec(self, params: Mapping[str, Any]) -> DataSpec:
+        """Shape and classes of a trial's images."""
+        settings = self.data_settings(params)
+        key = json.dumps(settings, sort_keys=True)
+        if key not in self._specs:
+            self._specs[key] = MNISTDataModule(**settings).spec
+        return self._specs[key]
+
+    @cached_property
+    def _specs(self) -> dict[str, DataSpec]:
+        """By the settings of the data: a folder is listed once."""
+        return {}
+
+    def sizes(self, params: Mapping[str, Any]) -> list[int]:
+        """Sizes of the layers of a trial's network, from the pixels to the classes."""
+        spec = self.spec(params)
+        return [spec.pixels, *(self.hidden_units(params) or ()), len(spec.classes)]
 
     def data_module(self, params: Mapping[str, Any], loaded: MNISTDataModule) -> MNISTDataModule:
         """The data as a trial sees it.
@@ -281,14 +297,20 @@ class Search:
         facts_of_data = {
             fact: getattr(data, fact) for fact in (*facts, "normalization", "checksum")
         }
-        if data.augment:  # as before it could be chosen, where it is not
+        # only if they are chosen: earlier searches do not have them
+        if data.augment:
             facts_of_data["augment"] = data.augment.chosen()
+        if data.balance:
+            facts_of_data["balance"] = True
+        if data.source == "folder":
+            facts_of_data |= {"test_fraction": data.test_fraction, **data.spec.plain()}
         return json.loads(json.dumps({**fields, "data": facts_of_data}))
 
     def hidden_units(self, params: Mapping[str, Any]) -> tuple[int, ...] | None:
         """Sizes of the hidden layers if a population can train the model, else ``None``."""
-        augmented = any((self.data_settings(params).get("augment") or {}).values())
-        if self.model_class not in SMALL or augmented:
+        data = self.data_settings(params)
+        each_image_once = not (any((data.get("augment") or {}).values()) or data.get("balance"))
+        if self.model_class not in SMALL or not each_image_once:
             return None
         signature = inspect.signature(self.model_class.__init__)
         bound = signature.bind_partial(None, **self.model_args(params))
@@ -387,7 +409,7 @@ def units(search: Search, trials: Sequence[Trial], images: int) -> list[WorkUnit
             groups.setdefault(key, []).append(trial)
     plain = json.dumps(dict(search.data))
     for (round, generation, batch_size, seed, data), group in groups.items():
-        parts = _split(networks(search, group))
+        parts = _split(search, networks(search, group))
         for number, part in enumerate(parts):
             in_part = tuple(trial for alike in part.values() for trial in alike)
             name = f"round{round}-batch{batch_size}-seed{seed}" + f"-part{number}" * (
@@ -395,7 +417,7 @@ def units(search: Search, trials: Sequence[Trial], images: int) -> list[WorkUnit
             )
             if generation or data != plain:  # an earlier unit has this name
                 name += f"-{digest([trial.id for trial in in_part])}"
-            work = _cost(list(part), batch_size, images)
+            work = _cost(search, part, batch_size, images)
             made.append(WorkUnit(name, in_part, part, work))
     return sorted(made, key=lambda unit: -unit.work)
 
@@ -413,9 +435,14 @@ def networks(search: Search, trials: Sequence[Trial]) -> dict[Member, list[Trial
     }
 
 
-def _split(together: Mapping[Member, list[Trial]]) -> list[dict[Member, list[Trial]]]:
+def _split(
+    search: Search, together: Mapping[Member, list[Trial]]
+) -> list[dict[Member, list[Trial]]]:
     """Networks of one batch size and seed in parts of about equal memory, each within the limit."""
-    sizes = {member: training_bytes(member) for member in together}
+    sizes = {
+        member: training_bytes(search.sizes(trials[0].params))
+        for member, trials in together.items()
+    }
     count = math.ceil(sum(sizes.values()) / UNIT_BYTES)
     parts: list[dict[Member, list[Trial]]] = []
     filled, total = 0.0, sum(sizes.values()) / count
@@ -429,12 +456,14 @@ def _split(together: Mapping[Member, list[Trial]]) -> list[dict[Member, list[Tri
     return parts
 
 
-def _cost(members: Sequence[Member], batch_size: int, images: int) -> float:
-    epochs = max(m.max_epochs for m in members)
+def _cost(
+    search: Search, together: Mapping[Member, list[Trial]], batch_size: int, images: int
+) -> float:
+    epochs = max(m.max_epochs for m in together)
     products = sum(
         m.max_epochs * a * b
-        for m in members
-        for a, b in pairwise([PIXELS, *m.hidden_units, CLASSES])
+        for m, trials in together.items()
+        for a, b in pairwise(search.sizes(trials[0].params))
     )
     # forward, backward and update at 100 GFLOP/s, and the fixed cost of a step
     return images * (6 * products / 1e11 + epochs * 6e-5 / batch_size)

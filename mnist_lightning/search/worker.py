@@ -258,6 +258,7 @@ class Worker:
             **self._as_rows(trial),
             batch_size=self.search.batch_size(trial.params),
             seed=trial.params["seed"],
+            classes=len(self.search.spec(trial.params).classes),
         )
 
     def _record_if_done(

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from mnist_lightning.data.sampling import in_image_order
-from mnist_lightning.nets import CLASSES
+from mnist_lightning.data.sampling import ImageSet, in_image_order
 
 
 class EarlyStopping(callbacks.EarlyStopping):
@@ -194,6 +193,9 @@ class SafePoints(Callback):
         self.training = False
 
 
+_MOST_CLASSES = 100  # of a confusion matrix that is recorded
+
+
 class Mistakes(Callback):
     """Collects a test's confusion matrix and the wrong predictions with the highest probability.
 
@@ -229,35 +231,37 @@ class Mistakes(Callback):
             columns = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
             self._rows = in_image_order(trainer, cast(Any, trainer.test_dataloaders), *columns)
 
-    def facts(self, images: Tensor) -> dict[str, Any]:
+    def facts(self, data: ImageSet, classes: Sequence[str]) -> dict[str, Any]:
         """Returns the confusion matrix and the mistakes as plain JSON types.
 
         Args:
-            images: the test images, uint8, ``(n, 28, 28)``.
+            data: the test images.
+            classes: the names of the classes.
 
         Returns:
-            ``confusion[label][predicted]``, numbers of images; ``mistakes``, the highest
-            probability first, each with its index ``image`` and its ``pixels`` (28 x 28 bytes,
-            zlib, base64). Empty if no class probabilities were collected.
+            ``confusion[label][predicted]``, numbers of images, and the names of the ``classes``;
+            ``mistakes``, the highest probability first, each with its index ``image``, its
+            ``pixels`` (bytes, zlib, base64) and their ``shape``. Empty if no class probabilities
+            were collected; without ``confusion`` if there are more than 100 classes.
         """
         if not self._rows:
             return {}
         index, probability, predicted, labels = self._rows
-        confusion = multiclass_confusion_matrix(predicted, labels, num_classes=CLASSES)
+        confusion = multiclass_confusion_matrix(predicted, labels, num_classes=len(classes))
         wrong = (predicted != labels).nonzero().flatten()
         surest = wrong[probability[wrong].argsort(descending=True, stable=True)][: self.most]
-        return {
-            "confusion": confusion.tolist(),
-            "mistakes": [
+        mistakes = []
+        for row in surest.tolist():
+            pixels = data[int(index[row])][0].numpy()
+            mistakes.append(
                 {
                     "image": int(index[row]),
                     "label": int(labels[row]),
                     "predicted": int(predicted[row]),
                     "probability": round(float(probability[row]), 4),
-                    "pixels": base64.b64encode(
-                        zlib.compress(images[index[row]].numpy().tobytes(), 9)
-                    ).decode(),
+                    "pixels": base64.b64encode(zlib.compress(pixels.tobytes(), 9)).decode(),
+                    "shape": list(pixels.shape),
                 }
-                for row in surest.tolist()
-            ],
-        }
+            )
+        facts = {"classes": list(classes), "mistakes": mistakes}
+        return facts if len(classes) > _MOST_CLASSES else {"confusion": confusion.tolist(), **facts}

@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from mnist_lightning.spec import DataSpec
+
 # numbers that an optimizer stores for each weight, in addition to the weight and its gradient
 OPTIMIZER_STATE = {"sgd": 0, "adam": 2, "adamw": 2}
 # memory of Python, PyTorch and Lightning that each additional process needs for itself
@@ -15,7 +17,7 @@ PROCESS_BYTES = 200 * 2**20
 
 
 def training_bytes(
-    make: Callable[[], LightningModule], batch_size: int, image_size: int, fused: bool = True
+    make: Callable[[], LightningModule], batch_size: int, spec: DataSpec, fused: bool = True
 ) -> float | None:
     """Estimates the memory of a training on the CPU in float32, without Python and the libraries.
 
@@ -25,7 +27,7 @@ def training_bytes(
     Args:
         make: makes the module, whose ``net`` is measured.
         batch_size: images in a mini-batch.
-        image_size: side of the images in pixels.
+        spec: shape of the images.
         fused: if True, steps may be fused, which needs copies of the weights.
 
     Returns:
@@ -45,13 +47,13 @@ def training_bytes(
             for layer in net.modules():
                 if not list(layer.children()):
                     layer.register_forward_hook(add_output)
-            net(torch.empty(1, 1, image_size, image_size))
+            net(torch.empty(1, *spec.shape))
     except Exception:  # a user's module may raise anything
         return None
     weights = sum(p.numel() for p in module.parameters())
     copies = 2 + OPTIMIZER_STATE.get(str(getattr(module, "optimizer", "")), 0)
     copies += 2 if fused and getattr(module, "fusable", False) else 0
-    return 4.0 * (copies * weights + batch_size * (outputs + image_size**2))
+    return 4.0 * (copies * weights + batch_size * (outputs + spec.pixels))
 
 
 def available_bytes() -> float:
@@ -80,25 +82,26 @@ def available_bytes() -> float:
 
 
 def check(
-    make: Callable[[], LightningModule], batch_size: int, image_size: int, fused: bool = True
+    make: Callable[[], LightningModule], batch_size: int, spec: DataSpec, fused: bool = True
 ) -> None:
     """Checks that a training fits into the memory of this machine.
 
     Args:
         make: as for ``training_bytes``.
         batch_size: images in a mini-batch.
-        image_size: side of the images in pixels.
+        spec: shape of the images.
         fused: as for ``training_bytes``.
 
     Raises:
         ValueError: it would take more memory than is available.
     """
-    needed, available = training_bytes(make, batch_size, image_size, fused), available_bytes()
+    needed, available = training_bytes(make, batch_size, spec, fused), available_bytes()
     if needed is not None and needed > available:
         raise ValueError(
             f"this training would take about {needed / 2**30:,.0f} GiB of memory, and"
             f" {available / 2**30:,.1f} GiB are available: use a smaller --data.batch_size"
-            f" (now {batch_size:,}), smaller images (now {image_size} pixels) or fewer units"
+            f" (now {batch_size:,}), smaller images (now {spec.height} x {spec.width} pixels) or"
+            " fewer units"
         )
 
 

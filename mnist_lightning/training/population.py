@@ -33,10 +33,11 @@ class PopulationTraining:
 
     Args:
         members: the networks.
-        train: images, floating point ``(n, 784)``, and labels, int64 ``(n,)``.
+        train: images, floating point ``(n, pixels)``, and labels, int64 ``(n,)``.
         val: the same for validation.
         batch_size: images in a mini-batch.
         seed: of the initial weights and of the order of the images.
+        classes: number of classes.
 
     Attributes:
         epoch: how many epochs are done.
@@ -54,6 +55,7 @@ class PopulationTraining:
         val: tuple[Tensor, Tensor],
         batch_size: int,
         seed: int,
+        classes: int,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -68,7 +70,8 @@ class PopulationTraining:
         self._order = pixel_order(train[0])
         networks = {}
         for m, member in enumerate(self.members):
-            networks[m] = initial_parameters(member.hidden_units, seed)
+            sizes = [train[0].shape[1], *member.hidden_units, classes]
+            networks[m] = initial_parameters(sizes, seed)
             networks[m] = [p.to(train[0]) for p in networks[m]]
         self._populate(networks)
         self._train, self._val = ((self.population.arrange(x), y) for x, y in (train, val))
@@ -149,16 +152,25 @@ class PopulationTraining:
         self._populate(state["networks"])
 
 
-def initial_parameters(hidden_units: Sequence[int], seed: int) -> list[Tensor]:
-    """Weights and biases of a network made after seeding; the global random state is unchanged."""
+def initial_parameters(sizes: Sequence[int], seed: int) -> list[Tensor]:
+    """Weights and biases of a network made after seeding; the global random state is unchanged.
+
+    Args:
+        sizes: of its layers, from the pixels to the classes.
+        seed: of the weights.
+    """
+    pixels, *hidden_units, classes = sizes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return [p.detach() for p in mlp(hidden_units).parameters()]
+        return [p.detach() for p in mlp(pixels, hidden_units, classes).parameters()]
 
 
-def training_bytes(member: Member) -> int:
-    """Bytes that a member needs in a training: weights, the best weights, buffers of a block."""
-    sizes = [PIXELS, *member.hidden_units, CLASSES]
+def training_bytes(sizes: Sequence[int]) -> int:
+    """Bytes that a network needs in a training: weights, the best weights, buffers of a block.
+
+    Args:
+        sizes: of its layers, from the pixels to the classes.
+    """
     weights = sum((a + 1) * b for a, b in pairwise(sizes))
     return 4 * (2 * weights + 8 * BLOCK_ROWS * sum(sizes[1:]))
 

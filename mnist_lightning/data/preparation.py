@@ -1,0 +1,38 @@
+"""From uint8 images to the tensors that a network receives."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnist_lightning.spec import DataSpec
+
+
+def prepare(
+    images: Tensor, spec: DataSpec, change: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Scales, normalises and resizes images.
+
+    Args:
+        images: uint8, ``(b, height, width)`` of gray images, else ``(b, channels, height, width)``.
+        spec: what the network receives: size, mean and standard deviation.
+        change: changes the pixels, from 0 to 1, before they are normalised: the augmentation.
+
+    Returns:
+        float32, ``(b, channels, spec.height, spec.width)``.
+    """
+    pixels = images if images.ndim == 4 else images.unsqueeze(1)
+    pixels = pixels.float().div_(255)
+    if change is not None:
+        pixels = change(pixels)
+    if set(spec.mean) != {0.0} or set(spec.std) != {1.0}:
+        if len(set(spec.mean)) == len(set(spec.std)) == 1:  # numbers are faster than tensors
+            pixels.sub_(spec.mean[0]).div_(spec.std[0])
+        else:
+            mean, std = (torch.tensor(v, device=pixels.device) for v in (spec.mean, spec.std))
+            pixels.sub_(mean[:, None, None]).div_(std[:, None, None])
+    if pixels.shape[-2:] != (spec.height, spec.width):
+        size = (spec.height, spec.width)
+        pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+    return pixels
