@@ -23,6 +23,7 @@ from mnist_lightning.__main__ import main
 from mnist_lightning.cli import CLI
 from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.models.inspection import layer_table
+from mnist_lightning.spec import DataSpec
 
 FIT = "fit --config shallow --data.source digits --trainer.max_epochs 2".split()
 
