@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist_lightning import ConvNetwork, DeepNetwork, ResNet18, ShallowNetwork
+from mnist_lightning import ConvNetwork, DeepNetwork, ResNet18, ShallowNetwork  # noqa: F401 (eval)
 from mnist_lightning.__main__ import main
 from mnist_lightning.training import memory
 
