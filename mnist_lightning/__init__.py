@@ -18,6 +18,7 @@ _HOMES = {
     "Perceptron": "models.perceptron",
     "ShallowNetwork": "models.multilayer",
     "DeepNetwork": "models.multilayer",
+    "ConvNetwork": "models.convolution",
     "ResNet18": "models.resnet",
     "EarlyStopping": "training.callbacks",
     "LayerFreezing": "training.freezing",

@@ -1,6 +1,7 @@
 # What type checkers see; at run time __init__.py imports each name when it is first used.
 from mnist_lightning.data.module import MNISTDataModule as MNISTDataModule
 from mnist_lightning.models.classifier import Classifier as Classifier
+from mnist_lightning.models.convolution import ConvNetwork as ConvNetwork
 from mnist_lightning.models.multilayer import DeepNetwork as DeepNetwork
 from mnist_lightning.models.multilayer import ShallowNetwork as ShallowNetwork
 from mnist_lightning.models.perceptron import Perceptron as Perceptron

@@ -44,3 +44,85 @@ def mlp(pixels: int, hidden_units: Sequence[int], classes: int) -> nn.Sequential
         layers[f"relu{index}"] = nn.ReLU()
     layers["output"] = nn.Linear([pixels, *hidden_units][-1], classes)
     return nn.Sequential(layers)
+
+
+def conv_net(
+    shape: tuple[int, int, int],
+    widths: Sequence[int],
+    classes: int,
+    *,
+    convolutions: int = 2,
+    kernel_size: int = 3,
+    hidden_units: int = 0,
+    dropout: float = 0.0,
+) -> nn.Sequential:
+    """Makes a plain convolutional network: stages that each halve the image, then the scores.
+
+    A stage is one or more convolutions, each with BatchNorm and ReLU. The first one is followed by
+    the pooling, so that the rest of the stage computes a quarter of the positions.
+
+    Args:
+        shape: channels, height and width of the images.
+        widths: channels of each stage, from input to output.
+        classes: number of classes.
+        convolutions: in each stage.
+        kernel_size: side of the convolutions' filters in pixels, odd.
+        hidden_units: size of a hidden layer between the last stage and the output; 0 averages each
+            channel over the image instead.
+        dropout: share of the output layer's inputs that are set to zero in training.
+
+    Raises:
+        ValueError: an argument is out of its range, or the images are too small for the stages.
+    """
+    channels, height, width = shape
+    if not widths or any(size < 1 for size in widths):
+        raise ValueError(f"widths must be one or more numbers above 0, got {list(widths)}")
+    if min(height, width) < 2 ** len(widths):
+        raise ValueError(
+            f"{len(widths)} widths are {len(widths)} stages, and each halves the image: they need"
+            f" {2 ** len(widths)} pixels a side, the images have {height} x {width}."
+            " Use fewer widths or larger images"
+        )
+    if convolutions < 1:
+        raise ValueError(f"convolutions must be at least 1, got {convolutions}")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+    if hidden_units < 0:
+        raise ValueError(f"hidden_units must be 0 or more, got {hidden_units}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, (inputs, outputs) in enumerate(pairwise([channels, *widths]), start=1):
+        layers[f"stage{number}"] = _stage(inputs, outputs, convolutions, kernel_size)
+        height, width = height // 2, width // 2
+    features = widths[-1]
+    if hidden_units:
+        layers["flatten"] = nn.Flatten()
+        layers["hidden"] = nn.Linear(features * height * width, hidden_units)
+        layers["relu"] = nn.ReLU()
+        features = hidden_units
+    else:
+        layers["average"] = nn.AdaptiveAvgPool2d(1)
+        layers["flatten"] = nn.Flatten()
+    if dropout:
+        layers["dropout"] = nn.Dropout(dropout)
+    layers["output"] = nn.Linear(features, classes)
+    return nn.Sequential(layers)
+
+
+def _stage(inputs: int, outputs: int, convolutions: int, kernel_size: int) -> nn.Sequential:
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for number in range(1, convolutions + 1):
+        layers[f"conv{number}"] = nn.Conv2d(
+            inputs if number == 1 else outputs,
+            outputs,
+            kernel_size,
+            padding=kernel_size // 2,
+            bias=False,  # BatchNorm would subtract it again
+        )
+        if number == 1:
+            layers["pool"] = nn.MaxPool2d(2)
+        layers[f"norm{number}"] = nn.BatchNorm2d(outputs)
+        layers[f"relu{number}"] = nn.ReLU()
+    return nn.Sequential(layers)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist_lightning import DeepNetwork, ResNet18, ShallowNetwork
+from mnist_lightning import ConvNetwork, DeepNetwork, ResNet18, ShallowNetwork  # noqa: F401 (eval)
 from mnist_lightning.__main__ import main
 from mnist_lightning.spec import DataSpec
 from mnist_lightning.training import memory
@@ -40,6 +40,7 @@ def _peak(make: str, batch_size: int, image_size: int) -> int:
     [
         ("ShallowNetwork(100_000, optimizer='adam')", 8, 28),
         ("DeepNetwork([4096, 8192], optimizer='adam')", 8, 28),
+        ("ConvNetwork([32, 64], hidden_units=128)", 128, 28),
         ("ResNet18()", 64, 112),
     ],
 )

@@ -8,6 +8,7 @@ __getattr__ = former_names(
         "models.classifier",
         "models.perceptron",
         "models.multilayer",
+        "models.convolution",
         "models.resnet",
         "nets",
         "weights",

@@ -4,13 +4,13 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.models import resnet18
 
 from mnist_lightning.checks import check_choice
 from mnist_lightning.models.classifier import OPTIMIZERS, Classifier, OptimizerName, Spec
+from mnist_lightning.models.convolution import warn_of_slow_bf16
 from mnist_lightning.models.pretrained import pretrained_tensors
 from mnist_lightning.spec import DataSpec
 from mnist_lightning.training.freezing import LayerFreezing
@@ -117,11 +117,7 @@ class ResNet18(Classifier):
         self.load_pretrained()
         if self.hparams["compile"]:
             self.net.compile()  # in place, so that the names of the weights do not change
-        bf16 = "bf16" in str(self.trainer.precision)
-        if bf16 and self.device.type == "cpu" and _emulates_bf16():
-            rank_zero_warn(
-                "this processor computes bf16 slowly; --trainer.precision 32-true is faster here"
-            )
+        warn_of_slow_bf16(self)
 
     def configure_optimizers(self) -> Any:
         # fused: one pass over the 11 million parameters; the default takes several
@@ -145,10 +141,3 @@ def one_cycle(step: int, steps: int) -> float:
     """
     rise = max(1, steps // 4)
     return max(0.0, min((step + 1) / rise, (steps - step) / max(1, steps - rise + 1)))
-
-
-def _emulates_bf16() -> bool:
-    if not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return not any(capabilities.get(name) for name in ("avx512_bf16", "bf16"))  # x86, ARM
