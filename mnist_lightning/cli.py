@@ -592,6 +592,8 @@ class CLI(LightningCLI):
         if not results:
             raise ValueError("no image was scored: --trainer.limit_val_batches is 0")
         say(f"{own.describe(self.datamodule)}\n{messages.metrics_text(results[0])}")
+        if classes := self._per_class("val"):
+            say(messages.per_class_text(classes))
 
     def test(self, **kwargs: Any) -> None:
         assert self.checkpoint is not None
@@ -612,6 +614,8 @@ class CLI(LightningCLI):
         test_set = own.test_images(data, self.trainer, images)
         if isinstance(data, MNISTDataModule):
             facts = mistakes.facts(data.test_set, data.spec.classes)
+        if classes := self._per_class("test"):
+            facts["per_class"] = classes
         # before the result is shown: if it cannot be recorded, nobody sees it
         number = evaluations.record(
             run.path,
@@ -623,6 +627,8 @@ class CLI(LightningCLI):
             data=own.describe(data),
         )
         say(f"{own.describe(data)}\n{messages.metrics_text(metrics)}")
+        if classes:
+            say(messages.per_class_text(classes))
         say(f"test evaluation {number} of this run, recorded in {short(run.path / 'test.json')}")
         if number > 1:
             say("  Each evaluation makes a test less reliable: choose on the validation images.")
@@ -635,6 +641,9 @@ class CLI(LightningCLI):
         with SummaryWriter(str(run.path)) as writer:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, self.checkpoint["epoch"] + 1)
+
+    def _per_class(self, stage: str) -> list[dict[str, Any]]:
+        return self.model.per_class(stage) if isinstance(self.model, Classifier) else []
 
     def _check_returns(self) -> None:
         """Refuses strategies that spawn or fork: only metrics come back from their processes."""

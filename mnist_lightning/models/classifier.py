@@ -32,7 +32,9 @@ class Classifier(LightningModule):
     """Base class of the classifiers: training, validation and test steps, and their metrics.
 
     Logs ``<stage>/loss`` and ``<stage>/acc`` once an epoch, each the mean over the epoch's images.
-    Those of ``train`` are accumulated during training, before each update.
+    Those of ``train`` are accumulated during training, before each update. In ``val`` and ``test``
+    it also logs ``f1`` (macro F1), ``ece`` (expected calibration error) and, for more than ten
+    classes, ``top5`` (accuracy). A subclass may log a value of its own under these three names.
 
     The constructor arguments of a subclass are saved as its hyper-parameters, without a call of
     ``save_hyperparameters()``. Only plain values (numbers, strings, lists and mappings of them) are
@@ -76,7 +78,7 @@ class Classifier(LightningModule):
             self.save_hyperparameters(frame=frame, ignore=not_plain)
             if "spec" in arguments:
                 self.hparams["spec"] = self.spec.plain()
-        self.epoch_metrics = EpochMetrics()
+        self.epoch_metrics = EpochMetrics(len(self.spec.classes))
 
     def forward(self, images: Tensor) -> Tensor:
         """``(b, channels, height, width)`` -> class scores ``(b, classes)``."""
@@ -87,10 +89,12 @@ class Classifier(LightningModule):
         return F.cross_entropy(scores, labels)
 
     def score(self, stage: str, scores: Tensor, labels: Tensor) -> Tensor:
-        """Computes the loss of a mini-batch, and adds loss and accuracy to the epoch's metrics."""
+        """Computes the loss of a mini-batch, and adds the mini-batch to the epoch's metrics."""
         loss = self.loss(scores, labels)
         correct = (scores.argmax(1) == labels).sum()
         self.epoch_metrics.note(stage, loss.detach() * len(labels), correct, len(labels))
+        if stage != "train":
+            self.epoch_metrics.of_scores(stage).add(scores, labels)
         return loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -132,8 +136,28 @@ class Classifier(LightningModule):
         self._log_epoch("test")
 
     def _log_epoch(self, stage: str) -> None:
-        for name, mean in self.epoch_metrics.end(stage):
-            self.log(name, mean, prog_bar=name == "val/acc")
+        for name, metric in self.epoch_metrics.end(stage):
+            self.log(name, metric, prog_bar=name == "val/acc")
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Logs as Lightning does. A ``val/f1`` of a subclass replaces that of this class."""
+        if self._trainer is not None and self.epoch_metrics.replace(name, value):
+            # logged twice in one hook with other arguments, it would be an error
+            cast(dict[str, Any], self.trainer._results).pop(f"{self._current_fx_name}.{name}", None)
+        super().log(name, value, *args, **kwargs)
+
+    def per_class(self, stage: str) -> list[dict[str, Any]]:
+        """Returns the accuracy of each class in the last ``val`` or ``test``.
+
+        Returns:
+            For each class its name ``class``, its number of ``images``, how many were ``correct``,
+            and the accuracy ``acc``, which is None without images. Empty if no scores were seen.
+        """
+        counts = self.epoch_metrics.of_scores(stage).counts()
+        return [
+            {"class": name, "images": n, "correct": correct, "acc": correct / n if n else None}
+            for name, (correct, n) in zip(self.spec.classes, counts, strict=False)
+        ]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return OPTIMIZERS[self.optimizer](self.parameters(), lr=self.lr)  # type: ignore[call-arg]

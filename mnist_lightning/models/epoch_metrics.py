@@ -1,4 +1,4 @@
-"""Loss and accuracy of an epoch, and the error for a loss that is no longer finite."""
+"""The metrics of an epoch, and the error for a loss that is no longer finite."""
 
 import math
 from collections.abc import Iterator
@@ -7,9 +7,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 
-STAGES = ("train", "val", "test")
+from mnist_lightning.models.score_metrics import ScoreMetrics
+
+EVALUATIONS = ("val", "test")
+STAGES = ("train", *EVALUATIONS)
 
 
 class Diverged(ValueError):
@@ -29,11 +32,16 @@ class Noted(NamedTuple):
 class EpochMetrics(nn.Module):
     """Mean loss and accuracy over the images of an epoch, in all processes.
 
+    In validation and test also the metrics of ``ScoreMetrics``.
+
     The sums of the mini-batches are collected and added up once, at the end of the epoch: a
     torchmetrics update for each takes longer than the training step of a small network.
+
+    Args:
+        classes: number of classes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int) -> None:
         super().__init__()
         # A NaN loss must make the mean NaN. By default torchmetrics ignores NaN values, and with
         # "disable" torchmetrics 1.9 ignores the weights.
@@ -45,10 +53,18 @@ class EpochMetrics(nn.Module):
             }
         )
         self._noted: dict[str, list[Noted]] = {}
+        self.scored = nn.ModuleDict({stage: ScoreMetrics(classes) for stage in EVALUATIONS})
+        self._replaced: set[str] = set()
 
     def begin(self, stage: str) -> None:
-        """Discards the sums of an epoch that was interrupted."""
+        """Discards the sums and scores of an epoch that was interrupted."""
         self._noted.pop(stage, None)
+        if stage in self.scored:
+            self.of_scores(stage).begin()
+
+    def of_scores(self, stage: str) -> ScoreMetrics:
+        """Returns the metrics of the scores of a validation or test."""
+        return cast(ScoreMetrics, self.scored[stage])
 
     def note(self, stage: str, loss: Tensor, correct: Tensor, images: int) -> None:
         """Adds mini-batches to the epoch; the arguments are those of ``Noted``."""
@@ -58,7 +74,7 @@ class EpochMetrics(nn.Module):
         """Returns the sums of the current epoch so far."""
         return self._noted.get(stage, [])
 
-    def end(self, stage: str) -> Iterator[tuple[str, MeanMetric]]:
+    def end(self, stage: str) -> Iterator[tuple[str, Metric]]:
         """Ends the epoch and yields its metrics with their names.
 
         Yields nothing if there was no mini-batch: a training may be resumed exactly at the end of
@@ -76,6 +92,23 @@ class EpochMetrics(nn.Module):
             mean.reset()
             mean.update(torch.stack(parts).sum() / images, images)
             yield f"{stage}/{name}", mean
+        if stage in self.scored:
+            for name, metric in self.of_scores(stage).end():
+                if f"{stage}/{name}" not in self._replaced:
+                    yield f"{stage}/{name}", metric
+
+    def replace(self, name: str, value: Any) -> bool:
+        """Leaves a metric of the scores to a model that logs a value of its own under that name.
+
+        Returns:
+            True if ``value`` is the first one.
+        """
+        stage, _, metric = name.partition("/")
+        ours = self.of_scores(stage).metrics().get(metric) if stage in self.scored else None
+        if ours is None or value is ours or name in self._replaced:
+            return False
+        self._replaced.add(name)
+        return True
 
     def is_finite(self, stage: str) -> bool:
         """Returns True if the loss of the epoch that has ended is finite."""

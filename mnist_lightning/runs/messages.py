@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 
 from mnist_lightning import console
 from mnist_lightning.console import say, short
+from mnist_lightning.files import printable
 from mnist_lightning.runs import checkpoints
 from mnist_lightning.runs.checkpoints import ModelCheckpoint
 from mnist_lightning.runs.folder import RunFolder
@@ -96,12 +97,37 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
 
 
+def per_class_text(classes: Sequence[Mapping[str, Any]]) -> str:
+    """A table of the accuracy of each class; of more than 20 classes, only the ten worst.
+
+    Args:
+        classes: as ``Classifier.per_class`` returns them, with at least one.
+    """
+    shown, title = list(classes), "class"
+    if len(classes) > 20:
+        seen = [row for row in classes if row["images"]]
+        shown = sorted(seen, key=lambda row: row["acc"])[:10]
+        title = f"the {len(shown)} worst of {len(classes):,} classes"
+    names = [_class_name(row["class"]) for row in shown]
+    width = max(map(len, [title, *names]))
+    lines = [f"{title:<{width}}     acc  correct   images"]
+    for name, row in zip(names, shown, strict=True):
+        acc = f"{row['acc']:.4f}" if row["images"] else ""
+        lines.append(f"{name:<{width}}  {acc:>6}  {row['correct']:>7,}  {row['images']:>7,}")
+    return "\n".join(lines)
+
+
 def progress_text(epochs: int, batches: int) -> str:
     """The progress of a training: whole epochs, and mini-batches of the next one."""
     within = f"{batches:,} mini-batches of epoch {epochs + 1}"
     if not batches:
         return f"epoch {epochs}"
     return f"epoch {epochs} and {within}" if epochs else within
+
+
+def _class_name(name: str) -> str:
+    """The name of a class on one line, which comes from a file and may be anything."""
+    return printable(name).replace("\n", "\\n")[:40]
 
 
 def _epochs(file: Path) -> int | None:
