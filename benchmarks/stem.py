@@ -26,7 +26,7 @@ from torchvision.models import resnet18
 
 from mnist_lightning import LayerFreezing, MNISTDataModule, ResNet18
 from mnist_lightning.data.sampling import ImageSet
-from mnist_lightning.models.resnet import one_cycle
+from mnist_lightning.models.optimization import one_cycle
 
 SEEDS = (0, 1, 2)
 PRETRAINING = {"images": 12_800, "epochs": 3, "batch_size": 128, "lr": 0.002}

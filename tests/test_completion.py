@@ -65,9 +65,14 @@ def _values(hint: Any) -> Iterator[str]:
 
 
 def _of_class(group: str, cls: type) -> Iterator[tuple[str, Any]]:
-    hints = typing.get_type_hints(cls.__init__)
-    for name in inspect.signature(cls).parameters:
-        yield f"--{group}.{name}", hints[name]
+    for kind in cls.__mro__:
+        hints = typing.get_type_hints(kind.__init__)
+        parameters = inspect.signature(kind).parameters
+        for name, parameter in parameters.items():
+            if name != "net" and parameter.kind is not parameter.VAR_KEYWORD:
+                yield f"--{group}.{name}", hints[name]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return  # it passes nothing on to its bases
 
 
 def _parsed() -> dict[str, tuple[list[str], list[str]]]:

@@ -18,7 +18,7 @@ from torchvision.models import ResNet18_Weights, resnet18
 from mnist_lightning import LayerFreezing, MNISTDataModule, ResNet18
 from mnist_lightning.__main__ import main
 from mnist_lightning.data.module import NORMALIZATIONS
-from mnist_lightning.models.resnet import one_cycle
+from mnist_lightning.models.optimization import one_cycle
 
 FEW = {"limit_train_batches": 2, "limit_val_batches": 1}
 
@@ -315,7 +315,7 @@ def test_without_network_one_line_says_what_to_put_where(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"regime": "thaw"}, {"stem": "mean"}, {"schedule": "cosine"}, {"lr": 0.0}]
+    "settings", [{"regime": "thaw"}, {"stem": "mean"}, {"schedule": "sine"}, {"lr": 0.0}]
 )
 def test_bad_arguments(settings: dict[str, Any]) -> None:
     ((name, value),) = settings.items()

@@ -6,6 +6,7 @@ __getattr__ = former_names(
     __name__,
     [
         "models.classifier",
+        "models.optimization",
         "models.perceptron",
         "models.multilayer",
         "models.convolution",

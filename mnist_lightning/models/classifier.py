@@ -1,12 +1,14 @@
 """Classifier: a network, a loss, metrics and an optimizer, as a LightningModule."""
 
 import inspect
+import os
 from types import FrameType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 
@@ -14,18 +16,21 @@ from mnist_lightning.checks import check_choice
 from mnist_lightning.classes import class_path
 from mnist_lightning.files import is_plain
 from mnist_lightning.models.epoch_metrics import EpochMetrics, divergence
+from mnist_lightning.models.optimization import (
+    ClassWeights,
+    OptimizerName,
+    Schedule,
+    draw_mixup,
+    inverse_frequencies,
+    make_optimizer,
+    make_schedule,
+)
 from mnist_lightning.spec import DataSpec
 from mnist_lightning.training import resuming
 from mnist_lightning.training.execution import Execution
 
 Batch = tuple[Tensor, Tensor]
 Spec = DataSpec | dict[str, Any] | None  # a dictionary has the values as ``DataSpec.plain``
-OptimizerName = Literal["sgd", "adam", "adamw"]
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
 
 
 class Classifier(LightningModule):
@@ -45,12 +50,31 @@ class Classifier(LightningModule):
 
     Args:
         net: maps images ``(b, channels, height, width)`` to class scores ``(b, classes)``.
-        lr: learning rate.
-        optimizer: ``sgd`` (plain, no momentum), ``adam`` or ``adamw``.
+        lr: learning rate; with a schedule, its maximum.
+        optimizer: ``sgd``, ``adam`` or ``adamw``.
         spec: shape and classes of the images; by default MNIST's.
+        momentum: of ``sgd``, from 0 to below 1.
+        nesterov: whether the momentum is Nesterov's.
+        weight_decay: of the weights; biases and normalisation layers have none. By default that of
+            PyTorch's optimizer: 0, and for ``adamw`` 0.01 on all parameters.
+        schedule: how the learning rate changes at each step. ``constant``; ``cosine``, which falls
+            to zero; ``step``, a tenth after half of the steps and a hundredth after three quarters;
+            ``one_cycle``, which rises over the first quarter of the steps and falls to zero over
+            the rest.
+        warmup_epochs: epochs over which the learning rate first rises from zero.
+        label_smoothing: share of the target that is spread over all classes, from 0 to below 1.
+        mixup: if positive, each training image is mixed with another one of its mini-batch, with
+            shares drawn from Beta(mixup, mixup), and so is the loss (Zhang et al. 2018, "mixup:
+            Beyond empirical risk minimization", arXiv:1710.09412). The training accuracy counts
+            against the labels of the images with the first share.
+        class_weights: weights of the classes in the training loss. ``auto``: inverse to the number
+            of training images, with mean 1.
+
+    ``label_smoothing``, ``mixup`` and ``class_weights`` change the loss of training alone, not that
+    of validation and test.
 
     Raises:
-        ValueError: the learning rate is not positive, or the optimizer is unknown.
+        ValueError: an argument is out of its range, or does not fit the others.
         Diverged: the loss is no longer finite. Raised in training, at the end of an epoch or before
             a checkpoint is saved.
     """
@@ -61,13 +85,59 @@ class Classifier(LightningModule):
     fuse steps, if ``execution.unfusable`` finds no obstacle."""
 
     def __init__(
-        self, net: nn.Module, lr: float, optimizer: OptimizerName, spec: Spec = None
+        self,
+        net: nn.Module,
+        lr: float,
+        optimizer: OptimizerName,
+        spec: Spec = None,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float | None = None,
+        schedule: Schedule = "constant",
+        warmup_epochs: float = 0.0,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        class_weights: ClassWeights = "none",
     ) -> None:
         super().__init__()
         if not lr > 0:
             raise ValueError(f"lr must be positive, got {lr}")
         check_choice("optimizer", optimizer, OptimizerName)
+        check_choice("schedule", schedule, Schedule)
+        check_choice("class_weights", class_weights, ClassWeights)
+        for name, value in (("momentum", momentum), ("label_smoothing", label_smoothing)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be from 0 to below 1, got {value}")
+        for name, value in (
+            ("weight_decay", weight_decay or 0.0),
+            ("warmup_epochs", warmup_epochs),
+            ("mixup", mixup),
+        ):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be 0 or more, got {value}")
+        if momentum and optimizer != "sgd":
+            raise ValueError(
+                f"momentum {momentum} is for optimizer sgd; {optimizer} has its own. Leave momentum"
+                " out, or set optimizer to sgd"
+            )
+        if nesterov and not momentum:
+            raise ValueError("nesterov needs a momentum: set one, like 0.9")
+        if warmup_epochs and schedule == "one_cycle":
+            raise ValueError(
+                f"schedule one_cycle rises by itself: leave warmup_epochs out, got {warmup_epochs}"
+            )
         self.net, self.lr, self.optimizer = net, lr, optimizer
+        self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
+        self.schedule, self.warmup_epochs = schedule, warmup_epochs
+        self.label_smoothing, self.mixup = label_smoothing, mixup
+        self.class_weights = class_weights
+        changed = [name for name in ("loss", "training_step") if self._has_own(name)]
+        if changed and self.loss_options:
+            raise ValueError(
+                f"{self.loss_options[0]} changes the cross entropy of a training step;"
+                f" {type(self).__name__} has a {changed[0]} of its own: leave it out"
+            )
+        self._weights_for: tuple[Tensor, Tensor] | None = None
         self.spec = DataSpec.of(spec)
         if type(self) is not Classifier:
             frame = cast(FrameType, cast(FrameType, inspect.currentframe()).f_back)
@@ -88,9 +158,29 @@ class Classifier(LightningModule):
         """Mean loss of the mini-batch, a scalar. Cross entropy, unless a subclass overrides it."""
         return F.cross_entropy(scores, labels)
 
-    def score(self, stage: str, scores: Tensor, labels: Tensor) -> Tensor:
-        """Computes the loss of a mini-batch, and adds the mini-batch to the epoch's metrics."""
-        loss = self.loss(scores, labels)
+    @property
+    def loss_options(self) -> list[str]:
+        """The names of the options that change the loss of training."""
+        values = {
+            "label_smoothing": self.label_smoothing != 0,
+            "mixup": self.mixup != 0,
+            "class_weights": self.class_weights != "none",
+        }
+        return [name for name, chosen in values.items() if chosen]
+
+    def score(
+        self, stage: str, scores: Tensor, labels: Tensor, loss: Tensor | None = None
+    ) -> Tensor:
+        """Computes the loss of a mini-batch, and adds the mini-batch to the epoch's metrics.
+
+        Args:
+            stage: ``train``, ``val`` or ``test``.
+            scores: of the classes, ``(b, classes)``.
+            labels: ``(b,)``.
+            loss: of the mini-batch, if it is not ``self.loss(scores, labels)``.
+        """
+        if loss is None:
+            loss = self.loss(scores, labels)
         correct = (scores.argmax(1) == labels).sum()
         self.epoch_metrics.note(stage, loss.detach() * len(labels), correct, len(labels))
         if stage != "train":
@@ -99,7 +189,42 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
-        return self.score("train", self(images), labels)
+        if not self.loss_options:
+            return self.score("train", self(images), labels)
+        if not self.mixup:
+            scores = self(images)
+            return self.score("train", scores, labels, self._training_loss(scores, labels))
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        place = (seed, self.current_epoch, batch_idx, self.global_rank)
+        share, partners = draw_mixup(self.mixup, len(labels), *place)
+        partners = partners.to(labels.device)
+        scores = self(share * images + (1 - share) * images[partners])
+        loss = share * self._training_loss(scores, labels)
+        loss = loss + (1 - share) * self._training_loss(scores, labels[partners])
+        return self.score("train", scores, labels, loss)
+
+    def _training_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy with label smoothing and the weights of the classes."""
+        weights = None
+        if self.class_weights == "auto":
+            weights = self._class_weights(scores.shape[1]).to(scores)
+        return F.cross_entropy(scores, labels, weights, label_smoothing=self.label_smoothing)
+
+    def _class_weights(self, classes: int) -> Tensor:
+        train_set = getattr(getattr(self.trainer, "datamodule", None), "train_set", None)
+        labels = getattr(train_set, "labels", None)
+        if not isinstance(labels, Tensor):
+            raise ValueError(
+                "class_weights auto counts the labels of the training set, datamodule.train_set"
+                ".labels, which these data do not have: leave class_weights out"
+            )
+        if self._weights_for is None or self._weights_for[0] is not labels:
+            weights = inverse_frequencies(labels, classes).to(self.device)
+            self._weights_for = labels, weights
+        return self._weights_for[1]
+
+    def _has_own(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(Classifier, method)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.score("val", self(batch[0]), batch[1])
@@ -159,8 +284,16 @@ class Classifier(LightningModule):
             for name, (correct, n) in zip(self.spec.classes, counts, strict=False)
         ]
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return OPTIMIZERS[self.optimizer](self.parameters(), lr=self.lr)  # type: ignore[call-arg]
+    def configure_optimizers(self) -> Any:
+        return self._optimization()
+
+    def _optimization(self, **more: Any) -> Any:
+        """The optimizer, and the schedule if there is one; ``more`` is for PyTorch's optimizer."""
+        momentum = self.momentum, self.nesterov
+        optimizer = make_optimizer(
+            self, self.optimizer, self.lr, *momentum, self.weight_decay, **more
+        )
+        return make_schedule(self, optimizer, self.schedule, self.warmup_epochs)
 
     def configure_callbacks(self) -> list[Callback]:
         """Adds ``Execution`` if the Trainer does not have one."""
@@ -178,13 +311,25 @@ class Classifier(LightningModule):
             checkpoint["seen"] = self.epoch_metrics.saved()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Sets this model's learning rate in the saved state, in place of the saved one.
+        """Sets this model's learning rate and options in the saved state, in place of the old ones.
 
         Lightning restores the optimizer's and the schedulers' state after this hook.
         """
         resuming.count_manual_steps(checkpoint)
         resuming.take_lr(checkpoint, self.lr)
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            old = self._old_options(checkpoint.get("hyper_parameters", {}))
+            resuming.take_options(checkpoint, old, {name: getattr(self, name) for name in old})
         if saved := checkpoint.get("seen"):  # metrics of an unfinished epoch
             self.epoch_metrics.restore(saved, self.device)
         if self._trainer is not None and self.trainer.precision == "64-true":
             self.double()  # otherwise Lightning loads the weights into float32 first, with rounding
+
+    def _old_options(self, hyper_parameters: dict[str, Any]) -> dict[str, Any]:
+        """The options of the optimizer that the training had so far, if the class offers them."""
+        defaults = inspect.signature(Classifier.__init__).parameters
+        return {
+            name: hyper_parameters.get(name, defaults[name].default)
+            for name in ("momentum", "nesterov", "weight_decay", "schedule", "warmup_epochs")
+            if name in hyper_parameters or name in self.hparams
+        }

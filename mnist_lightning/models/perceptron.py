@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mnist_lightning.models.classifier import Batch, Classifier, OptimizerName, Spec
+from mnist_lightning.models.classifier import Batch, Classifier, Spec
+from mnist_lightning.models.optimization import OptimizerName
 from mnist_lightning.nets import AffineMap
 from mnist_lightning.spec import DataSpec
 from mnist_lightning.training.execution import hooked
@@ -24,15 +25,21 @@ class Perceptron(Classifier):
         lr: learning rate, for the sum over the mini-batch (not the mean).
         optimizer: ``sgd`` is the delta rule itself; the others receive the same gradient.
         spec: shape and classes of the images; by default MNIST's.
+        **options: more options of ``Classifier``, but none that changes the loss.
     """
 
     steps_known = True
 
     def __init__(
-        self, lr: float = 0.0001, optimizer: OptimizerName = "sgd", spec: Spec = None
+        self,
+        lr: float = 0.0001,
+        optimizer: OptimizerName = "sgd",
+        spec: Spec = None,
+        **options: Any,
     ) -> None:
         spec = DataSpec.of(spec)
-        super().__init__(AffineMap(spec.pixels, len(spec.classes)), lr, optimizer, spec)
+        net = AffineMap(spec.pixels, len(spec.classes))
+        super().__init__(net, lr, optimizer, spec, **options)
         self._moves: tuple[Tensor, Tensor, Tensor] | None = None
 
     def loss(self, scores: Tensor, labels: Tensor) -> Tensor:

@@ -5,19 +5,18 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from torchvision.models import resnet18
 
 from mnist_lightning.checks import check_choice
-from mnist_lightning.models.classifier import OPTIMIZERS, Classifier, OptimizerName, Spec
+from mnist_lightning.models.classifier import Classifier, Spec
 from mnist_lightning.models.convolution import warn_of_slow_bf16
+from mnist_lightning.models.optimization import OptimizerName, Schedule
 from mnist_lightning.models.pretrained import pretrained_tensors
 from mnist_lightning.spec import DataSpec
 from mnist_lightning.training.freezing import LayerFreezing
 
 Regime = Literal["scratch", "finetune", "freeze"]
 Stem = Literal["sum", "reset"]
-Schedule = Literal["constant", "one_cycle"]
 
 
 class ResNet18(Classifier):
@@ -44,13 +43,15 @@ class ResNet18(Classifier):
             .safetensors) with a state dict of ResNet-18. Its fc is ignored: it has other classes.
         stem: how to use the pretrained first convolution: ``sum``, or ``reset`` to draw new weights
             as the study did.
-        lr: learning rate; with ``one_cycle``, the maximum.
-        optimizer: ``sgd`` (plain), ``adam`` or ``adamw``.
-        schedule: learning rate schedule: ``constant``, or ``one_cycle``, which rises over the first
-            quarter of the steps and falls to zero over the rest.
+        lr: learning rate; with a schedule, its maximum.
+        optimizer: ``sgd``, ``adam`` or ``adamw``.
+        schedule: how the learning rate changes at each step: ``constant``, ``cosine``, ``step``, or
+            ``one_cycle``, which rises over the first quarter of the steps and falls to zero over
+            the rest.
         compile: trains with torch.compile, which takes a minute or more to start. It is meant for a
             GPU; on a CPU it was slower.
         spec: shape and classes of the images; by default MNIST's.
+        **options: more options of ``Classifier``, like momentum and label smoothing.
     """
 
     def __init__(
@@ -63,17 +64,17 @@ class ResNet18(Classifier):
         schedule: Schedule = "constant",
         compile: bool = False,
         spec: Spec = None,
+        **options: Any,
     ) -> None:
         spec = DataSpec.of(spec)
         check_choice("regime", regime, Regime)
         check_choice("stem", stem, Stem)
-        check_choice("schedule", schedule, Schedule)
         net = resnet18(num_classes=len(spec.classes))
         net.conv1 = nn.Conv2d(spec.channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        super().__init__(net, lr, optimizer, spec)
-        self.regime, self.weights, self.stem, self.schedule = regime, weights, stem, schedule
+        super().__init__(net, lr, optimizer, spec, schedule=schedule, **options)
+        self.regime, self.weights, self.stem = regime, weights, stem
         self.trained_by_default = ["net.layer4.*", "net.fc.*"] if regime == "freeze" else []
         self._is_new = True
         net.register_load_state_dict_post_hook(self._note_loaded)
@@ -121,23 +122,4 @@ class ResNet18(Classifier):
 
     def configure_optimizers(self) -> Any:
         # fused: one pass over the 11 million parameters; the default takes several
-        optimizer = OPTIMIZERS[self.optimizer](self.parameters(), lr=self.lr, fused=True)  # type: ignore[call-arg]
-        if self.schedule == "constant":
-            return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise ValueError("schedule one_cycle needs a last step: set max_epochs or max_steps")
-        scheduler = LambdaLR(optimizer, lambda step: one_cycle(step, int(steps)))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
-
-
-def one_cycle(step: int, steps: int) -> float:
-    """Factor of the maximum learning rate at ``step`` of ``steps``: linear rise, then linear fall.
-
-    After Smith and Topin 2017, "Super-convergence" (arXiv:1708.07120), without its final phase.
-    """
-    rise = max(1, steps // 4)
-    return max(0.0, min((step + 1) / rise, (steps - step) / max(1, steps - rise + 1)))
+        return self._optimization(fused=True)

@@ -37,6 +37,21 @@ from mnist_lightning.training.population import Member, training_bytes
 # the networks of one batch size over workers, large enough for the study's 16 of each.
 UNIT_BYTES = 64 * 2**20
 SMALL = (ShallowNetwork, DeepNetwork)  # populations can train them, with plain SGD
+# what their other arguments must be then
+PLAIN = {
+    "optimizer": "sgd",
+    "momentum": 0.0,
+    "nesterov": False,
+    "weight_decay": None,
+    "schedule": "constant",
+    "warmup_epochs": 0.0,
+    "label_smoothing": 0.0,
+    "mixup": 0.0,
+    "class_weights": "none",
+    "dropout": 0.0,
+    "batch_norm": False,
+    "activation": "relu",
+}
 
 OBJECTIVES = {
     "val_acc": "validation accuracy",
@@ -312,12 +327,14 @@ class Search:
         each_image_once = not (any((data.get("augment") or {}).values()) or data.get("balance"))
         if self.model_class not in SMALL or not each_image_once:
             return None
-        signature = inspect.signature(self.model_class.__init__)
-        bound = signature.bind_partial(None, **self.model_args(params))
-        bound.apply_defaults()
-        if bound.arguments["optimizer"] != "sgd":
+        arguments = self.model_args(params)
+        units = arguments.pop("hidden_units", None)
+        if units is None:
+            parameters = inspect.signature(self.model_class.__init__).parameters
+            units = parameters["hidden_units"].default
+        arguments.pop("lr", None)
+        if any(name not in PLAIN or PLAIN[name] != arguments[name] for name in arguments):
             return None
-        units = bound.arguments["hidden_units"]
         return tuple(units) if isinstance(units, list | tuple) else (units,)
 
     def lr(self, params: Mapping[str, Any]) -> float:

@@ -265,6 +265,8 @@ def unfusable(trainer: Trainer) -> str | None:
     module: Any = trainer.lightning_module
     if not module.fusable:
         return "the model class does not set fusable"
+    if changed := module.loss_options:
+        return f"{changed[0]} changes the loss"
     layers = linear_layers(module.net)
     if layers is None:
         return "the network is not a plain multilayer perceptron"

@@ -52,6 +52,7 @@ def training_bytes(
         return None
     weights = sum(p.numel() for p in module.parameters())
     copies = 2 + OPTIMIZER_STATE.get(str(getattr(module, "optimizer", "")), 0)
+    copies += 1 if getattr(module, "momentum", 0) else 0
     copies += 2 if fused and getattr(module, "fusable", False) else 0
     return 4.0 * (copies * weights + batch_size * (outputs + spec.pixels))
 

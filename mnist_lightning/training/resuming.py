@@ -1,6 +1,7 @@
 """Changes to a loaded checkpoint before Lightning resumes from it."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -27,6 +28,35 @@ def take_lr(checkpoint: dict[str, Any], lr: float) -> None:
                 _scale_rates(group, saved, lr)
         for state in checkpoint.get("lr_schedulers", []):
             _scale_rates(state, saved, lr)
+
+
+def take_options(
+    checkpoint: dict[str, Any], saved: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
+    """Replaces saved options of the optimizer that differ from those of the model.
+
+    Args:
+        checkpoint: as loaded.
+        saved: ``momentum``, ``nesterov``, ``weight_decay``, ``schedule`` and ``warmup_epochs`` of
+            the training so far, or some of them.
+        options: the same of the model.
+
+    Raises:
+        ValueError: the saved state does not fit an option.
+    """
+    for name, old in saved.items():
+        new = options[name]
+        if old == new:
+            continue
+        if name in ("schedule", "warmup_epochs") or (name == "weight_decay" and not (old and new)):
+            raise ValueError(
+                f"a training with {name} {old} cannot resume with {new}: leave {name} as it was, or"
+                " start a new training"
+            )
+        for state in checkpoint.get("optimizer_states", []):
+            for group in state["param_groups"]:
+                if group[name] == old:  # the group of biases has no weight decay
+                    group[name] = new
 
 
 def _scale_rates(state: dict[str, Any], old: float, new: float) -> None:
