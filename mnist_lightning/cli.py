@@ -348,6 +348,7 @@ class CLI(LightningCLI):
         """Does nothing: Lightning's method would override the user's flags with the checkpoint."""
 
     def before_instantiate_classes(self) -> None:
+        self._find_weights()
         data, saved = self._data_settings(), {}
         if self.checkpoint is not None:
             saved = self.checkpoint.get("datamodule_hyper_parameters", {})
@@ -359,6 +360,13 @@ class CLI(LightningCLI):
                 f"--data.data_dir {folder}: scikit-learn's digits are not in a folder. Leave the"
                 " option out, or give --data.source mnist"
             )
+
+    def _find_weights(self) -> None:
+        """Replaces the folder of a run, as weights to start from, by its checkpoint."""
+        settings = self._get(self.config, "model").get("init_args") or {}
+        weights = settings.get("weights")
+        if isinstance(weights, str) and Path(weights).is_dir():
+            settings["weights"] = str(find_checkpoint(weights, self.root))
 
     def _data_settings(self) -> Any:
         data = self._get(self.config, "data")

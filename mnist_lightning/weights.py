@@ -66,6 +66,8 @@ def load_data(path: Path, remedy: str, mmap: bool = False) -> Any:
 def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
     """Reads a state dict from a PyTorch or ``.safetensors`` file, without running any code in it.
 
+    From a checkpoint of Lightning, it takes the tensors of the network, the attribute ``net``.
+
     Args:
         path: the file.
         remedy: what the user can do, for the message.
@@ -84,6 +86,10 @@ def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
         if zipfile.is_zipfile(path):
             check_archive(path, remedy)
         content = load_data(path, remedy)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if isinstance(state, dict):
+        of_net = {name: value for name, value in state.items() if str(name).startswith("net.")}
+        content = {str(name).removeprefix("net."): value for name, value in of_net.items()}
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{path} is not a state dict: it does not map names to tensors. {remedy}")
     check_tensors(content, f"{path}", remedy)

@@ -1,10 +1,13 @@
 """A small convolutional network."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 
-from mnist_lightning.models.classifier import Classifier, OptimizerName, Spec
+from mnist_lightning.models.classifier import Classifier, Spec
+from mnist_lightning.models.optimization import OptimizerName
 from mnist_lightning.nets import conv_net
 from mnist_lightning.spec import DataSpec
 
@@ -23,8 +26,9 @@ class ConvNetwork(Classifier):
             channel over the image instead.
         dropout: share of the output layer's inputs that are set to zero in training.
         lr: learning rate.
-        optimizer: ``sgd`` (plain), ``adam`` or ``adamw``.
+        optimizer: ``sgd``, ``adam`` or ``adamw``.
         spec: shape and classes of the images; by default MNIST's.
+        **options: more options of ``Classifier``, like momentum and label smoothing.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class ConvNetwork(Classifier):
         lr: float = 0.002,
         optimizer: OptimizerName = "adamw",
         spec: Spec = None,
+        **options: Any,
     ) -> None:
         spec = DataSpec.of(spec)
         net = conv_net(
@@ -49,7 +54,7 @@ class ConvNetwork(Classifier):
             dropout=dropout,
         )
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        super().__init__(net, lr, optimizer, spec)
+        super().__init__(net, lr, optimizer, spec, **options)
 
     def on_fit_start(self) -> None:
         warn_of_slow_bf16(self)

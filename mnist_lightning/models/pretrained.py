@@ -14,6 +14,11 @@ from mnist_lightning.weights import read_tensors
 def pretrained_tensors(weights: str, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """Reads the pretrained tensors except those of fc, and checks them against ``shapes``.
 
+    Args:
+        weights: a name of torchvision's, a file with a state dict, or a checkpoint of a
+            ``ResNet18``.
+        shapes: of the network's tensors, by name.
+
     Raises:
         ValueError: there are no such weights, or they are not weights of ResNet-18.
     """

@@ -40,9 +40,13 @@ class ResNet18(Classifier):
             trains all of them; ``freeze`` starts from pretrained weights and trains only layer4 and
             fc, with the callback ``LayerFreezing``, whose patterns take precedence.
         weights: ``IMAGENET1K_V1``, from torchvision's cache or download, or a file (.pth,
-            .safetensors) with a state dict of ResNet-18. Its fc is ignored: it has other classes.
-        stem: how to use the pretrained first convolution: ``sum``, or ``reset`` to draw new weights
-            as the study did.
+            .safetensors) with a state dict of ResNet-18, or a checkpoint of a ``ResNet18``; on the
+            command line also the folder of its run. Its fc is ignored: it has other classes.
+        stem: how to use the pretrained first convolution for gray images: ``sum``, or ``reset`` to
+            draw new weights as the study did. With three channels, ``sum`` keeps it as it is.
+        small_images: for images of about 32 pixels: the first convolution has filters of 3 x 3
+            instead of 7 x 7, and neither it nor a pooling after it shrinks the image, as usual for
+            CIFAR-10. Such a network is slower: its layers see 16 times as many positions.
         lr: learning rate; with a schedule, its maximum.
         optimizer: ``sgd``, ``adam`` or ``adamw``.
         schedule: how the learning rate changes at each step: ``constant``, ``cosine``, ``step``, or
@@ -59,6 +63,7 @@ class ResNet18(Classifier):
         regime: Regime = "scratch",
         weights: str = "IMAGENET1K_V1",
         stem: Stem = "sum",
+        small_images: bool = False,
         lr: float = 0.01,
         optimizer: OptimizerName = "adam",
         schedule: Schedule = "constant",
@@ -70,7 +75,10 @@ class ResNet18(Classifier):
         check_choice("regime", regime, Regime)
         check_choice("stem", stem, Stem)
         net = resnet18(num_classes=len(spec.classes))
-        net.conv1 = nn.Conv2d(spec.channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        side, stride = (3, 1) if small_images else (7, 2)
+        net.conv1 = nn.Conv2d(spec.channels, 64, side, stride, padding=side // 2, bias=False)
+        if small_images:
+            net.maxpool = nn.Identity()
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         super().__init__(net, lr, optimizer, spec, schedule=schedule, **options)
