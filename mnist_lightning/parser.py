@@ -1,6 +1,5 @@
 """The parser of fit, validate, test, predict and inspect: short help, short errors."""
 
-import inspect as inspect_module
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -125,7 +124,7 @@ def shorten(message: str, parser: LightningArgumentParser) -> str:
         return f"{match[1]} needs a value after it"
     if match := re.search(r"(\w+): Option '(\w+)' is not accepted", core):
         kind = modules.get(match[1])
-        known = inspect_module.signature(kind).parameters if kind else []
+        known = ArgumentParser().add_class_arguments(kind, fail_untyped=False) if kind else []
         return f"{match[1]} has no option {match[2]!r}; {suggest(match[2], known)}"
     if match := re.search(r"unrecognized arguments: (\S+)|not accept option '(\S+)'", core):
         unknown = (match[1] or match[2]).partition("=")[0]

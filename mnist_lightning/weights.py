@@ -87,7 +87,7 @@ def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
             check_archive(path, remedy)
         content = load_data(path, remedy)
     state = content.get("state_dict") if isinstance(content, dict) else None
-    if isinstance(state, dict):
+    if isinstance(state, dict) and any(str(name).startswith("net.") for name in state):
         of_net = {name: value for name, value in state.items() if str(name).startswith("net.")}
         content = {str(name).removeprefix("net."): value for name, value in of_net.items()}
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):

@@ -69,7 +69,8 @@ def _of_class(group: str, cls: type) -> Iterator[tuple[str, Any]]:
         hints = typing.get_type_hints(kind.__init__)
         parameters = inspect.signature(kind).parameters
         for name, parameter in parameters.items():
-            if name != "net" and parameter.kind is not parameter.VAR_KEYWORD:
+            named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if named and name != "net":
                 yield f"--{group}.{name}", hints[name]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return  # it passes nothing on to its bases

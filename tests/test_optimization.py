@@ -480,3 +480,57 @@ def test_a_search_has_options_as_axes_and_trains_these_alone(name: str, value: A
     assert search.hidden_units({"max_epochs": 1}) == (100,)
     assert search.hidden_units({"hidden_units": 7, "lr": 0.3, name: PLAIN[name]}) == (7,)
     assert search.hidden_units({name: value}) is None
+
+
+FUSED = {
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "weight decay": {"weight_decay": 0.1},
+    "all": {"momentum": 0.8, "nesterov": True, "weight_decay": 0.05},
+}
+
+
+def _trained(options: dict[str, Any], fused: bool, epochs: int, **more: Any) -> tuple[Any, Any]:
+    pl.seed_everything(0, verbose=False)
+    model, said = DeepNetwork([20, 10], lr=0.01, **options), []
+    execution = Execution(fused=fused)
+    execution.say = said.append
+    fit = trainer(max_epochs=epochs, precision="64-true", callbacks=[execution])
+    fit.fit(model, _data(), weights_only=True, **more)
+    assert said[0].startswith("steps per execution: 256, " + ("fused" if fused else "autograd"))
+    return model, fit
+
+
+def _agree(one: tuple[Any, Any], other: tuple[Any, Any]) -> None:
+    """Weights, momentum buffers, metrics and counters."""
+    for ours, theirs in zip(one[0].parameters(), other[0].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+    ours, theirs = (fit.optimizers[0].state_dict() for _, fit in (one, other))
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for index, state in theirs["state"].items():
+        assert ours["state"][index].keys() == state.keys()
+        for name, value in state.items():
+            mine = ours["state"][index][name]
+            if value is None:
+                assert mine is None
+            else:
+                torch.testing.assert_close(mine, value, rtol=1e-8, atol=1e-10)
+    metrics = [{k: float(v) for k, v in fit.callback_metrics.items()} for _, fit in (one, other)]
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-6)
+    assert one[1].fit_loop.state_dict() == other[1].fit_loop.state_dict()
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_steps_equal_autograd(name: str) -> None:
+    options = FUSED[name]
+    _agree(_trained(options, True, 3), _trained(options, False, 3))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["fused first", "autograd first"])
+def test_a_fused_training_goes_on_with_autograd_and_back(first: bool, tmp_path: Path) -> None:
+    options = FUSED["all"]
+    _, half = _trained(options, first, 1)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = _trained(options, not first, 3, ckpt_path=tmp_path / "half.ckpt")
+    _agree(resumed, _trained(options, False, 3))

@@ -22,6 +22,7 @@ from mnist_lightning import Classifier, MNISTDataModule, ShallowNetwork
 from mnist_lightning.__main__ import main
 from mnist_lightning.runs.checkpoints import read
 from mnist_lightning.search import command as search
+from mnist_lightning.spec import DataSpec
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PART = README.split("**A model of your own**")[1].split("\n\n**")[0]
@@ -399,6 +400,10 @@ def test_arguments_are_hyper_parameters() -> None:
         "more": [1],
         "lr": 0.2,
         "optimizer": "sgd",
+        "spec": DataSpec().plain(),
+        "dropout": 0.0,
+        "batch_norm": False,
+        "activation": "relu",
     }
 
 

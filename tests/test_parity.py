@@ -18,6 +18,7 @@ from twins import ADDITIONS, FUSED, MANY, MODELS, ONE, Addition, ways_table
 from mnist_lightning import MNISTDataModule
 from mnist_lightning.data import module
 from mnist_lightning.data.sampling import epoch_order
+from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.training.execution import Execution
 
 README = Path(__file__).parent.parent / "README.md"
@@ -98,7 +99,8 @@ class Outcome(NamedTuple):
 def _train(kind: Any, arguments: Any, images: Any, addition: Addition, folder: Path) -> Outcome:
     pl.seed_everything(0, verbose=False)
     if addition.methods:
-        kind = type("Added", (kind,), {**addition.methods, "calls": {}})
+        ours = issubclass(kind, Classifier) and addition.options
+        kind = type("Added", (kind,), {**({} if ours else addition.methods), "calls": {}})
         kind.added = kind
     model = kind(**arguments)
     addition.then(model)
@@ -174,7 +176,7 @@ def test_what_is_added_counts(
     for folder in folders:
         folder.mkdir()
     plain_data = PlainData() if model == "plain" and addition.data is MNISTDataModule else None
-    ours = _train(kind, arguments, addition.data, addition, folders[0])
+    ours = _train(kind, {**arguments, **addition.options}, addition.data, addition, folders[0])
     # the twin trains without Execution
     monkeypatch.setattr(Execution, "on_train_start", lambda *_: None)
     theirs = _train(twin, {}, plain_data or addition.data, addition, folders[1])

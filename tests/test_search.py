@@ -1150,8 +1150,6 @@ def test_flags_win_over_the_file(folder: Path, capsys: pytest.CaptureFixture[str
         ({"seeds": (0, 1), "strategy": {"name": "optuna", "n": 2}}, "of one seed"),
         ({"objective": "test_acc"}, "objective must be one of"),
         ({"second_round": {"best": 5}}, "second_round is"),
-        ({"data": {"source": "digits", "image_size": 32}}, "must be 28"),
-        ({"space": {"data.image_size": [28, 32]}}, "must be 28"),
         ({"space": {"data.val_fraction": [0.1]}}, "the same validation images. Run a search for"),
         ({"space": {"data.split_seed": [0, 1]}}, "the same validation images"),
         ({"space": {"data.normalisation": ["unit"]}}, "did you mean data.normalization"),

@@ -7,12 +7,14 @@ autograd, or one step at a time.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import callbacks as lc
@@ -180,6 +182,8 @@ class Addition:
     way: str = FUSED
     """How ``ShallowNetwork`` takes its steps with it."""
     methods: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of our model; then the twin alone has the methods."""
     callbacks: Callable[[str], list[pl.Callback]] = lambda folder: []
     settings: dict[str, Any] = field(default_factory=dict)
     data: type[MNISTDataModule] = MNISTDataModule
@@ -246,9 +250,9 @@ def _sequence(self: Any, optimizer: Any) -> Any:
 
 OPTIMIZERS = {
     "nothing": Addition(everywhere=True),
-    "SGD with momentum": _optimizer(MANY, _sgd(momentum=0.9), True),
-    "SGD with Nesterov's momentum": _optimizer(MANY, _sgd(momentum=0.9, nesterov=True)),
-    "SGD with weight decay": _optimizer(MANY, _sgd(weight_decay=0.1)),
+    "SGD with momentum": _optimizer(FUSED, _sgd(momentum=0.9), True),
+    "SGD with Nesterov's momentum": _optimizer(FUSED, _sgd(momentum=0.9, nesterov=True)),
+    "SGD with weight decay": _optimizer(FUSED, _sgd(weight_decay=0.1)),
     "SGD that maximizes": _optimizer(
         MANY, lambda self: torch.optim.SGD(self.parameters(), lr=1e-4, maximize=True)
     ),
@@ -258,7 +262,7 @@ OPTIMIZERS = {
     "LBFGS": _optimizer(
         MANY, lambda self: torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=2)
     ),
-    "two parameter groups": _optimizer(MANY, _groups, True),
+    "two parameter groups": _optimizer(FUSED, _groups, True),
     "the last layer alone": _optimizer(MANY, _last_layer),
 }
 SCHEDULERS = {
@@ -675,6 +679,91 @@ MODULE = {
 }
 
 
+def _option(way: str, methods: dict[str, Any], **options: Any) -> Addition:
+    return Addition(way, methods, options=options)
+
+
+def _two_groups(**options: Any) -> dict[str, Any]:
+    def configure(self: Any) -> Any:
+        weights = [p for p in self.parameters() if p.ndim > 1]
+        biases = [p for p in self.parameters() if p.ndim == 1]
+        groups = [{"params": weights, "weight_decay": 0.1}, {"params": biases}]
+        return torch.optim.SGD(groups, lr=self.lr, **options)
+
+    return {"configure_optimizers": configure}
+
+
+def _by_step(make: Callable[..., Any]) -> dict[str, Any]:
+    return _scheduled(MANY, make, interval="step").methods
+
+
+def _cosine(self: Any, optimizer: Any) -> Any:
+    steps = self.trainer.estimated_stepping_batches
+    return ls.LambdaLR(optimizer, lambda t: (1 + math.cos(math.pi * min(1.0, t / steps))) / 2)
+
+
+def _rising(self: Any, optimizer: Any) -> Any:
+    return ls.LambdaLR(optimizer, lambda t: (t + 1) / 36 if t < 36 else 1.0)
+
+
+def _thirds(self: Any, optimizer: Any) -> Any:
+    steps = self.trainer.estimated_stepping_batches
+    return ls.LambdaLR(
+        optimizer, lambda t: 1.0 if t < steps / 2 else 0.1 if t < steps * 0.75 else 0.01
+    )
+
+
+def _trains_on(loss: Callable[..., Tensor]) -> dict[str, Any]:
+    """A training step with another loss than the validation's."""
+
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        scores, mean = loss(self, images, labels, batch_idx)
+        self.figures["train_loss"].update(mean.detach(), len(labels))
+        self.figures["train_acc"].update((scores.argmax(1) == labels).double())
+        return mean
+
+    return {"training_step": step}
+
+
+def _smoothed(self: Any, images: Tensor, labels: Tensor, step: int) -> Any:
+    scores = self(images)
+    return scores, F.cross_entropy(scores, labels, label_smoothing=0.2)
+
+
+def _weighted(self: Any, images: Tensor, labels: Tensor, step: int) -> Any:
+    counts = torch.bincount(self.trainer.datamodule.train_set.labels)
+    weights = torch.where(counts > 0, 1.0 / counts, 0.0)
+    weights = weights * ((counts > 0).sum() / weights.sum())
+    scores = self(images)
+    return scores, F.cross_entropy(scores, labels, weights.to(scores))
+
+
+def _mixed(self: Any, images: Tensor, labels: Tensor, step: int) -> Any:
+    generator = np.random.default_rng((0, self.current_epoch, step, 0))
+    share, partners = float(generator.beta(0.4, 0.4)), generator.permutation(len(labels))
+    scores = self(share * images + (1 - share) * images[partners])
+    one, other = F.cross_entropy(scores, labels), F.cross_entropy(scores, labels[partners])
+    return scores, share * one + (1 - share) * other
+
+
+OPTIONS = {
+    "momentum": _option(FUSED, {"configure_optimizers": _sgd(momentum=0.9)}, momentum=0.9),
+    "weight_decay": _option(FUSED, _two_groups(), weight_decay=0.1),
+    "weight_decay with nesterov": _option(
+        FUSED,
+        _two_groups(momentum=0.9, nesterov=True),
+        **{"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    ),
+    "schedule cosine": _option(MANY, _by_step(_cosine), schedule="cosine"),
+    "schedule step": _option(MANY, _by_step(_thirds), schedule="step"),
+    "warmup_epochs": _option(MANY, _by_step(_rising), warmup_epochs=1),
+    "label_smoothing": _option(MANY, _trains_on(_smoothed), label_smoothing=0.2),
+    "mixup": _option(MANY, _trains_on(_mixed), mixup=0.4),
+    "class_weights": _option(MANY, _trains_on(_weighted), class_weights="auto"),
+}
+
+
 def _counting_callback(hook: str) -> Callable[[str], list[pl.Callback]]:
     def count(self: Any, *args: Any, **kwargs: Any) -> None:
         self.calls += 1
@@ -734,6 +823,7 @@ HOOKS = (
 )
 
 GROUPS = {
+    "Options of the model": OPTIONS,
     "Optimizers": OPTIMIZERS,
     "Schedulers": SCHEDULERS,
     "Callbacks": CALLBACKS,

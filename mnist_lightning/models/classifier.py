@@ -32,6 +32,8 @@ from mnist_lightning.training.execution import Execution
 Batch = tuple[Tensor, Tensor]
 Spec = DataSpec | dict[str, Any] | None  # a dictionary has the values as ``DataSpec.plain``
 
+FORMER = {"fused"}  # ``Execution`` has it now
+
 
 class Classifier(LightningModule):
     """Base class of the classifiers: training, validation and test steps, and their metrics.
@@ -69,6 +71,7 @@ class Classifier(LightningModule):
             against the labels of the images with the first share.
         class_weights: weights of the classes in the training loss. ``auto``: inverse to the number
             of training images, with mean 1.
+        **former: options of earlier versions, which their checkpoints contain. They have no effect.
 
     ``label_smoothing``, ``mixup`` and ``class_weights`` change the loss of training alone, not that
     of validation and test.
@@ -98,8 +101,11 @@ class Classifier(LightningModule):
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         class_weights: ClassWeights = "none",
+        **former: Any,
     ) -> None:
         super().__init__()
+        if unknown := former.keys() - FORMER:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
         if not lr > 0:
             raise ValueError(f"lr must be positive, got {lr}")
         check_choice("optimizer", optimizer, OptimizerName)
@@ -145,7 +151,7 @@ class Classifier(LightningModule):
             for class_arguments in collect_init_args(frame, [], classes=(Classifier,)):
                 arguments |= class_arguments
             not_plain = [name for name, value in arguments.items() if not is_plain(value)]
-            self.save_hyperparameters(frame=frame, ignore=not_plain)
+            self.save_hyperparameters(frame=frame, ignore=[*not_plain, *FORMER])
             if "spec" in arguments:
                 self.hparams["spec"] = self.spec.plain()
         self.epoch_metrics = EpochMetrics(len(self.spec.classes))

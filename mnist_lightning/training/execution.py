@@ -3,7 +3,8 @@
 Small networks spend most of their time in the framework. An execution takes k mini-batches from the
 loader at once and makes the same k updates as Lightning, without Lightning's work between two
 mini-batches (Keras calls k ``steps_per_execution``). If the network is a multilayer perceptron
-under plain SGD, the updates themselves are fused: see ``stacked``, here with a stack of one.
+under SGD, the updates themselves are fused: under plain SGD see ``stacked``, here with a stack of
+one; with momentum or weight decay see ``sgd_steps``.
 
 Both are used only if everything that could see or change a step is known. The lists below name what
 is known; with anything else, Lightning trains one mini-batch at a time. Each epoch decides again,
@@ -288,7 +289,7 @@ def unfusable(trainer: Trainer) -> str | None:
         return "gradients are clipped"
     if any(config.interval == "step" for config in trainer.lr_scheduler_configs):
         return "the learning rate changes after each step"
-    return _no_plain_sgd(trainer.optimizers, parameters)
+    return _no_known_sgd(trainer.optimizers, parameters)
 
 
 def linear_layers(net: nn.Module) -> list[nn.Linear] | None:
@@ -321,19 +322,17 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def _no_plain_sgd(optimizers: list[Any], parameters: list[Tensor]) -> str | None:
+def _no_known_sgd(optimizers: list[Any], parameters: list[Tensor]) -> str | None:
     (optimizer,) = optimizers
     if type(optimizer) is not torch.optim.SGD:
         return f"the optimizer is {type(optimizer).__name__}"
-    if len(optimizer.param_groups) != 1:
-        return "the optimizer has several parameter groups"
-    (group,) = optimizer.param_groups
-    if {id(p) for p in group["params"]} != {id(p) for p in parameters}:
+    groups = optimizer.param_groups
+    if {id(p) for group in groups for p in group["params"]} != {id(p) for p in parameters}:
         return "the optimizer does not have all parameters"
-    for name in ("momentum", "dampening", "weight_decay", "nesterov", "maximize", "differentiable"):
-        if group[name]:
+    for name in ("dampening", "maximize", "differentiable"):
+        if any(group[name] for group in groups):
             return f"SGD has {name}"
-    if not isinstance(group["lr"], float | int):
+    if not all(isinstance(group["lr"], float | int) for group in groups):
         return "the learning rate is a tensor"
     seen = (
         optimizer._optimizer_step_pre_hooks,
@@ -359,7 +358,7 @@ class Execution(Callback):
         steps: mini-batches in an execution, one update for each. They are the same mini-batches and
             updates as one by one, without the Trainer's work between them. The default depends on
             the size of the network.
-        fused: if True, plain SGD of a multilayer perceptron may be computed without autograd:
+        fused: if True, SGD of a multilayer perceptron may be computed without autograd:
             several times as fast, with other rounding.
         threads: number of CPU threads. The default is as above, or ``OMP_NUM_THREADS`` if it is
             set.
@@ -594,9 +593,13 @@ class _EpochLoop(_TrainingEpochLoop):
 
     def _take_fused(self, fused: "FusedSGD", images: Tensor, labels: Tensor, size: int) -> None:
         """Makes the same updates and counts as ``_take_each``, without autograd."""
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        loss, correct = fused.steps(images, labels, size, lr)
+        optimizer = self.trainer.optimizers[0]
         module: Any = self.trainer.lightning_module
+        first, *more = optimizer.param_groups
+        if more or first["momentum"] or first["weight_decay"]:
+            loss, correct = sgd_steps(module.net, optimizer, images, labels, size)
+        else:
+            loss, correct = fused.steps(images, labels, size, first["lr"])
         module.epoch_metrics.note("train", loss, correct, len(labels))
         steps = -(-len(labels) // size)
         self.batch_progress.increment_by(steps)
@@ -644,3 +647,72 @@ class FusedSGD:
             old.copy_(new)
         loss, correct = (torch.cat(column, 1).sum() for column in zip(*scores, strict=True))
         return loss.clone(), correct.clone()  # clones are not inference tensors
+
+
+@torch.no_grad()
+def sgd_steps(
+    net: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Makes updates by SGD with momentum or weight decay, without autograd.
+
+    Each update is that of PyTorch's SGD, operation by operation. It also changes the optimizer's
+    momentum buffers, so that any other code may take the next step.
+
+    Args:
+        net: a plain multilayer perceptron, see ``linear_layers``.
+        optimizer: SGD of all its parameters, without dampening.
+        images: ``(n, ...)``; they are flattened.
+        labels: int64, ``(n,)``.
+        size: images in a mini-batch.
+
+    Returns:
+        As ``FusedSGD.steps``.
+    """
+    layers = cast(list[nn.Linear], linear_layers(net))
+    # without the check of a module's attribute in each step
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    loss, correct = images.new_zeros(()), labels.new_zeros(())
+    for x, y in zip(images.flatten(1).split(size), labels.split(size), strict=True):
+        outputs = [x]
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            outputs.append(torch.addmm(bias, outputs[-1], weight.T).relu_())
+        scores = torch.addmm(biases[-1], outputs[-1], weights[-1].T)
+        log_probability = scores.log_softmax(1)
+        loss -= log_probability.gather(1, y[:, None]).sum()
+        correct += (scores.argmax(1) == y).sum()
+        delta = log_probability.exp_()
+        delta.scatter_add_(1, y[:, None], delta.new_full((len(y), 1), -1.0))
+        delta /= len(y)
+        gradients: dict[Tensor, Tensor] = {}
+        for i in reversed(range(len(layers))):
+            gradients[weights[i]], gradients[biases[i]] = delta.T @ outputs[i], delta.sum(0)
+            if i:
+                below = torch.ops.aten.threshold_backward
+                delta = below(delta @ weights[i], outputs[i], 0)
+        for group in optimizer.param_groups:
+            _update(group, optimizer.state, [gradients[p] for p in group["params"]])
+    return loss, correct
+
+
+def _update(group: dict[str, Any], state: Any, gradients: list[Tensor]) -> None:
+    """One step of PyTorch's SGD for a parameter group; it overwrites the gradients."""
+    parameters, momentum = group["params"], group["momentum"]
+    if group["weight_decay"]:
+        torch._foreach_add_(gradients, parameters, alpha=group["weight_decay"])
+    if momentum:
+        buffers = [state[p].get("momentum_buffer") for p in parameters]
+        if any(buffer is None for buffer in buffers):  # the first step
+            for p, buffer, gradient in zip(parameters, buffers, gradients, strict=True):
+                if buffer is None:
+                    state[p]["momentum_buffer"] = gradient.clone()
+                else:
+                    buffer.mul_(momentum).add_(gradient)
+            buffers = [state[p]["momentum_buffer"] for p in parameters]
+        else:
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, gradients)
+        if group["nesterov"]:
+            torch._foreach_add_(gradients, buffers, alpha=momentum)
+        else:
+            gradients = buffers
+    torch._foreach_add_(parameters, gradients, alpha=-group["lr"])
