@@ -294,7 +294,8 @@ class CLI(LightningCLI):
             self.defaults[f"execution.{name}"] = value
         data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
         if data.get("data_dir") and (
-            data.get("source") == "digits" or not Path(data["data_dir"]).is_dir()
+            data.get("source") == "digits"
+            or (data.get("source") != "folder" and not Path(data["data_dir"]).is_dir())
         ):
             del data["data_dir"]  # not needed, or a folder on another machine
         if request.data is None and "data_class" not in checkpoint:

@@ -23,10 +23,7 @@ from mnist_lightning.__main__ import main
 from mnist_lightning.cli import CLI
 from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.models.inspection import layer_table
-<<<<<<< HEAD
-=======
 from mnist_lightning.search.plan import PLAIN
->>>>>>> options
 from mnist_lightning.spec import DataSpec
 
 FIT = "fit --config shallow --data.source digits --trainer.max_epochs 2".split()
@@ -55,12 +52,7 @@ def _parsed(words: str) -> CLI:
         return CLI(words.split())
 
 
-<<<<<<< HEAD
-SPEC = DataSpec().plain()
-TRAINED = {"hidden_units": 20, "lr": 0.3, "optimizer": "sgd", "spec": SPEC}
-=======
 TRAINED = {**PLAIN, "hidden_units": 20, "lr": 0.3, "spec": DataSpec().plain()}
->>>>>>> options
 CKPT = "lightning_logs/shallow/version_0/checkpoints/best.ckpt"
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
@@ -226,7 +227,7 @@ class MNISTDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Downloads missing files; Lightning calls it in one process only."""
-        if self.source == "folder":
+        if self.source == "folder" or self._predicts_files:
             return
         missing = missing_files(self.name, self.data_dir)
         if self.source == "digits" or not missing:
@@ -247,7 +248,7 @@ class MNISTDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, verifies and splits the set; the split is the same in every process."""
-        if self._loaded:
+        if self._loaded or self._predicts_files:
             return
         if self.source == "folder":
             self._set_up_folder(stage)
@@ -301,7 +302,7 @@ class MNISTDataModule(LightningDataModule):
             ("val", val, ["fit", "validate", "predict"]),
             ("test", test, ["test"]),
         ):
-            if stage in stages and not len(rows) and not (stage == "predict" and self.predict_dir):
+            if stage in stages and not len(rows):
                 raise ValueError(
                     f"{self.data_dir} leaves no images for {part}: put more images into each class,"
                     f" or make folders {part}/<class>"
@@ -331,6 +332,13 @@ class MNISTDataModule(LightningDataModule):
                 cut = split_stratified(labels[rest], fraction, generator)
                 rows[part], rest = rest[cut], rest[~cut]
         return rest, rows["val"], rows["test"]
+
+    @property
+    def _predicts_files(self) -> bool:
+        """Whether only the files of ``predict_dir`` are needed, not the data set."""
+        trainer = self.trainer
+        predicts = trainer is not None and trainer.state.fn == TrainerFn.PREDICTING
+        return predicts and self.predict_dir is not None
 
     def describe(self) -> str:
         """Describes the data in one line; call it after ``setup``."""
