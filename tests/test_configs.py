@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from torture import contents, same
 
 from mnist_lightning.__main__ import main
@@ -36,10 +38,26 @@ def test_early_stopping_can_fire(config: Path) -> None:
     assert patience < settings["trainer"]["max_epochs"]
 
 
-def fit_words(config: Path, weights: Path) -> list[str]:
-    """A training of the configuration for a few steps on the digits."""
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small colour images in three classes, each of another brightness."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 24), ("test", 4)):
+        for number, name in enumerate(("dark", "gray", "light")):
+            (folder / part / name).mkdir(parents=True)
+            for n in range(count):
+                pixels = generator.integers(80 * number, 80 * number + 80, (32, 32, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{n}.png")
+    return folder
+
+
+def fit_words(config: Path, weights: Path, pictures: Path) -> list[str]:
+    """A training of the configuration for a few steps, on the digits or a folder of images."""
     few = "--trainer.max_epochs 2 --trainer.limit_train_batches 4 --trainer.limit_val_batches 2"
-    words = f"fit --config {config.name} --data.source digits {few}"
+    of_folder = yaml.safe_load(config.read_text())["data"].get("source") == "folder"
+    data = f"--data.data_dir {pictures}" if of_folder else "--data.source digits"
+    words = f"fit --config {config.name} {data} {few}"
     if "resnet" in config.stem:
         words += " --data.image_size 28 --data.batch_size 8 --data.eval_batch_size 32"
         words += f" --model.weights {weights}"
@@ -47,11 +65,15 @@ def fit_words(config: Path, weights: Path) -> list[str]:
 
 
 def test_runs(
-    config: Path, resnet18_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path,
+    resnet18_file: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A real run, from a folder outside the project."""
     monkeypatch.chdir(tmp_path)
-    assert main(fit_words(config, resnet18_file)) == 0
+    assert main(fit_words(config, resnet18_file, pictures)) == 0
     run = tmp_path / "lightning_logs" / config.stem / "version_0"
     saved = yaml.safe_load((run / "config.yaml").read_text())
     asked = yaml.safe_load(config.read_text())
@@ -63,13 +85,17 @@ def test_runs(
 
 @pytest.mark.slow
 def test_same_seed_and_threads_give_the_same_bits(
-    config: Path, resnet18_file: Path, tmp_path: Path
+    config: Path, resnet18_file: Path, pictures: Path, tmp_path: Path
 ) -> None:
     """In two processes; another seed gives other weights."""
     runs = []
     for seed in (1, 1, 2):
         root = tmp_path / str(len(runs))
-        words = [*fit_words(config, resnet18_file), "--trainer.default_root_dir", str(root)]
+        words = [
+            *fit_words(config, resnet18_file, pictures),
+            "--trainer.default_root_dir",
+            str(root),
+        ]
         command = [sys.executable, "-m", "mnist_lightning", *words]
         subprocess.run(
             [
