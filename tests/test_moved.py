@@ -31,8 +31,7 @@ NAMES = {
     "evaluations": "is_whole read record",
     "execution": "Execution FusedSGD Way linear_layers",
     "inspection": "Layer format_layers layer_table tensor_table",
-    "models": "AffineMap Classifier DeepNetwork Perceptron ResNet18 ShallowNetwork"
-    " mlp one_cycle",
+    "models": "AffineMap Classifier DeepNetwork Perceptron ResNet18 ShallowNetwork mlp one_cycle",
     "names": "ConfigByName find_checkpoint find_config newest_first read_config",
     "plan": "Search Unit units",
     "population": "Member PopulationTraining initial_parameters",
