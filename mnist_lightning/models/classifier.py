@@ -2,8 +2,10 @@
 
 import inspect
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 
 from mnist_lightning.checks import check_choice
 from mnist_lightning.classes import class_path
+from mnist_lightning.data.photos import read_for
+from mnist_lightning.data.preparation import prepare
 from mnist_lightning.files import is_plain
 from mnist_lightning.models.epoch_metrics import EpochMetrics, divergence
 from mnist_lightning.models.optimization import (
@@ -33,6 +37,16 @@ Batch = tuple[Tensor, Tensor]
 Spec = DataSpec | dict[str, Any] | None  # a dictionary has the values as ``DataSpec.plain``
 
 FORMER = {"fused"}  # ``Execution`` has it now
+_PREDICTED_AT_ONCE = 256  # images, so that large ones fit into memory
+
+
+class Predictions(NamedTuple):
+    """The answers for some images."""
+
+    classes: list[str]
+    """The most probable class of each image."""
+    probabilities: Tensor
+    """Of each class, ``(n, classes)``, in the order of ``DataSpec.classes``."""
 
 
 class Classifier(LightningModule):
@@ -244,6 +258,40 @@ class Classifier(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class probabilities, ``(b, classes)``."""
         return self(batch[0]).softmax(1)
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor | Sequence[str | os.PathLike[str]]) -> "Predictions":
+        """Classifies images in memory or in files, without a Trainer.
+
+        Args:
+            images: uint8, ``(n, channels, height, width)`` or, if gray, ``(n, height, width)``, of
+                any size; or paths of image files, which are prepared as the training images were.
+
+        Raises:
+            ValueError: a file is not an image, the images are of another type, or have another
+                number of channels.
+        """
+        if not isinstance(images, Tensor):
+            if not images:
+                raise ValueError("predict needs at least one image")
+            images = torch.stack([read_for(self.spec, Path(path)) for path in images])
+        channels = images.shape[1] if images.ndim == 4 else 1
+        of_kind = images.dtype == torch.uint8 and images.ndim in (3, 4)
+        if not of_kind or channels != self.spec.channels:
+            raise ValueError(
+                f"predict needs images of type uint8 and shape (n, {self.spec.channels}, height,"
+                f" width), got {images.dtype} and {tuple(images.shape)}"
+            )
+        was_training = self.training
+        self.eval()
+        parts = [
+            self(prepare(part.to(self.device), self.spec)).float().softmax(1).cpu()
+            for part in images.split(_PREDICTED_AT_ONCE)
+        ]
+        self.train(was_training)
+        probabilities = torch.cat(parts)
+        names = [self.spec.classes[label] for label in probabilities.argmax(1).tolist()]
+        return Predictions(names, probabilities)
 
     def on_train_epoch_start(self) -> None:
         self.epoch_metrics.begin("train")

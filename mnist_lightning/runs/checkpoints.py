@@ -193,6 +193,8 @@ def load(
 ) -> LightningModule:
     """Loads a trained model, ready to predict: on the CPU, in evaluation mode.
 
+    ``load("lightning_logs/shallow").predict(["a.png", "b.jpg"])`` gives the names of the classes
+    and the probabilities, for files or for uint8 images; see ``Classifier.predict``.
     ``load("lightning_logs/shallow")(images)`` gives class scores ``(b, 10)`` for images
     ``(b, 1, 28, 28)`` as ``MNISTDataModule.preprocess`` returns them.
 
