@@ -46,7 +46,7 @@ from mnist_lightning.configs import (
 from mnist_lightning.console import say, short
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.data.sampling import in_image_order
-from mnist_lightning.files import csv_cell, printable, reason, write_text
+from mnist_lightning.files import csv_cell, printable, reason, write_bytes, write_text
 from mnist_lightning.models import inspection, own
 from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.models.epoch_metrics import Diverged
@@ -92,20 +92,28 @@ def _run(command: str, argv: list[str]) -> None:
 
 
 def inspect(argv: list[str]) -> None:
-    """Prints the layers of a model; for the perceptron also the tensors of a training step."""
+    """Prints the layers of a model, and draws training images as the model sees them.
+
+    For the perceptron it also prints the tensors of a training step.
+    """
     with quiet(training=False):
         cli = CLI(argv, run=False)
     data, model = cli.datamodule, cli.model
     net = cast(nn.Module, getattr(model, "net", model))
     image = torch.zeros(1, *_spec(data).shape)
     print(inspection.format_layers(inspection.layer_table(net, image), net))
-    if isinstance(model, Perceptron) and isinstance(data, MNISTDataModule):
-        data.prepare_data()
-        data.setup()
+    if not isinstance(data, MNISTDataModule):
+        return
+    data.prepare_data()
+    data.setup()
+    if isinstance(model, Perceptron):
         print(f"\nOne training step on {data.describe()}\n")
         images, labels, *_ = next(iter(data.train_dataloader()))
         rows = inspection.tensor_table(model, data, data.preprocess(images), labels)
         print(inspection.format_table(("Tensor", "Shape", "Meaning"), rows))
+    write_bytes(Path("samples.png"), inspection.sample_sheet(data))
+    each = ", each first as it is, then as augmented in nine epochs" if data.augment else ""
+    print(f"\nsamples.png: training images of {data.describe()}{each}")
 
 
 class SaveConfig(SaveConfigCallback):

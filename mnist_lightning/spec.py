@@ -1,7 +1,7 @@
 """DataSpec: the shape and the classes of a data set's images."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 DIGITS = tuple("0123456789")
@@ -68,6 +68,10 @@ class DataSpec:
     def pixels(self) -> int:
         """Number of values in an image, all channels together."""
         return self.channels * self.height * self.width
+
+    def unnormalised(self) -> "DataSpec":
+        """Returns the same with pixels from 0 to 1."""
+        return replace(self, mean=(0.0,) * self.channels, std=(1.0,) * self.channels)
 
     def plain(self) -> dict[str, Any]:
         """Returns its values as a dictionary of numbers, strings and lists."""

@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
+import mnist_lightning
 from mnist_lightning import MNISTDataModule, ShallowNetwork
 from mnist_lightning.__main__ import main
 from mnist_lightning.data.augmentation import Augment
@@ -264,3 +265,79 @@ def test_what_is_no_image_is_left_out(fruit: Path, recwarn: pytest.WarningsRecor
     assert "these folders hold no image, and are no class" in said
     assert sum(len(p) for p in (made.train_set, made.val_set, made.test_set)) == 45
     assert made.spec.classes == ("apple", "berry", "leaf")
+
+
+def test_a_folder_that_changed_is_reported(
+    fruit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = "fit --model ShallowNetwork --data.source folder --data.data_dir fruit"
+    assert words(f"{line} --trainer.max_epochs 1") == 0
+    assert words("validate --ckpt_path ShallowNetwork") == 0
+    assert "changed since" not in capsys.readouterr().err
+    photo(fruit / "apple" / "more.png", COLOURS["apple"], 999)
+    assert words("validate --ckpt_path ShallowNetwork") == 0
+    assert "have changed since the training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_picture_of_the_samples(
+    fruit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: bool
+) -> None:
+    """The first column holds the images themselves; the others are as in the first epochs."""
+    monkeypatch.chdir(tmp_path)
+    line = "inspect --model ShallowNetwork --data.source folder --data.data_dir fruit"
+    assert words(line + " --data.augment.flip true --data.augment.crop 2" * augment) == 0
+    sheet = torch.from_numpy(np.array(Image.open("samples.png").convert("RGB")))
+    assert sheet.shape == (8 * (96 + 2) + 2, 10 * (96 + 2) + 2, 3)
+    made = data(fruit, augment=Augment(flip=True, crop=2) if augment else Augment())
+    rows = torch.linspace(0, len(made.train_set) - 1, 8 if augment else 80).long()
+    images = made.train_set.images[rows]
+    expected = [images / 255]
+    if augment:
+        expected += [made.augment(images / 255, rows, 0, epoch) for epoch in range(9)]
+    for place, image in ((0, expected[0][0]), (9, expected[9][0] if augment else expected[0][9])):
+        left = 2 + place * 98
+        shown = sheet[2:98:8, left : left + 96 : 8].permute(2, 0, 1)
+        assert ((image * 255).clamp(0, 255) - shown).abs().max() <= 1
+
+
+def test_a_loaded_model_predicts(
+    fruit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the command does, from files and from images in memory."""
+    monkeypatch.chdir(tmp_path)
+    line = "fit --model ConvNetwork --model.widths [8] --data.source folder --data.data_dir fruit"
+    assert words(f"{line} --trainer.max_epochs 10 --model.lr 0.02 --data.batch_size 8") == 0
+    model = mnist_lightning.load("lightning_logs/ConvNetwork")
+    files = sorted(fruit.glob("*/0[0-3].png"))
+    answers = model.predict(files)
+    assert answers.classes == [file.parent.name for file in files]
+    torch.testing.assert_close(answers.probabilities.sum(1), torch.ones(len(files)))
+    pixels = torch.stack([pil_to_tensor(Image.open(file)) for file in files])
+    assert torch.equal(model.predict(pixels).probabilities, answers.probabilities)
+    for wrong in (pixels.float(), pixels[:, :1], pixels[0], []):
+        with pytest.raises(ValueError, match="predict needs"):
+            model.predict(wrong)
+    with pytest.raises(ValueError, match=r"none\.png cannot be read as an image"):
+        model.predict(["none.png"])
+
+
+def test_a_search_over_a_folder(
+    fruit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained together, in colour: the same accuracies as one by one."""
+    monkeypatch.chdir(tmp_path)
+    Path("s.yaml").write_text(
+        "model: ShallowNetwork\nspace: {lr: [0.1, 0.2]}\nfixed: {hidden_units: 5, max_epochs: 3,"
+        " batch_size: 4}\ndata: {source: folder, data_dir: fruit}\n"
+    )
+    assert words("search --config s.yaml --workers 1") == 0
+    found = mnist_lightning.load_results("lightning_logs/search/s")
+    made = data(fruit, batch_size=4)
+    for lr, acc in zip(found["lr"], found["val_acc"], strict=True):
+        torch.manual_seed(0)
+        model = ShallowNetwork(5, lr, spec=made.spec)
+        fit = trainer(max_epochs=3)
+        fit.fit(model, made)
+        assert fit.callback_metrics["val/acc"].item() == pytest.approx(acc)

@@ -8,7 +8,7 @@ device that trains.
 import os
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -340,6 +340,21 @@ class MNISTDataModule(LightningDataModule):
         predicts = trainer is not None and trainer.state.fn == TrainerFn.PREDICTING
         return predicts and self.predict_dir is not None
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint says of the user's folder: its path, and the checksum of its images."""
+        if self.source != "folder" or not self._loaded:
+            return {}
+        return {"folder": str(self.data_dir.resolve()), "checksum": self.checksum}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warns if the folder has changed since the checkpoint was written."""
+        now = self.state_dict()
+        if now and now["folder"] == state_dict.get("folder") and now != state_dict:
+            rank_zero_warn(
+                f"the images in {self.data_dir} have changed since the training, and are split"
+                " anew: images that were trained on may now be among those for validation and test"
+            )
+
     def describe(self) -> str:
         """Describes the data in one line; call it after ``setup``."""
         sizes = f"{len(self.train_set):,} / {len(self.val_set):,} / {len(self.test_set):,}"
@@ -367,7 +382,7 @@ class MNISTDataModule(LightningDataModule):
             self.train_set,
             num_replicas=trainer.world_size if trainer else 1,
             rank=trainer.global_rank if trainer else 0,
-            seed=_seed(),
+            seed=seed(),
         )
         sampler.balanced = self.balance
         train_set = self.train_set.with_numbers() if self.augment else self.train_set
@@ -419,7 +434,7 @@ class MNISTDataModule(LightningDataModule):
         if numbers is None:
             return prepare(images, self.spec)
         epoch = self.trainer.current_epoch if self.trainer else 0
-        augmented = partial(self.augment, numbers=numbers, seed=_seed(), epoch=epoch)
+        augmented = partial(self.augment, numbers=numbers, seed=seed(), epoch=epoch)
         return prepare(images, self.spec, augmented)
 
     def _eval_loader(self, data: ImageSet) -> DataLoader:
@@ -453,6 +468,6 @@ class MNISTDataModule(LightningDataModule):
         return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=as_is)
 
 
-def _seed() -> int:
+def seed() -> int:
     """The training's; seed_everything sets it for this process and its child processes."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0))

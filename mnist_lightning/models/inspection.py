@@ -1,5 +1,6 @@
-"""Tables of a model's layers and tensors, from a real forward pass or training step."""
+"""Tables of a model's layers and tensors, and a picture of the images that it sees."""
 
+import io
 from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
@@ -7,8 +8,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
-from mnist_lightning.data.module import MNISTDataModule
+from mnist_lightning.data.module import MNISTDataModule, seed
+from mnist_lightning.data.preparation import prepare
 from mnist_lightning.models.perceptron import Perceptron
 
 
@@ -96,6 +100,34 @@ def tensor_table(
         "t.argmax(1)": (t.argmax(1), "true classes"),
     }
     return [(name, str(list(value.shape)), meaning) for name, (value, meaning) in tensors.items()]
+
+
+def sample_sheet(data: MNISTDataModule, images: int = 8, draws: int = 9) -> bytes:
+    """Draws training images as the model sees them, before they are normalised.
+
+    Args:
+        data: after ``setup``.
+        images: a row for each: the image itself, then its augmentation in each of the first epochs.
+            Without augmentation, each row has other images instead.
+        draws: number of epochs.
+
+    Returns:
+        The content of a PNG file.
+    """
+    columns = 1 + draws
+    count = images if data.augment else images * columns
+    # spread over the set: a folder's images are sorted by class
+    rows = torch.linspace(0, len(data.train_set) - 1, count).long()
+    pixels = prepare(data.train_set.__getitems__(rows.tolist())[0], data.spec.unnormalised())
+    if data.augment:
+        seen = [data.augment(pixels, rows, seed(), epoch) for epoch in range(draws)]
+        pixels = torch.stack([pixels, *seen], 1).flatten(0, 1)
+    scale = max(1, 96 // pixels.shape[-1])  # small images are enlarged
+    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    sheet = make_grid(pixels, nrow=columns, padding=2, pad_value=1.0)
+    file = io.BytesIO()
+    to_pil_image(sheet.clamp(0, 1)).save(file, "PNG")
+    return file.getvalue()
 
 
 def format_table(
