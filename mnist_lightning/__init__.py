@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "MNISTDataModule": "data.module",
+    "DataSpec": "spec",
     "Classifier": "models.classifier",
     "Perceptron": "models.perceptron",
     "ShallowNetwork": "models.multilayer",

@@ -22,7 +22,6 @@ from mnist_lightning import Classifier, MNISTDataModule, ShallowNetwork
 from mnist_lightning.__main__ import main
 from mnist_lightning.runs.checkpoints import read
 from mnist_lightning.search import command as search
-from mnist_lightning.spec import DataSpec
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PART = README.split("**A model of your own**")[1].split("\n\n**")[0]
@@ -400,11 +399,25 @@ def test_arguments_are_hyper_parameters() -> None:
         "more": [1],
         "lr": 0.2,
         "optimizer": "sgd",
-        "spec": DataSpec().plain(),
         "dropout": 0.0,
         "batch_norm": False,
         "activation": "relu",
     }
+
+
+class Wide(ShallowNetwork):
+    def __init__(self, factor: int = 2, **options: float) -> None:
+        super().__init__(hidden_units=10 * factor, **options)
+
+
+def test_a_subclass_that_passes_options_on_is_loaded(tmp_path: Path) -> None:
+    """Its checkpoint has its own arguments, not those that it sets itself."""
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, barebones=False)
+    trainer.fit(Wide(3, momentum=0.5), MNISTDataModule(source="digits"))
+    trainer.save_checkpoint(tmp_path / "wide.ckpt")
+    model = Wide.load_from_checkpoint(tmp_path / "wide.ckpt")
+    assert (model.momentum, model.net.hidden1.out_features) == (0.5, 30)
+    assert dict(model.hparams) == {"factor": 3, "momentum": 0.5}
 
 
 def test_lightnings_own_way_of_loading(tmp_path: Path) -> None:

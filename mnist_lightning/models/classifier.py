@@ -161,12 +161,18 @@ class Classifier(LightningModule):
         self.spec = DataSpec.of(spec)
         if type(self) is not Classifier:
             frame = cast(FrameType, cast(FrameType, inspect.currentframe()).f_back)
+            collected = collect_init_args(frame, [], classes=(Classifier,))
             arguments: dict[str, Any] = {}
-            for class_arguments in collect_init_args(frame, [], classes=(Classifier,)):
+            for class_arguments in collected:
                 arguments |= class_arguments
-            not_plain = [name for name, value in arguments.items() if not is_plain(value)]
-            self.save_hyperparameters(frame=frame, ignore=[*not_plain, *FORMER])
-            if "spec" in arguments:
+            ignored = [name for name, value in arguments.items() if not is_plain(value)]
+            constructor = inspect.signature(type(self).__init__)
+            if any(p.kind is p.VAR_KEYWORD for p in constructor.parameters.values()):
+                # It passes on what it is given. If a checkpoint gave it an argument that it sets
+                # itself, its base would get two values.
+                ignored += [name for name in arguments if name not in collected[-1]]
+            self.save_hyperparameters(frame=frame, ignore=[*ignored, *FORMER])
+            if "spec" in constructor.parameters:
                 self.hparams["spec"] = self.spec.plain()
         self.epoch_metrics = EpochMetrics(len(self.spec.classes))
 
