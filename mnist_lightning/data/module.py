@@ -29,10 +29,10 @@ from mnist_lightning.data.folders import (
     read_folder,
     split_stratified,
 )
+from mnist_lightning.data.named import NAMED, SetName
 from mnist_lightning.data.photos import IMAGES, read_for
 from mnist_lightning.data.preparation import prepare
 from mnist_lightning.data.readers import (
-    FILES,
     first_picture,
     missing_files,
     not_there,
@@ -44,7 +44,6 @@ from mnist_lightning.data.sampling import EpochSampler, ImageSet, as_is, split_i
 from mnist_lightning.files import printable
 from mnist_lightning.spec import DIGITS, DataSpec
 
-SetName = Literal["MNIST", "FashionMNIST", "KMNIST"]
 Source = Literal["auto", "mnist", "digits", "folder"]
 Split = Literal["study", "canonical"]
 Normalization = Literal["unit", "mnist", "imagenet"]
@@ -66,18 +65,21 @@ class MNISTDataModule(LightningDataModule):
     """Images, split into train, validation and test, in mini-batches: MNIST's 70,000 by default.
 
     Args:
-        name: name of the data set; by default MNIST.
+        name: name of the data set; by default MNIST. A set of colour images (CIFAR, SVHN) has
+            3 channels and 32 pixels a side.
         source: ``mnist`` takes the set named above, from ``data_dir`` or else from its mirrors;
             ``digits`` takes scikit-learn's 1,797 real 8x8 digits, enlarged to 28x28; ``auto`` takes
             ``mnist`` and, if neither name nor ``data_dir`` nor ``MNIST_DATA_DIR`` is given, falls
             back to ``digits`` with a warning. ``folder`` takes your own images from ``data_dir``.
-        data_dir: folder that contains ``MNIST/raw/...`` in torchvision's layout, raw or .gz. The
-            default is the environment variable ``MNIST_DATA_DIR``, else ``data``. With source
-            ``folder``: contains ``<class>/*.jpg``, or ``train|val|test/<class>/*.jpg`` if you have
-            split the images already. Then your split is kept.
+        data_dir: folder that contains ``MNIST/raw/...`` in torchvision's layout, raw or .gz; other
+            sets likewise, in the form whose checksum is published. The default is the environment
+            variable ``MNIST_DATA_DIR``, else ``data``. With source ``folder``: contains
+            ``<class>/*.jpg``, or ``train|val|test/<class>/*.jpg`` if you have split the images
+            already. Then your split is kept.
         split: ``study`` shuffles all 70,000 images and takes 63,000 for training and validation and
-            7,000 for the test; ``canonical`` keeps MNIST's official 10,000 test images. A folder
-            has its own split: see ``test_fraction``.
+            7,000 for the test; ``canonical`` keeps MNIST's official 10,000 test images. Other
+            named sets are split in the same shares, or keep their own test set. A folder has its
+            own split: see ``test_fraction``.
         val_fraction: share of the non-test images for validation.
         test_fraction: share of a folder's images for the test, if it has no ``test`` folder. From a
             folder, the same share of each class is taken for the test and for validation.
@@ -85,9 +87,10 @@ class MNISTDataModule(LightningDataModule):
         batch_size: images in a training mini-batch, in each process.
         eval_batch_size: images in a validation or test mini-batch; changes memory, not results.
         image_size: side of the images that the model receives, in pixels; by default the side that
-            the data set has: 28 for MNIST. If it is another, each batch is resized (bilinear,
-            antialiased when it shrinks) on the device. Images of a folder are scaled and cropped to
-            it once, when they are read; by default to 64 pixels if they have different sizes.
+            the data set has: 28 for MNIST, 32 for CIFAR. If it is another, each batch is resized
+            (bilinear, antialiased when it shrinks) on the device. Images of a folder are scaled and
+            cropped to it once, when they are read; by default to 64 pixels if they have different
+            sizes.
         normalization: ``unit`` divides pixels by 255; ``mnist`` and ``imagenet`` then subtract
             that set's mean and divide by its standard deviation, one scalar for gray images and for
             ``mnist``, one value for each channel of colour images for ``imagenet``.
@@ -100,7 +103,7 @@ class MNISTDataModule(LightningDataModule):
             average, instead of each image once.
 
     A batch is ``(images, labels)``: from the loaders uint8 ``(b, 28, 28)``, or
-    ``(b, channels, height, width)`` from a folder, and int64 ``(b,)``; after
+    ``(b, channels, height, width)`` of colour images and from a folder, and int64 ``(b,)``; after
     ``on_after_batch_transfer``, which the Trainer calls, the images are float32
     ``(b, channels, image_size, image_size)``. With ``augment``, the training loader adds the
     numbers of the images in ``train_set``, int64 ``(b,)``, which the same hook uses up.
@@ -174,7 +177,7 @@ class MNISTDataModule(LightningDataModule):
         if source == "folder":
             self.hparams.update(of_folder)
         else:
-            image_size = image_size or 28
+            image_size = image_size or (28 if source == "digits" else NAMED[name or "MNIST"].size)
         self.hparams.update(image_size=image_size)
         if augment:
             self.hparams["augment"] = augment.chosen()
@@ -203,6 +206,9 @@ class MNISTDataModule(LightningDataModule):
             if None in (self.hparams[name] for name in ("channels", "classes", "image_size")):
                 self._look_into_folder()
             channels, classes = self.hparams["channels"], self.hparams["classes"]
+        elif self.source != "digits":
+            named = NAMED[self.name]
+            channels, classes, drawn = named.channels, list(named.classes), not named.colour
         mean, std = ((value,) * channels for value in NORMALIZATIONS[self.normalization])
         if self.normalization == "imagenet" and channels == 3:
             mean, std = _IMAGENET_COLOUR
@@ -232,7 +238,7 @@ class MNISTDataModule(LightningDataModule):
         missing = missing_files(self.name, self.data_dir)
         if self.source == "digits" or not missing:
             return
-        if len(missing) == len(FILES) and (image := first_picture(self.data_dir)):
+        if len(missing) == len(NAMED[self.name].files) and (image := first_picture(self.data_dir)):
             # the user's own image folder: do not download into it
             raise ValueError(
                 not_there(self.name, self.data_dir, f"it holds other images ({image.name})")
@@ -241,7 +247,7 @@ class MNISTDataModule(LightningDataModule):
             download(self.name, self.data_dir)
         except OSError as error:
             # if some files are present, the user meant this set: no fallback to the digits
-            if self.source == "mnist" or len(missing) < len(FILES):
+            if self.source == "mnist" or len(missing) < len(NAMED[self.name].files):
                 reason = f"no {', no '.join(missing)}; {error}"
                 raise ValueError(not_there(self.name, self.data_dir, reason)) from error
             self._no_download = str(error)
@@ -254,8 +260,8 @@ class MNISTDataModule(LightningDataModule):
             self._set_up_folder(stage)
             return
         if self.source == "auto":
-            all_missing = len(missing_files(self.name, self.data_dir)) == len(FILES)
-            self.source = "digits" if all_missing else "mnist"
+            missing = missing_files(self.name, self.data_dir)
+            self.source = "digits" if len(missing) == len(NAMED[self.name].files) else "mnist"
             if self.source == "digits":
                 rank_zero_warn(
                     f"{self.name} is not in {self.data_dir} and was not downloaded"
