@@ -19,6 +19,7 @@ from mnist_lightning import LayerFreezing, MNISTDataModule, ResNet18
 from mnist_lightning.__main__ import main
 from mnist_lightning.data.module import NORMALIZATIONS
 from mnist_lightning.models.optimization import one_cycle
+from mnist_lightning.spec import DataSpec
 
 FEW = {"limit_train_batches": 2, "limit_val_batches": 1}
 
@@ -404,3 +405,55 @@ def test_small_config_learns_mnist(mnist_dir: Path, tmp_path: Path) -> None:
     last = (run / "metrics.csv").read_text().splitlines()[-1].split(",")
     header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
     assert float(last[header.index("val/acc")]) > 0.975
+
+
+COLOUR = DataSpec(3, 32, 32, ("cat", "dog", "ship"), (0.5,) * 3, (0.25,) * 3, drawn=False)
+
+
+def test_three_channels_keep_the_pretrained_stem(official: nn.Module, tmp_path: Path) -> None:
+    """The trunk computes what torchvision's network computes on the same colour images."""
+    torch.save(official.state_dict(), tmp_path / "w.pth")
+    ours = ResNet18("finetune", str(tmp_path / "w.pth"), spec=COLOUR).eval()
+    ours.load_pretrained()
+    official.eval()
+    official.fc = nn.Identity()
+    ours.net.fc = nn.Identity()
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours(images), official(images))
+
+
+def test_the_stem_for_small_images() -> None:
+    """As usual for CIFAR-10: torchvision's network, its first convolution and pooling replaced."""
+    ours = ResNet18(small_images=True, spec=COLOUR).eval()
+    theirs = resnet18(num_classes=3)
+    theirs.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    theirs.maxpool = nn.Identity()
+    theirs.load_state_dict(ours.net.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(images), theirs.eval()(images))
+    assert sum(p.numel() for p in ours.parameters()) == 11_170_371
+
+
+def test_weights_from_a_run_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of the network but its last layer; the folder of the run is enough."""
+    monkeypatch.chdir(tmp_path)
+    line = (
+        "fit --model ResNet18 --data.source digits --data.batch_size 8 --data.eval_batch_size 64"
+        " --trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1"
+    )
+    assert main(line.split()) == 0
+    again = f"{line} --model.regime freeze --model.weights lightning_logs/ResNet18"
+    assert main([*again.split(), "--config", "resnet18_freeze", "--data.image_size", "28"]) == 0
+    first, second = (
+        torch.load(f"lightning_logs/{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for run in ("ResNet18/version_0", "resnet18_freeze/version_0")
+    )
+    frozen = [name for name in first if name.startswith(("net.conv1", "net.layer1", "net.layer3"))]
+    assert len(frozen) > 20
+    assert all(torch.equal(first[name], second[name]) for name in frozen)
+    assert not torch.equal(first["net.fc.weight"], second["net.fc.weight"])
+    wrong = f"{line} --model.regime finetune --model.small_images true"
+    assert main([*wrong.split(), "--model.weights", "lightning_logs/ResNet18"]) == 1
+    assert "wrong shape: conv1.weight" in capsys.readouterr().err
