@@ -59,9 +59,6 @@ class Twin(pl.LightningModule):
         loss = self.loss(scores, labels)
         self.figures[f"{stage}_loss"].update(loss.detach(), len(labels))
         self.figures[f"{stage}_acc"].update((scores.argmax(1) == labels).double())
-        if stage == "val":
-            self.figures["val_f1"].update(scores, labels)
-            self.figures["val_ece"].update(scores.float().softmax(1), labels)
         return loss * len(labels) if self.sums else loss
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
