@@ -21,6 +21,7 @@ from lightning.pytorch import callbacks as lc
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as ls
 from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
 
 from mnist_lightning import DeepNetwork, MNISTDataModule, Perceptron, ResNet18, ShallowNetwork
 from mnist_lightning import EarlyStopping as OurEarlyStopping
@@ -46,6 +47,8 @@ class Twin(pl.LightningModule):
         self.figures = nn.ModuleDict(
             {name: MeanMetric() for name in ("train_loss", "train_acc", "val_loss", "val_acc")}
         )
+        self.figures["val_f1"] = MulticlassF1Score(10)
+        self.figures["val_ece"] = MulticlassCalibrationError(10)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)
@@ -59,6 +62,9 @@ class Twin(pl.LightningModule):
         loss = self.loss(scores, labels)
         self.figures[f"{stage}_loss"].update(loss.detach(), len(labels))
         self.figures[f"{stage}_acc"].update((scores.argmax(1) == labels).double())
+        if stage == "val":
+            self.figures["val_f1"].update(scores, labels)
+            self.figures["val_ece"].update(scores.float().softmax(1), labels)
         return loss * len(labels) if self.sums else loss
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -68,7 +74,7 @@ class Twin(pl.LightningModule):
         self._step("val", batch)
 
     def _log_epoch(self, stage: str) -> None:
-        for name in ("loss", "acc"):
+        for name in ("loss", "acc", *(("f1", "ece") if stage == "val" else ())):
             metric = self.figures[f"{stage}_{name}"]
             self.log(f"{stage}/{name}", metric.compute(), prog_bar=(stage, name) == ("val", "acc"))
             metric.reset()
