@@ -22,6 +22,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.tuner import Tuner, lr_finder
 from tqdm import tqdm
 
+from mnist_lightning.quiet import quiet
+
 Tune = Literal["none", "lr", "batch_size"]
 
 STEPS = 100
@@ -82,7 +84,9 @@ def trainer_settings(
     """
     for name in ("fast_dev_run", "barebones"):
         if settings.get(name):
-            raise ValueError(f"--tune does not work with --trainer.{name}: leave one of them out")
+            raise ValueError(
+                f"Lightning's Tuner does not work with {name}: leave --tune or --trainer.{name} out"
+            )
     unwanted = (callbacks.Checkpoint, callbacks.ProgressBar)
     return {
         "logger": DummyLogger(),  # some callbacks refuse to work without a logger
@@ -130,10 +134,16 @@ def find(
             f"--tune works in one process, and this training has {trainer.world_size}: tune with"
             " --trainer.devices 1, then train with the value"
         )
-    if what == "lr":
-        value, curve = _learning_rate(trainer, model, data)
-        return Found(f"--{group}.{name}", value, curve)
-    return Found(f"--{group}.{name}", str(_batch_size(trainer, model, data)))
+    if what == "batch_size" and trainer.strategy.root_device.type == "cpu":
+        raise ValueError(
+            "--tune batch_size finds the largest mini-batch that fits into a GPU, and this training"
+            " is on the CPU, where larger ones are not faster: give --data.batch_size"
+        )
+    with quiet(training=False):  # the Tuner resumes from its own checkpoint
+        if what == "lr":
+            value, curve = _learning_rate(trainer, model, data)
+            return Found(f"--{group}.{name}", value, curve)
+        return Found(f"--{group}.{name}", str(_batch_size(trainer, model, data)))
 
 
 def _learning_rate(
@@ -143,7 +153,7 @@ def _learning_rate(
     if not model.automatic_optimization:
         raise ValueError(
             f"--tune lr: {type(model).__name__} optimizes manually, so its learning rate cannot be"
-            " changed at each step: give one with --model.lr"
+            " changed at each step: choose one yourself"
         )
     # a live bar only on a terminal, as in a training
     lr_finder.tqdm = partial(tqdm, disable=not sys.stdout.isatty(), leave=False)
@@ -168,16 +178,17 @@ def _learning_rate(
 
 
 def middle_of_fall(losses: Sequence[float]) -> int | None:
-    """Returns where on a noisy curve the loss is in the middle of its longest fall.
+    """Returns where a loss is in the middle of its longest fall, on a noisy curve.
 
     The fall is the longest sequence of losses, each lower than the one before; others may be
-    between them. (``fastai`` chooses a learning rate in this way and calls it the valley.)
+    between them. Its middle is half its length before its end. (``fastai`` chooses a learning rate
+    in this way and calls it the valley.)
 
     Args:
         losses: those that are not finite are left out.
 
     Returns:
-        An index; None if the fall has fewer than ten losses.
+        An index; None if the fall has fewer than four losses.
     """
     finite = [index for index, loss in enumerate(losses) if math.isfinite(loss)]
     lengths: list[int] = []  # of the longest fall that ends at each
@@ -185,16 +196,11 @@ def middle_of_fall(losses: Sequence[float]) -> int | None:
         higher = (m for m in range(n) if losses[finite[m]] > losses[index])
         lengths.append(1 + max((lengths[m] for m in higher), default=0))
     length = max(lengths, default=0)
-    return finite[lengths.index(length) - length // 2] if length >= 10 else None
+    return finite[lengths.index(length) - length // 2] if length >= 4 else None
 
 
 def _batch_size(trainer: Trainer, model: LightningModule, data: LightningDataModule) -> int:
     """The largest power of two that fits into memory, up to 8,192; at most all images."""
-    if trainer.strategy.root_device.type == "cpu":
-        raise ValueError(
-            "--tune batch_size finds the largest mini-batch that fits into a GPU, and this training"
-            " is on the CPU, where larger ones are not faster: give --data.batch_size"
-        )
     # Lightning stops at 8,192 in any case. It would not try the limit itself, so this one is above.
     size = Tuner(trainer).scale_batch_size(model, datamodule=data, max_val=2**14)
     images = getattr(trainer.train_dataloader, "dataset", None)
