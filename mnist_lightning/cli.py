@@ -7,6 +7,7 @@ contradict the weights.
 
 import copy
 import csv
+import gc
 import io
 import re
 import shutil
@@ -67,9 +68,10 @@ from mnist_lightning.training.progress import EpochLines, ProgressBar
 
 
 def fit(argv: list[str]) -> None:
-    """Trains a model, and prints a summary; with ``--tune``, finds one of its settings before."""
+    """Trains a model, and prints a summary; with ``--tune``, finds one of its settings first."""
     with quiet(training=True):
         if (tuned := CLI(["fit", *argv]).tuned) is not None:
+            gc.collect()  # frees the images and the model of the Tuner
             CLI(tuned.argv, curve=tuned.curve)
 
 

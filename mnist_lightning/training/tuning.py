@@ -5,7 +5,7 @@ follows starts as if the user had given the value.
 
 Of Lightning's curve of the loss over learning rates, this takes another point than Lightning, which
 takes the steepest slope over the rate itself: where rates are tiny, noise is steepest. For
-``shallow`` it takes 0.0002, and 0.1 trains well.
+``shallow`` and seed 0 it takes 0.0002, and 0.1 trains well.
 """
 
 import csv
