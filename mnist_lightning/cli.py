@@ -7,6 +7,7 @@ contradict the weights.
 
 import copy
 import csv
+import gc
 import io
 import re
 import shutil
@@ -59,7 +60,7 @@ from mnist_lightning.runs.checkpoints import DATA_CLASS, REMEDY, ModelCheckpoint
 from mnist_lightning.runs.folder import LOGS, RunFolder, find_checkpoint, run_name
 from mnist_lightning.runs.loggers import Dashboard, RunLogger
 from mnist_lightning.spec import DataSpec
-from mnist_lightning.training import memory
+from mnist_lightning.training import memory, tuning
 from mnist_lightning.training.callbacks import EarlyStopping, Mistakes, SafePoints
 from mnist_lightning.training.execution import Execution
 from mnist_lightning.training.freezing import LayerFreezing
@@ -67,8 +68,11 @@ from mnist_lightning.training.progress import EpochLines, ProgressBar
 
 
 def fit(argv: list[str]) -> None:
-    """Trains a model, and prints a summary."""
-    _run("fit", argv)
+    """Trains a model, and prints a summary; with ``--tune``, finds one of its settings first."""
+    with quiet(training=True):
+        if (tuned := CLI(["fit", *argv]).tuned) is not None:
+            gc.collect()  # frees the images and the model of the Tuner
+            CLI(tuned.argv, curve=tuned.curve)
 
 
 def validate(argv: list[str]) -> None:
@@ -87,7 +91,7 @@ def predict(argv: list[str]) -> None:
 
 
 def _run(command: str, argv: list[str]) -> None:
-    with quiet(training=command == "fit"):
+    with quiet(training=False):
         CLI([command, *argv])
 
 
@@ -145,13 +149,20 @@ class SaveConfig(SaveConfigCallback):
 
 
 class CLI(LightningCLI):
-    """LightningCLI that takes defaults from a checkpoint and gives each run its own folder."""
+    """LightningCLI that takes defaults from a checkpoint and gives each run its own folder.
+
+    Args:
+        argv: the command and its options; without ``run``, options alone.
+        run: whether there is a command, which runs.
+        curve: of the learning rates that were tried before this training, as CSV.
+    """
 
     datamodule: LightningDataModule
     model: LightningModule
 
-    def __init__(self, argv: list[str], run: bool = True) -> None:
-        self.argv = argv
+    def __init__(self, argv: list[str], run: bool = True, curve: str = "") -> None:
+        self.argv, self.curve = argv, curve
+        self.tuned: tuning.Tuned | None = None  # after a command with --tune, which does not train
         self.command, options = (argv[0], argv[1:]) if run else ("", argv)
         self.request = read_request([argument for argument in options if argument != "--trust"])
         if not is_own(self.request.model):
@@ -231,6 +242,13 @@ class CLI(LightningCLI):
             help="Writes last.ckpt also within an epoch, each time this many minutes have passed:"
             " a kill loses no more.",
         )
+        parser.add_argument(
+            "--tune",
+            type=tuning.Tune,
+            default="none",
+            help="Finds the learning rate, or the largest batch size that fits into a GPU, with"
+            " Lightning's Tuner; then trains with it.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         configs = [f"--config={config}" for config in self.request.configs]
@@ -254,6 +272,15 @@ class CLI(LightningCLI):
             settings.ckpt_path = str(self.checkpoint_path) if self.checkpoint_path else None
         if self.run_name is None:
             self.run_name = settings.model.class_path.rpartition(".")[2]
+        if self._tunes and self.checkpoint_path is not None:
+            raise ValueError(
+                f"--tune {settings.tune} is for a new training, and {short(self.checkpoint_path)}"
+                " continues one: leave --tune or --ckpt_path out"
+            )
+
+    @property
+    def _tunes(self) -> bool:
+        return self.command == "fit" and self.config["fit"].tune != "none"
 
     def _untrusted(self, what: str) -> str:
         again = console.command(*self.argv, "--trust")
@@ -425,6 +452,9 @@ class CLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeFiles()]
         kwargs["callbacks"] = [*_as_list(settings.get("callbacks")), *extra]
+        if self._tunes:
+            callbacks = _as_list(settings.get("callbacks"))
+            kwargs = tuning.trainer_settings(settings, callbacks, plugins)
         try:
             trainer = super().instantiate_trainer(**kwargs)
             memory.check_processes(trainer.num_devices)
@@ -452,10 +482,12 @@ class CLI(LightningCLI):
         if isinstance(self.datamodule, MNISTDataModule):
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
-        monitor = self._choose_monitor()
+        monitor = {} if self._tunes else self._choose_monitor()
         if isinstance(self.model, ResNet18) and self.checkpoint is None:
             self.model.load_pretrained()
         self._get(self.config_init, "freezing").choose(self.model)
+        if self._tunes:  # writes nothing
+            return []
         if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
             kwargs["logger"] = self._run_logger()
         else:
@@ -528,26 +560,16 @@ class CLI(LightningCLI):
             self.run.take_back()
 
     def fit(self, **kwargs: Any) -> None:
-        trainer, model = self.trainer, self.model
-        stopping = next(c for c in trainer.early_stopping_callbacks if isinstance(c, EarlyStopping))
-        limit = f"patience {stopping.patience}" if stopping.enabled else "off"
-        parameters = sum(p.numel() for p in model.parameters())
-        say(f"{type(model).__name__}, {parameters:,} parameters, on {trainer.strategy.root_device}")
-        say(own.describe(self.datamodule))
-        if isinstance(self.datamodule, MNISTDataModule):
-            say(self.datamodule.describe_classes())
-        size = getattr(self.datamodule, "batch_size", "its own")
-        say(f"batch size {size}, at most {trainer.max_epochs} epochs, early stopping {limit}")
-        if self.checkpoint is not None and self.checkpoint_path is not None:
-            messages.say_resumed(
-                self.checkpoint_path,
-                self.checkpoint,
-                [Path(str(file)) for file in self.config["fit"].config or []],
-                self.run,
-                self._class_options(),
-            )
+        trainer = self.trainer
+        if not self._tunes:
+            self._announce()
         try:
             with self.safe_points.stop_on_signals(trainer) as received:
+                if self._tunes:
+                    self.tuned = self._tune()
+                    return
+                if self.run is not None and self.curve:
+                    write_text(self.run.path / "lr_find.csv", self.curve)
                 trainer.fit(**kwargs)
         except SystemExit as stop:
             if isinstance(stop, SIGTERMException):
@@ -574,6 +596,43 @@ class CLI(LightningCLI):
             )
         if self.run is not None:
             messages.say_finished(trainer, self.run, self._class_options())
+
+    def _announce(self) -> None:
+        """Says what is trained, on what, and from where."""
+        trainer, model = self.trainer, self.model
+        stopping = next(c for c in trainer.early_stopping_callbacks if isinstance(c, EarlyStopping))
+        limit = f"patience {stopping.patience}" if stopping.enabled else "off"
+        parameters = sum(p.numel() for p in model.parameters())
+        say(f"{type(model).__name__}, {parameters:,} parameters, on {trainer.strategy.root_device}")
+        say(own.describe(self.datamodule))
+        if isinstance(self.datamodule, MNISTDataModule):
+            say(self.datamodule.describe_classes())
+        size = getattr(self.datamodule, "batch_size", "its own")
+        say(f"batch size {size}, at most {trainer.max_epochs} epochs, early stopping {limit}")
+        if self.checkpoint is not None and self.checkpoint_path is not None:
+            messages.say_resumed(
+                self.checkpoint_path,
+                self.checkpoint,
+                [Path(str(file)) for file in self.config["fit"].config or []],
+                self.run,
+                self._class_options(),
+            )
+
+    def _tune(self) -> tuning.Tuned:
+        """Finds the value; returns the command that trains with it."""
+        settings = self.config["fit"]
+        found = tuning.find(
+            settings.tune,
+            self.trainer,
+            self.model,
+            self.datamodule,
+            {"model": settings.model.get("init_args") or {}, "data": self._data_settings()},
+        )
+        in_file = any("tune" in read_config(config) for config in self.request.configs)
+        tuned = tuning.Tuned(tuning.command(self.argv, found, in_file), found.curve)
+        say(f"found {found.option} {found.value}; training with it:")
+        say(f"  {console.command(*tuned.argv)}\n")
+        return tuned
 
     def _explained(self, error: Exception) -> ValueError | None:
         """The error of a training as a sentence with a remedy, if there is one."""

@@ -34,6 +34,7 @@ GENERAL = {
     " shallow/last.",
     "seed_everything": "The seed of the training; true draws a random one.",
     "save_every_minutes": None,
+    "tune": None,
     "verbose": None,
     "print_config": None,
     "weights_only": "As in Lightning; checkpoints are always read as data.",

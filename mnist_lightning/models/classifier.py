@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.tuner.lr_finder import _LRCallback
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 
@@ -311,8 +312,13 @@ class Classifier(LightningModule):
     def on_train_epoch_end(self) -> None:
         noted = self.epoch_metrics.noted("train")
         self._log_epoch("train")
-        if noted and not self.epoch_metrics.is_finite("train"):
+        if noted and not self.epoch_metrics.is_finite("train") and not self._rates_are_tried():
             raise divergence(self, noted, self.lr)
+
+    def _rates_are_tried(self) -> bool:
+        """Whether Lightning's learning rate finder trains, which goes on until the loss grows."""
+        present = self.trainer.callbacks  # type: ignore[attr-defined]
+        return any(isinstance(callback, _LRCallback) for callback in present)
 
     def on_validation_epoch_end(self) -> None:
         self._log_epoch("val")
