@@ -58,6 +58,15 @@ def test_whatever_was_asked_has_a_row() -> None:
         ("resnet/seconds/224, ours", "resnet/seconds/224, naive"): "4 x",
         ("batches/seconds/ours", "batches/seconds/torchvision"): "50 x",
         ("batches/seconds/ours", "batches/seconds/torchvision, 2 workers"): "50 x",
+        **{
+            (f"augment/{key}/{net}, {way}", f"augment/{key}/{net}, no augmentation"): asked
+            for net, asked in (
+                ("ResNet-18", "at most 10 % longer"),
+                ("small CNN", "at most 15 % longer"),
+            )
+            for way in ("shift 2, rotate 10", "crop 4, flip")
+            for key in ("seconds", "processor_seconds")
+        },
         ("fit/seconds/start, fit", "fit/seconds/start, import"): "its 1.1 x plus 0.5 s",
     }
     for comparison in run.COMPARISONS:  # nothing measured: shown, not left out
