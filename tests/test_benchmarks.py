@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import folders
 import pytest
 import rounding
 import run
 import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-RESULTS = FOLDER / "results" / "run.json"
+RESULTS = FOLDER / "results" / "bench.json"
 
 
 def results(**seconds: list[float]) -> dict[str, Any]:
@@ -92,6 +93,18 @@ def test_the_committed_table_is_that_of_the_committed_results() -> None:
     assert readme == run.into_readme(readme, table)
     if measured.keys() >= {"fit", "batches", "resnet", "grid"}:
         assert "not measured" not in table
+
+
+def test_the_committed_table_of_other_libraries_is_that_of_the_committed_results() -> None:
+    table = folders.table(json.loads(folders.RESULTS.read_text()))
+    readme = (FOLDER / "README.md").read_text()
+    assert readme == folders.into_readme(readme, table)
+
+
+def test_lines_are_counted_without_docstring_and_empty_lines(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text('"""Says\n\nmuch."""\n\nimport sys\n\nprint(\n    1\n)\n')
+    assert folders.lines(script) == 4
 
 
 def test_rounding_compares_three_ways_of_one_training() -> None:
