@@ -29,7 +29,7 @@ from mnist_lightning.provenance import provenance
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"
 BEGIN, END = "<!-- results -->\n", "<!-- end -->\n"
-PARTS = ("fit", "batches", "resnet", "growth", "command", "grid", "stem")
+PARTS = ("fit", "batches", "resnet", "growth", "command", "augment", "grid", "stem")
 QUICK = PARTS[:4]  # the others take minutes with --quick too: --quick --only grid
 
 Results = dict[str, dict[str, Any]]
@@ -131,6 +131,19 @@ COMPARISONS = [
             times(50),
         )
         for workers in ("", ", 2 workers")
+    ),
+    *(
+        Comparison(
+            f"{net}: a step with {augment}{unit}",
+            f"augment/{key}/{net}, {augment}",
+            "no augmentation",
+            f"augment/{key}/{net}, no augmentation",
+            f"at most {percent} % longer",
+            times(1 / (1 + percent / 100)),
+        )
+        for net, percent in (("ResNet-18", 10), ("small CNN", 15))
+        for augment in ("shift 2, rotate 10", "crop 4, flip")
+        for key, unit in (("seconds", ""), ("processor_seconds", ", processor time, one thread"))
     ),
     Comparison(
         "`fit` to its first step",

@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import folders
 import pytest
 import rounding
 import run
 import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-RESULTS = FOLDER / "results" / "run.json"
+RESULTS = FOLDER / "results" / "bench.json"
 
 
 def results(**seconds: list[float]) -> dict[str, Any]:
@@ -58,6 +59,15 @@ def test_whatever_was_asked_has_a_row() -> None:
         ("resnet/seconds/224, ours", "resnet/seconds/224, naive"): "4 x",
         ("batches/seconds/ours", "batches/seconds/torchvision"): "50 x",
         ("batches/seconds/ours", "batches/seconds/torchvision, 2 workers"): "50 x",
+        **{
+            (f"augment/{key}/{net}, {way}", f"augment/{key}/{net}, no augmentation"): asked
+            for net, asked in (
+                ("ResNet-18", "at most 10 % longer"),
+                ("small CNN", "at most 15 % longer"),
+            )
+            for way in ("shift 2, rotate 10", "crop 4, flip")
+            for key in ("seconds", "processor_seconds")
+        },
         ("fit/seconds/start, fit", "fit/seconds/start, import"): "its 1.1 x plus 0.5 s",
     }
     for comparison in run.COMPARISONS:  # nothing measured: shown, not left out
@@ -83,6 +93,18 @@ def test_the_committed_table_is_that_of_the_committed_results() -> None:
     assert readme == run.into_readme(readme, table)
     if measured.keys() >= {"fit", "batches", "resnet", "grid"}:
         assert "not measured" not in table
+
+
+def test_the_committed_table_of_other_libraries_is_that_of_the_committed_results() -> None:
+    table = folders.table(json.loads(folders.RESULTS.read_text()))
+    readme = (FOLDER / "README.md").read_text()
+    assert readme == folders.into_readme(readme, table)
+
+
+def test_lines_are_counted_without_docstring_and_empty_lines(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text('"""Says\n\nmuch."""\n\nimport sys\n\nprint(\n    1\n)\n')
+    assert folders.lines(script) == 4
 
 
 def test_rounding_compares_three_ways_of_one_training() -> None:

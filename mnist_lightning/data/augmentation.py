@@ -92,8 +92,7 @@ class Augment:
         draws = uniform(numbers, seed, epoch)
         if self.moves:
             maps = self.maps(draws, images.shape[-2], images.shape[-1]).to(images.dtype)
-            grid = F.affine_grid(maps, list(images.shape), align_corners=False)
-            images = F.grid_sample(images, grid, align_corners=False)
+            images = F.grid_sample(images, _places(maps, *images.shape[-2:]), align_corners=False)
         return self._colours(self._erased(images, draws), draws)
 
     def maps(self, draws: dict[str, Tensor], height: int, width: int) -> Tensor:
@@ -163,6 +162,29 @@ class Augment:
             gray = _gray(images)
             images = (gray + (images - gray) * factor("saturation")).clamp(0, 1)
         return images
+
+
+def _places(maps: Tensor, height: int, width: int) -> Tensor:
+    """``affine_grid``, faster: the sum of a part for each row and one for each column.
+
+    Args:
+        maps: ``(b, 2, 3)``, see ``Augment.maps``.
+        height: of an image, in pixels.
+        width: likewise.
+
+    Returns:
+        ``(b, height, width, 2)``.
+    """
+
+    def middles(pixels: int) -> Tensor:
+        """Where the pixels' middles are, if the side goes from -1 to 1."""
+        places = torch.arange(pixels, dtype=maps.dtype, device=maps.device)
+        return (2 * places + 1) / pixels - 1
+
+    along_x, along_y, move = maps[..., None].unbind(2)
+    columns = along_x * middles(width)
+    rows = along_y * middles(height) + move
+    return (rows[..., None] + columns[:, :, None]).permute(0, 2, 3, 1)
 
 
 def _gray(images: Tensor) -> Tensor:
