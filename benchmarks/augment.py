@@ -73,8 +73,8 @@ def measure(quick: bool) -> dict[str, Any]:
 
     def all_steps(clock: Callable[[], float]) -> dict[str, list[float]]:
         found = {
-            "ResNet-18": steps(resnet, colour, bf16, 5 if quick else 30, clock),
-            "small CNN": steps(small, DataSpec(), False, 20 if quick else 150, clock),
+            "ResNet-18": steps(resnet, colour, bf16, 5 if quick else 10, clock),
+            "small CNN": steps(small, DataSpec(), False, 20 if quick else 50, clock),
         }
         return {f"{net}, {way}": s for net, by in found.items() for way, s in by.items()}
 
