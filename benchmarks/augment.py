@@ -7,7 +7,7 @@ A step takes the images out of the set, scales and normalises them, and trains t
 by SGD. Each step without augmentation is followed by one with shifts and rotations and by one with
 padded crops and flips, so that other programs disturb all three alike.
 
-Measured is the processor time of a single thread, which other programs on the machine hardly change.
+Measured is the processor time of a single thread: other programs on the machine hardly change it.
 """
 
 import time
