@@ -11,6 +11,7 @@ from mnist_lightning.runs.loggers import Dashboard as Dashboard
 from mnist_lightning.runs.loggers import RunLogger as RunLogger
 from mnist_lightning.search.results import load_curves as load_curves
 from mnist_lightning.search.results import load_results as load_results
+from mnist_lightning.spec import DataSpec as DataSpec
 from mnist_lightning.training.callbacks import EarlyStopping as EarlyStopping
 from mnist_lightning.training.execution import Execution as Execution
 from mnist_lightning.training.freezing import LayerFreezing as LayerFreezing

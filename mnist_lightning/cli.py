@@ -402,7 +402,12 @@ class CLI(LightningCLI):
         settings = self._get(self.config, "model").get("init_args") or {}
         weights = settings.get("weights")
         if isinstance(weights, str) and Path(weights).is_dir():
-            settings["weights"] = str(find_checkpoint(weights, self.root))
+            try:
+                settings["weights"] = str(find_checkpoint(weights, self.root))
+            except ValueError as error:
+                raise ValueError(
+                    f"--model.weights {weights}: no file, and no folder of a run with a checkpoint"
+                ) from error
 
     def _data_settings(self) -> Any:
         data = self._get(self.config, "data")

@@ -159,7 +159,6 @@ def test_a_wrong_word_is_named_with_what_was_meant(
         ("--data.batch_size 0", ["batch_size must be a whole number, at least 1, got 0"]),
         ("--data.val_fraction 1.5", ["val_fraction must lie between 0 and 1, got 1.5"]),
         ("--data.val_fraction 0.0001", ["val_fraction 0.0001", "none to validate on", "0.2"]),
-        ("--data.image_size 32", ["ShallowNetwork", "32 x 32", "--data.image_size 28"]),
         ("--model.hidden_units 0", ["hidden_units must all be at least 1, got [0]"]),
         ("--model.lr -1", ["lr must be positive, got -1"]),
         ("--early_stopping.patience 0", ["got 0", "--early_stopping.enabled false"]),
