@@ -64,6 +64,18 @@ def fit_words(config: Path, weights: Path, pictures: Path) -> list[str]:
     return words.split()
 
 
+# several ResNets take a while: one of them in the fast tests
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(
+            path,
+            id=path.stem,
+            marks=[pytest.mark.slow] * ("resnet" in path.stem and path.stem != "resnet18_freeze"),
+        )
+        for path in CONFIGS
+    ],
+)
 def test_runs(
     config: Path,
     resnet18_file: Path,
