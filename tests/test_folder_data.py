@@ -133,6 +133,19 @@ def test_the_default_size_is_that_of_the_files(
     assert MNISTDataModule(source="folder", data_dir=str(tmp_path / "x")).image_size == expected
 
 
+class Halved(MNISTDataModule):
+    def __init__(self) -> None:
+        super().__init__(source="digits")
+        self.image_size = 14
+
+
+def test_a_subclass_may_set_the_size() -> None:
+    made = Halved()
+    made.setup("fit")
+    assert made.spec.shape == (1, 14, 14)
+    assert made.preprocess(made.val_set.images[:2]).shape == (2, 1, 14, 14)
+
+
 def test_augmentation_and_a_batch(fruit: Path) -> None:
     made = data(fruit, augment=Augment(flip=True, crop=2), batch_size=8)
     images, labels, numbers = next(iter(made.train_dataloader()))

@@ -220,6 +220,10 @@ class MNISTDataModule(LightningDataModule):
         """Side of the images that the model receives, in pixels."""
         return self.spec.height
 
+    @image_size.setter
+    def image_size(self, size: int) -> None:
+        self.hparams["image_size"] = size  # subclasses set it after this class's constructor
+
     def _look_into_folder(self) -> None:
         """Chooses what the user left open: channels, classes, size. Checkpoints then have them."""
         listing = list_images(self.data_dir)
@@ -298,9 +302,9 @@ class MNISTDataModule(LightningDataModule):
                 f"{self.data_dir} has a class {unknown[0]!r}, which is not among the known"
                 f" {len(spec.classes)}: {', '.join(spec.classes[:20])}. Rename or remove its folder"
             )
-        labels = torch.tensor(
-            [spec.classes.index(pictures.listing.classes[n]) for n in pictures.listing.labels]
-        )
+        known = {name: label for label, name in enumerate(spec.classes)}
+        of_folder = torch.tensor([known[name] for name in pictures.listing.classes])
+        labels = of_folder[torch.tensor(pictures.listing.labels)]
         parts = self._folder_parts(pictures, labels)
         train, val, test = parts
         for part, rows, stages in (
