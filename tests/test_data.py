@@ -251,6 +251,7 @@ def test_only_split_seed_moves_the_split(split: str) -> None:
     assert torch.equal(reference[2], moved[2]) == (split == "canonical")
 
 
+@pytest.mark.slow
 def test_the_split_and_the_order_are_the_same_in_another_process() -> None:
     def digest() -> str:
         parts = [*split_indices(70_000, 10_000, "study", 0.2, 3), epoch_order(50_400, 1, 2)]

@@ -46,7 +46,7 @@ def test_labels_are_the_folders_by_name(photos: Path) -> None:
     listing = list_images(photos)
     assert listing.classes == ["cat", "dog", "owl"]
     assert listing.labels == [0] * 5 + [1] * 5 + [2] * 5
-    assert [file.parent.name for file in listing.files[::5]] == listing.classes
+    assert [Path(file).parent.name for file in listing.files[::5]] == listing.classes
     assert set(listing.parts) == {""}
 
 

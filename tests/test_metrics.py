@@ -238,6 +238,7 @@ if trainer.is_global_zero:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_values_of_all_images(tmp_path: Path) -> None:
     script = tmp_path / "shared.py"
     script.write_text(SHARED)

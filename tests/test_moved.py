@@ -108,6 +108,7 @@ def test_a_run_of_before_is_scored_and_goes_on(
     assert len(list((old / "shallow").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_search_of_before_is_scored_reported_and_grows(
     old: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

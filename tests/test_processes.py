@@ -90,6 +90,7 @@ def _answers(run: Path) -> list[tuple[str, ...]]:
         return [tuple(row) for row in csv.reader(file)]
 
 
+@pytest.mark.slow
 def test_two_processes_give_each_image_its_own_answer(run: Path, tmp_path: Path) -> None:
     photos = _photos(tmp_path / "photos", 5)
     words = ("predict", "--ckpt_path", run, "--data.predict_dir", photos)

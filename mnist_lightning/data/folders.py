@@ -35,7 +35,8 @@ _NAMED = 3  # of many files with the same fault, so many are named
 class Listing(NamedTuple):
     """The image files of a folder, sorted by part, class and name."""
 
-    files: list[Path]
+    files: list[str]
+    """Their paths, as strings: of many files, Path objects take longer than listing them."""
     labels: list[int]
     classes: list[str]
     parts: list[str]
@@ -111,7 +112,7 @@ def _parts(folder: Path) -> list[str]:
     return split if "train" in inner or (inner and inner <= set(PARTS)) else [""]
 
 
-def _classes(folder: Path) -> dict[str, list[Path]]:
+def _classes(folder: Path) -> dict[str, list[str]]:
     """The image files of each folder, by its name."""
     try:
         inner = [entry for entry in os.scandir(folder) if entry.is_dir()]
@@ -121,18 +122,19 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
         raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
-def _images(folder: Path) -> list[Path]:
-    # sorted as strings, part by part: comparing paths takes longer than listing the folder
+def _images(folder: Path) -> list[str]:
     files = [
         os.path.join(root, name)
         for root, _, names in os.walk(folder)
         for name in names
         if os.path.splitext(name)[1].lower() in ENDINGS and not name.startswith(".")
     ]
-    return [Path(file) for file in sorted(files, key=lambda file: file.replace(os.sep, "\0"))]
+    return sorted(files, key=lambda file: file.replace(os.sep, "\0"))  # as paths are sorted
 
 
-def read_folder(folder: Path, size: int, channels: int | None = None) -> Pictures:
+def read_folder(
+    folder: Path, size: int, channels: int | None = None, listing: Listing | None = None
+) -> Pictures:
     """All images of a folder, of one size.
 
     The shorter side is scaled to ``size``, and the longer one is cropped to it around the centre.
@@ -141,11 +143,12 @@ def read_folder(folder: Path, size: int, channels: int | None = None) -> Picture
         folder: as ``list_images``.
         size: pixels a side.
         channels: 1 for gray, 3 for colour; by default as the files are.
+        listing: of the folder, if it is known.
 
     Raises:
         ValueError: as ``list_images``; or fewer than two classes have a readable image.
     """
-    listing = list_images(folder)
+    listing = listing or list_images(folder)
     channels = channels or common_format(listing.files)[0]
     key = _key(folder, listing, size, channels)
     array, readable, digests = _cached(key) or _read(folder, listing, size, channels, key)
@@ -171,10 +174,10 @@ def read_folder(folder: Path, size: int, channels: int | None = None) -> Picture
     return Pictures(images, digests, kept, total.hexdigest(), warnings)
 
 
-def _left_out(files: Sequence[Path]) -> str:
+def _left_out(files: Sequence[str]) -> str:
     return (
         f"{len(files):,} files are left out, since they are no images that can be read, or have"
-        f" more than {MOST_PIXELS:,} pixels: {_some([file.name for file in files])}"
+        f" more than {MOST_PIXELS:,} pixels: {_some([os.path.basename(file) for file in files])}"
     )
 
 
@@ -183,7 +186,7 @@ def _some(names: Sequence[str]) -> str:
     return printable(", ".join(names[:_NAMED])) + more
 
 
-def common_format(files: Sequence[Path]) -> tuple[int, int | None]:
+def common_format(files: Sequence[str]) -> tuple[int, int | None]:
     """Reads the headers of a sample of the files.
 
     Returns:
@@ -271,7 +274,7 @@ def _key(folder: Path, listing: Listing, size: int, channels: int) -> str:
     """A name for the array, computed from all that it depends on."""
     digest = hashlib.sha256(f"2 {size} {channels}".encode())
     start = len(str(folder / "x")) - 1  # where the name relative to the folder starts
-    for file in map(str, listing.files):
+    for file in listing.files:
         try:
             stat = os.stat(file)
         except OSError:  # a link to nothing

@@ -22,6 +22,7 @@ from mnist_lightning.checks import check_choice, check_count
 from mnist_lightning.data.augmentation import Augment
 from mnist_lightning.data.download import download
 from mnist_lightning.data.folders import (
+    Listing,
     Pictures,
     common_format,
     count_shared,
@@ -192,6 +193,7 @@ class MNISTDataModule(LightningDataModule):
         self.predict_dir, self.augment = predict_dir, augment
         self.test_fraction, self.balance = test_fraction, balance
         self._loaded = False
+        self._listing: Listing | None = None
         self._no_download = "not tried"
 
     @property
@@ -226,7 +228,7 @@ class MNISTDataModule(LightningDataModule):
 
     def _look_into_folder(self) -> None:
         """Chooses what the user left open: channels, classes, size. Checkpoints then have them."""
-        listing = list_images(self.data_dir)
+        self._listing = listing = list_images(self.data_dir)
         channels, size = common_format(listing.files)
         found = {
             "channels": channels,
@@ -293,7 +295,8 @@ class MNISTDataModule(LightningDataModule):
 
     def _set_up_folder(self, stage: str | None) -> None:
         spec = self.spec
-        pictures = read_folder(self.data_dir, spec.height, spec.channels)
+        pictures = read_folder(self.data_dir, spec.height, spec.channels, self._listing)
+        self._listing = None
         for warning in pictures.warnings:
             rank_zero_warn(warning)
         unknown = sorted(set(pictures.listing.classes) - set(spec.classes))

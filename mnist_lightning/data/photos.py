@@ -34,7 +34,7 @@ def read_for(spec: DataSpec, path: Path) -> Tensor:
     return torch.from_numpy(pixels)
 
 
-def decode(path: Path, size: int, channels: int) -> np.ndarray | None:
+def decode(path: str | Path, size: int, channels: int) -> np.ndarray | None:
     """Reads one image, uint8, ``(channels, size, size)``; None for a file that is no image.
 
     Transparent parts count as white paper. The rotation in the EXIF data is applied.
