@@ -38,7 +38,7 @@ from mnist_lightning.training.stacked import SGD
 # the networks of one batch size over workers, large enough for the study's 16 of each.
 UNIT_BYTES = 64 * 2**20
 SMALL = (ShallowNetwork, DeepNetwork)  # populations can train them, with SGD
-# what their arguments must be then, but for those of ``Member``
+# the values that their arguments must have then; a ``Member`` holds the other arguments
 PLAIN = {
     "optimizer": "sgd",
     "schedule": "constant",
@@ -434,7 +434,7 @@ def units(search: Search, trials: Sequence[Trial], images: int) -> list[WorkUnit
         else:
             batch_size, seed = search.batch_size(trial.params), trial.params["seed"]
             data = json.dumps(search.data_settings(trial.params))
-            # plain SGD apart: momentum and weight decay cost time and memory
+            # plain SGD apart: its units were there when the others were trained alone
             plain_sgd = search.sgd(trial.params).plain
             key = (trial.round, trial.generation, batch_size, seed, data, plain_sgd)
             groups.setdefault(key, []).append(trial)
