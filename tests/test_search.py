@@ -1012,6 +1012,14 @@ def test_settings_of_the_data_are_axes_like_any_other(folder: Path) -> None:
         checkpoint = folder / "both" / "checkpoints" / f"{pair[0]['id']}.ckpt"
         settings = torch.load(checkpoint, weights_only=True)["datamodule_hyper_parameters"]
         assert settings["normalization"] == normalization
+    axes = {"data.train_fraction": [0.1, 1.0], "hidden_units": [5]}
+    few, all_images = run(small(space=axes, fixed=fixed), folder / "few", workers=0)
+    search = small(space={"hidden_units": [5]}, fixed=fixed)
+    assert run(search, folder / "all", workers=0)[0]["curves"] == all_images["curves"]
+    search = small(
+        space={"hidden_units": [5]}, fixed=fixed, data={"source": "digits", "train_fraction": 0.1}
+    )
+    assert run(search, folder / "tenth", workers=0)[0]["curves"] == few["curves"]
     axes = {"data.normalization": ["unit", "mnist"]}
     perceptrons = run(small(model="Perceptron", space=axes, fixed=fixed), folder / "p", workers=0)
     assert perceptrons[0]["curves"] != perceptrons[1]["curves"]

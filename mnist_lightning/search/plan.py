@@ -270,13 +270,12 @@ class Search:
 
         Args:
             params: of the trial.
-            loaded: see ``load_data``; its images are those of every trial.
+            loaded: see ``load_data``; the trials share its images.
         """
         # what source "auto" has become
         settings = {**self.data_settings(params), "source": loaded.source}
         data = MNISTDataModule(**{**settings, "batch_size": self.batch_size(params)})
-        for name in ("train_set", "val_set", "test_set", "checksum", "_loaded"):
-            setattr(data, name, getattr(loaded, name))
+        data.share(loaded)
         return data
 
     def data_settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,7 +293,7 @@ class Search:
         return params.get("batch_size", default)
 
     def load_data(self) -> MNISTDataModule:
-        """The data, fetched, verified and split; all trials have these images."""
+        """The data, fetched, verified and split; the trials share its images."""
         data = MNISTDataModule(**self.data)
         data.prepare_data()
         data.setup("fit")
@@ -316,6 +315,8 @@ class Search:
             facts_of_data["augment"] = data.augment.chosen()
         if data.balance:
             facts_of_data["balance"] = True
+        if data.train_fraction < 1:
+            facts_of_data["train_fraction"] = data.train_fraction
         if data.source == "folder":
             facts_of_data |= {"test_fraction": data.test_fraction, **data.spec.plain()}
         return json.loads(json.dumps({**fields, "data": facts_of_data}))

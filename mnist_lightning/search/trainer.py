@@ -106,7 +106,7 @@ def checkpoint(
     data = search.data_module(trial.params, loaded)
     content = {
         "epoch": epochs - 1,  # Lightning counts from 0
-        "global_step": epochs * math.ceil(len(loaded.train_set) / data.batch_size),
+        "global_step": epochs * math.ceil(len(data.train_set) / data.batch_size),
         "pytorch-lightning_version": __version__,
         "state_dict": model.state_dict(),
         "hparams_name": "kwargs",
