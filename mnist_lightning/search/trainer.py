@@ -80,7 +80,7 @@ def fit(
             if epoch_done(values, lambda: list(module.state_dict().values())):
                 trainer.should_stop = True
 
-    callbacks = [Epochs(), *([train_loss] if train_loss else [])]
+    callbacks = [*search.freezing(trial.params), Epochs(), *([train_loss] if train_loss else [])]
     make_trainer(search, trial.params["max_epochs"], *callbacks).fit(model, data)
     return model.cpu(), list(model.state_dict().values())
 
