@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from mnist_lightning.data.photos import MOST_PIXELS, decode
+from mnist_lightning.data.photos import FORMATS, MOST_PIXELS, decode
 from mnist_lightning.files import printable, write_json
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -195,7 +195,7 @@ def common_format(files: Sequence[str]) -> tuple[int, int | None]:
     """
     channels, sizes = 1, set()
     for file in files[:: max(1, len(files) // _SAMPLE)]:
-        with contextlib.suppress(Exception), Image.open(file) as image:
+        with contextlib.suppress(Exception), Image.open(file, formats=FORMATS) as image:
             sizes.add(image.size)
             if image.mode not in ("1", "L", "LA", "I", "F") and not image.mode.startswith("I;16"):
                 channels = 3
