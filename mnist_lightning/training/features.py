@@ -6,12 +6,14 @@ which its ``forward`` applies them, each to the output of the one before.
 """
 
 import contextlib
+import copy
 import hashlib
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -85,7 +87,7 @@ class Prefix:
     """The first stages of a network, which training cannot change.
 
     After ``skip``, the network takes features in place of images: these stages then return them as
-    they are. Given anything else, they compute as ever. Copies of the network do the same.
+    they are. Given anything else, they compute as ever, and so do copies of the network.
 
     Args:
         net: the network.
@@ -154,6 +156,10 @@ class _Skipped:
         if self.stage is prefix.stages[-1]:
             prefix.passing = False
         return x if passing else type(self.stage).forward(self.stage, x)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        stage = copy.deepcopy(self.stage, memo)
+        return partial(type(stage).forward, stage)
 
 
 def computed(module: nn.Module) -> Iterator[nn.Module]:
@@ -324,7 +330,8 @@ class Store:
         except (OSError, ValueError) as error:
             raise NoCache(f"{cache_folder()} cannot be written: {reason(error)}") from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def _map(self, path: Path) -> Tensor:
         count = self.n * self.layout.size

@@ -44,7 +44,7 @@ from mnist_lightning.training.freezing import LayerFreezing
 # the hooks that receive mini-batches, of callbacks and modules
 _VALIDATION_HOOKS = {"on_validation_batch_start", "on_validation_batch_end"}
 _BATCH_HOOKS = [*STEP_HOOKS, *sorted(_VALIDATION_HOOKS)]
-# relative to the largest score, the most that rounding may change
+# the most that rounding may change, relative to the largest value
 _ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}
 
 
@@ -169,6 +169,16 @@ def _obstacle(trainer: Trainer) -> str | None:
     return None
 
 
+def _difference(one: Tensor, other: Tensor) -> str | None:
+    """How two tensors differ; None if they are equal, but for rounding."""
+    if one.equal(other):
+        return None
+    difference = float((one - other).abs().max() / one.abs().max())
+    if difference <= _ROUNDING[one.dtype]:
+        return None
+    return f"by {difference:.1g} of the largest value"
+
+
 class _Pass:
     """The first pass over the images.
 
@@ -222,9 +232,11 @@ class _Pass:
             key = self._key(store.layout)
             found = store.read(key)
             values = store.write(key, self._parts(store.layout)) if found is None else found
-        # companions and places in the mini-batch differ from those in which they were computed
+        # the first mini-batch of the training: in the first pass, these images were in others
         rows = epoch_order(len(self.train_set), seed(), self.trainer.current_epoch)[: self.size]
-        self.check(self.pixels(self.train_set, rows), Features(values, store.layout)(rows))
+        again = self.features(self.pixels(self.train_set, rows))
+        if (difference := _difference(again, Features(values, store.layout)(rows))) is not None:
+            raise NoCache(f"their output differs in another mini-batch, {difference}")
         if (seconds := time.monotonic() - began) >= 1:
             say(f"  this took {seconds:,.0f} s")
         return values
@@ -270,12 +282,8 @@ class _Pass:
                         torch.manual_seed(0)
                         with self.trainer.precision_plugin.forward_context():
                             scores.append(net(batch.to(device, copy=True)))
-                difference = float((scores[0] - scores[1]).abs().max() / scores[0].abs().max())
-                if not scores[0].equal(scores[1]) and not difference <= _ROUNDING[features.dtype]:
-                    raise NoCache(
-                        f"given their output, the network's scores differ by {difference:.1g} of"
-                        " the largest"
-                    )
+                if (difference := _difference(*scores)) is not None:
+                    raise NoCache(f"the network's scores differ if it is given it, {difference}")
         except NoCache:
             raise
         except Exception as error:  # a user's network may raise anything
@@ -291,9 +299,8 @@ class _Pass:
         digest.update(json.dumps(self.data.spec.plain(), sort_keys=True).encode())
         digest.update(f"{self.prefix.stages}".encode())
         for tensor in self.prefix.tensors():
-            digest.update(
-                tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            )
+            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(content.numpy().data)
         for images in (self.train_set, self.val_set):
             digest.update(b"|")
             if images is not None:
