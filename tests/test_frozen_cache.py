@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import math
 import os
 import re
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 from mnist_lightning import ConvNetwork, LayerFreezing, MNISTDataModule, ResNet18, ShallowNetwork
 from mnist_lightning.__main__ import main
 from mnist_lightning.models.classifier import Classifier
-from mnist_lightning.training import features
+from mnist_lightning.training import features, frozen_cache
 from mnist_lightning.training.callbacks import SafePoints
 from mnist_lightning.training.execution import Execution
 from mnist_lightning.training.features import _Skipped, computed
@@ -287,6 +288,54 @@ def test_anything_else_takes_the_ordinary_way(
     assert same(*runs)
 
 
+class Backwards(Staged):
+    stages = ("body", "stem")
+
+
+def test_stages_in_another_order(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(lambda: Own(net=Backwards()), {"train": ["net.head.*"]})
+    assert "in each epoch: a trial with their output failed: " in capsys.readouterr().out
+    assert all(run.seen.computed)
+
+
+def test_only_the_last_mini_batch_of_an_epoch_passes_frozen_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[int] = []
+
+    class Counted(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            sizes.append(len(x))
+            return super().forward(x)
+
+    def counted() -> Own:
+        model = Own()
+        model.net[0][0].__class__ = Counted
+        return model
+
+    monkeypatch.setattr(features, "_KNOWN", {*features._KNOWN, Counted})
+    Run(counted, TRUNK, max_epochs=3)
+    assert sizes[-3:] == [6] * 3
+    assert sizes[-5:-3] == [20, 16]  # of the first pass: the rest of validation, and a check
+    assert sizes.count(16) > 10
+
+
+class Rescales(Own):
+    """Changes a frozen layer in a hook that is called after those of all callbacks."""
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.current_epoch == 1:
+            with torch.no_grad():
+                self.net[0][0].weight.mul_(2)
+
+
+def test_a_change_in_the_last_hook_before_an_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [Run(Rescales, TRUNK, cache=cache) for cache in (True, False)]
+    assert capsys.readouterr().out.count("frozen layers are computed again") == 1
+    assert same(*runs)
+
+
 @pytest.mark.parametrize("settings", [{"max_epochs": 1}, {"fast_dev_run": 3}, {"max_steps": 12}])
 def test_nothing_is_kept_for_a_short_training(
     settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
@@ -419,6 +468,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's cache; there is no memory for features."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(features, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(frozen_cache, "DISK_SPEED", math.inf)
     return tmp_path / "mnist_lightning"
 
 
@@ -501,6 +551,15 @@ def test_a_full_disk(
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e4))
     assert same(Run(Own, TRUNK), plain)
     assert "more than half of the memory (0.0 MB) and of the disk" in capsys.readouterr().out
+
+
+def test_a_slow_disk(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(frozen_cache, "DISK_SPEED", 1)
+    Run(Own, TRUNK)
+    line = "each epoch: reading their output from the disk may take longer than computing it"
+    assert line in capsys.readouterr().out
 
 
 def test_a_stop_within_the_first_pass(

@@ -41,6 +41,8 @@ from mnist_lightning.training.execution import (
 from mnist_lightning.training.features import Features, Layout, NoCache, Prefix, Store, find
 from mnist_lightning.training.freezing import LayerFreezing
 
+# bytes per second that a slow disk reads
+DISK_SPEED = 2e8
 # the hooks that receive mini-batches, of callbacks and modules
 _VALIDATION_HOOKS = {"on_validation_batch_start", "on_validation_batch_end"}
 _BATCH_HOOKS = [*STEP_HOOKS, *sorted(_VALIDATION_HOOKS)]
@@ -110,13 +112,10 @@ def _start(trainer: Trainer, module: LightningModule, freezing: LayerFreezing) -
     if not first_pass.pays(freezing.unfreeze_at_epoch):
         return None
     train_set, val_set = first_pass.train_set, first_pass.val_set
-    pixels = first_pass.pixels(train_set, torch.arange(first_pass.size))
-    features = first_pass.features(pixels)
-    if features.shape == pixels.shape:
-        raise NoCache("their output has the shape of an image")
-    layout = Layout.of(features)
-    first_pass.check(pixels, layout.shaped(layout.flat(features)))
+    layout, seconds = first_pass.trial()
     store = Store(first_pass.images, layout)
+    if not store.in_memory and store.bytes / DISK_SPEED > seconds * first_pass.images:
+        raise NoCache("reading their output from the disk may take longer than computing it")
     others = ((name, list(c.parameters())) for name, c in net.named_children())
     rest = [name for name, weights in others if weights and name not in prefix.names]
     say(
@@ -174,7 +173,7 @@ def _difference(one: Tensor, other: Tensor) -> str | None:
     if one.equal(other):
         return None
     difference = float((one - other).abs().max() / one.abs().max())
-    if difference <= _ROUNDING[one.dtype]:
+    if difference <= _ROUNDING.get(one.dtype, 0.0):
         return None
     return f"by {difference:.1g} of the largest value"
 
@@ -261,33 +260,51 @@ class _Pass:
                     bar.update(stop - start)
                     yield layout.flat(features)[start - first :]
 
-    def check(self, pixels: Tensor, features: Tensor) -> None:
-        """Compares what the network makes of a mini-batch of images and of its features.
+    def trial(self) -> tuple[Layout, float]:
+        """Compares what the network makes of a mini-batch of images, and of its features.
+
+        Returns:
+            How features lie in memory, and the seconds that those of one image take.
 
         Raises:
-            NoCache: the scores differ by more than rounding, in training or in validation.
+            NoCache: the network's scores differ by more than rounding, in training or in
+                validation, or there are none.
         """
-        device = self.trainer.strategy.root_device
         try:
-            net = copy.deepcopy(self.prefix.net)
-            prefix = Prefix(net, self.prefix.names)
-            prefix.skip(tuple(features.shape[1:]))
+            pixels = self.pixels(self.train_set, torch.arange(self.size))
+            self.features(pixels)  # the first time takes longer
+            began = time.perf_counter()
+            features = self.features(pixels)
+            seconds = time.perf_counter() - began
+            layout = Layout.of(features)
+            features = layout.shaped(layout.flat(features))
             for training in (False, True):
-                net.train(training)
-                for norm in prefix.norms:
-                    norm.eval()
-                scores = []
-                for batch in (pixels, features):
-                    with torch.random.fork_rng(), torch.no_grad():
-                        torch.manual_seed(0)
-                        with self.trainer.precision_plugin.forward_context():
-                            scores.append(net(batch.to(device, copy=True)))
-                if (difference := _difference(*scores)) is not None:
+                if difference := _difference(*self._scores(training, pixels, features)):
                     raise NoCache(f"the network's scores differ if it is given it, {difference}")
         except NoCache:
             raise
         except Exception as error:  # a user's network may raise anything
             raise NoCache(f"a trial with their output failed: {first_line(error)}") from error
+        if features.shape == pixels.shape:
+            raise NoCache("their output has the shape of an image")
+        return layout, seconds / self.size
+
+    def _scores(self, training: bool, pixels: Tensor, features: Tensor) -> list[Tensor]:
+        """What a copy of the network makes of images and of their features."""
+        net = copy.deepcopy(self.prefix.net).train(training)
+        prefix = Prefix(net, self.prefix.names)
+        for norm in prefix.norms:
+            norm.eval()
+        scores = []
+        for batch, shape in ((pixels, None), (features, tuple(features.shape[1:]))):
+            if shape is not None:
+                prefix.skip(shape)
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(0)
+                with self.trainer.precision_plugin.forward_context():
+                    device = self.trainer.strategy.root_device
+                    scores.append(net(batch.to(device, copy=True)))
+        return scores
 
     def _key(self, layout: Layout) -> str:
         """A name for the features, computed from all that they depend on."""
@@ -327,6 +344,9 @@ class _Use:
         self.before = [tensor.clone() for tensor in prefix.tensors()]
         norms = set(map(id, prefix.norms))
         self.norms = {name for name, part in self.module.named_modules() if id(part) in norms}
+        self.ended = False
+        self.moment: Any = None
+        """The epoch and stage of the last mini-batch."""
         self.undo = ExitStack()
         self.undo.callback(prefix.compute)
         prefix.skip(shape)
@@ -345,7 +365,9 @@ class _Use:
         def select(rows: Tensor) -> Tensor | None:
             if self.module._current_fx_name is not None:
                 return None  # a hook asks for images, not the loop of the Trainer
-            return None if self.is_over() or len(rows) % size else features(rows)
+            moment = (self.trainer.current_epoch, self.trainer.state.stage)
+            first, self.moment = moment != self.moment, moment
+            return None if self.is_over(thorough=first) or len(rows) % size else features(rows)
 
         self.undo.callback(setattr, images, "features", None)
         images.features = select
@@ -356,6 +378,8 @@ class _Use:
         Args:
             thorough: also compares all weights, and looks at all callbacks.
         """
+        if self.ended:
+            return True
         thawed = not self.freezing.frozen
         over = (
             thawed
@@ -373,4 +397,5 @@ class _Use:
 
     def end(self) -> None:
         """Has the training compute all layers from here on."""
+        self.ended = True
         self.undo.close()
