@@ -8,12 +8,12 @@ Each is trained by `Trainer.fit` with everything that the command `fit` turns on
 
     python benchmarks/frozen.py [IMAGES ROUNDS]
 
-A run has IMAGES images for training, 1,312 by default, and a quarter as many for validation. At
-batch size 64 its last mini-batch has 32 images, as that of the whole set. Each run is a process of
-its own, and the runs alternate. An epoch is the training and the validation, with the checkpoints
-of its end. The first epoch of each run, in which the process gathers its memory, does not count.
-The first pass is from the start of `fit` to the start of the first epoch. Writes
-results/frozen.json.
+A run has IMAGES images for training, 1,280 by default, which is 20 mini-batches, and a quarter as
+many for validation. On the whole set the last mini-batch of an epoch, which has 32 images, passes
+all layers either way. Each run is a process of its own, and the runs alternate. An epoch is the
+training and the validation, with the checkpoints of its end. The first epoch of each run, in which
+the process gathers its memory, does not count. The first pass is from the start of `fit` to the
+start of the first epoch. Writes results/frozen.json.
 """
 
 import json
@@ -119,7 +119,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["one"]:
         print(json.dumps(fit(sys.argv[2], sys.argv[3] == "1", int(sys.argv[4]))))
     else:
-        images, rounds = (int(word) for word in sys.argv[1:] or ("1312", "3"))
+        images, rounds = (int(word) for word in sys.argv[1:] or ("1280", "3"))
         results = measure(images, rounds)
         write_json(RESULTS, results)
         print(table(results))
