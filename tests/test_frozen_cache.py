@@ -131,6 +131,9 @@ CASES: dict[str, tuple[Callable[[], Classifier], dict[str, Any], dict[str, Any]]
     "validation in every second epoch": (Own, TRUNK, {"check_val_every_n_epoch": 2}),
     "no validation": (Own, TRUNK, {"limit_val_batches": 0}),
     "thaw": (conv, {"train": ["net.output.*"], "unfreeze_at_epoch": 2}, {"max_epochs": 4}),
+    "a last mini-batch of one image": (conv, {"train": ["net.output.*"]}, {"eval_batch_size": 69}),
+    "mini-batches of one image": (conv, {"freeze": ["net.stage1.*"]}, {"eval_batch_size": 1}),
+    "one mini-batch": (Own, TRUNK, {"batch_size": 500}),
     "sanity check": (Own, TRUNK, {"num_sanity_val_steps": 2}),
 }
 
@@ -140,6 +143,8 @@ def test_the_same_training(case: str, capsys: pytest.CaptureFixture[str]) -> Non
     """Weights and metrics have the same bits, also in half and double precision."""
     make, freezing, settings = CASES[case]
     data = {"image_size": 32} if case == "ResNet18" else {}
+    data |= {key: value for key, value in settings.items() if "batch_size" in key}
+    settings = {key: value for key, value in settings.items() if key not in data}
     kept = Run(make, freezing, data=data, **settings)
     assert "computed once for" in capsys.readouterr().out
     plain = Run(make, freezing, data=data, cache=False, **settings)

@@ -65,7 +65,8 @@ class Layout(NamedTuple):
             if size > 1 and stride != expected:
                 break
             expected *= size
-        if expected != features[0].numel() or features.stride(0) != expected:
+        in_turn = len(features) == 1 or features.stride(0) == expected
+        if expected != features[0].numel() or not in_turn:
             raise NoCache("their output is no dense tensor")
         return cls(tuple(features.shape[1:]), features.stride()[1:], features.dtype)
 
@@ -73,6 +74,14 @@ class Layout(NamedTuple):
     def size(self) -> int:
         """Values of one image."""
         return torch.Size(self.shape).numel()
+
+    def fits(self, features: Tensor) -> bool:
+        """Whether the features of a mini-batch lie like this."""
+        other = Layout.of(features)
+        strides = zip(self.shape, self.strides, other.strides, strict=True)
+        return (self.shape, self.dtype) == (other.shape, other.dtype) and all(
+            size == 1 or one == another for size, one, another in strides
+        )
 
     def flat(self, features: Tensor) -> Tensor:
         """The features of a mini-batch as ``(b, size)``, in the order in which they lie."""

@@ -222,7 +222,8 @@ class _Pass:
         """Computes the features of all images, of the training first, or reads them from a file.
 
         Raises:
-            NoCache: as ``check``; or the training is asked to stop; or the file cannot be written.
+            NoCache: the training is asked to stop; the file cannot be written; or the features of
+                an image differ in another mini-batch.
         """
         began = time.monotonic()
         if store.in_memory:
@@ -255,7 +256,7 @@ class _Pass:
                     # a smaller mini-batch might be added up in another order
                     first = stop - size if whole else start
                     features = self.features(self.pixels(images, torch.arange(first, stop)))
-                    if Layout.of(features) != layout:
+                    if not layout.fits(features):
                         raise NoCache("their output lies differently in memory each time")
                     bar.update(stop - start)
                     yield layout.flat(features)[start - first :]
