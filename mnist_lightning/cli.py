@@ -460,6 +460,7 @@ class CLI(LightningCLI):
         if self._tunes:
             callbacks = _as_list(settings.get("callbacks"))
             kwargs = tuning.trainer_settings(settings, callbacks, plugins)
+            self._get(self.config_init, "freezing").cache = False  # for a few mini-batches
         try:
             trainer = super().instantiate_trainer(**kwargs)
             memory.check_processes(trainer.num_devices)

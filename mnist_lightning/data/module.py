@@ -452,11 +452,18 @@ class MNISTDataModule(LightningDataModule):
         self, batch: tuple[Tensor, ...], dataloader_idx: int
     ) -> tuple[Tensor, Tensor]:
         images, labels, *numbers = batch
+        if images.is_floating_point() and self._has_features:
+            return images, labels  # they have passed the network's first layers
         pixels = self.preprocess(images, *numbers)
         if self.trainer is not None:
             # Lightning converts batches for "64-true" and "bf16-true" before this hook
             pixels = self.trainer.precision_plugin.convert_input(pixels)
         return pixels, labels
+
+    @property
+    def _has_features(self) -> bool:
+        sets = (vars(self).get(name) for name in ("train_set", "val_set"))
+        return any(images is not None and images.features is not None for images in sets)
 
     def preprocess(self, images: Tensor, numbers: Tensor | None = None) -> Tensor:
         """uint8 images -> normalised float32 ``(b, channels, image_size, image_size)``.
