@@ -227,7 +227,13 @@ MODELS: dict[str, tuple[list[str], int]] = {
 }
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(name, marks=[] if name in ("fused", "adam", "dropout") else pytest.mark.slow)
+        for name in MODELS
+    ],
+)
 def test_a_training_killed_within_an_epoch_goes_on_as_if_it_had_not_been(
     model: str, killed_after: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

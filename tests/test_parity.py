@@ -164,7 +164,13 @@ def _digits_read_once() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("model", "name"), COMBINATIONS)
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        pytest.param(*both, marks=[] if both[0] in ("shallow", "perceptron") else pytest.mark.slow)
+        for both in COMBINATIONS
+    ],
+)
 def test_what_is_added_counts(
     model: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mnist_lightning.spec import DataSpec
 
-# Up to so many pixels, a mini-batch is prepared on one thread: several would be 10 to 20 % faster on
-# an idle machine, but wait for each other on a busy one, up to 25 times as long.
+# Up to so many pixels, a mini-batch is prepared on one thread. Several are 10 to 20 % faster on an
+# idle machine, but on a busy one they wait for each other, up to 25 times as long.
 _ONE_THREAD = 2**19
 
 
