@@ -87,13 +87,13 @@ def test(argv: list[str]) -> None:
 
 def predict(argv: list[str]) -> int:
     """Labels images: those at the paths in ``argv``, or the validation images with a Trainer."""
-    _, paths = words.split_paths(argv)
-    given = {name for name, _ in words.options(argv)}
+    options, paths = words.split_paths(argv)
+    given = {name for name, _ in words.options(options)}
     if paths or given & {"json", "out"} or given == {"help"}:
         from mnist_lightning.deploy.predict import main
 
         with quiet(training=False):
-            return main(argv)
+            return main([*options, "--", *paths])
     _run("predict", argv)
     return 0
 

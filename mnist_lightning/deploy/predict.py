@@ -20,7 +20,6 @@ from mnist_lightning.deploy.trained import Trained
 from mnist_lightning.files import csv_cell, printable, reason, write_bytes, write_text
 from mnist_lightning.models.inspection import format_table
 from mnist_lightning.runs.folder import RunFolder
-from mnist_lightning.words import split_paths
 
 _AT_ONCE = 64  # images, so that large ones fit into memory
 _SHOWN = 20  # lines of the table on the screen
@@ -42,7 +41,10 @@ class Answer(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Labels the images at the paths in ``argv``.
+    """Labels images.
+
+    Args:
+        argv: the options, ``--``, and the paths.
 
     Returns:
         0, or 1 if a path led to no image, or an image could not be read; the others are labelled.
@@ -108,9 +110,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--trust", action="store_true", help="import the class that the checkpoint names"
     )
-    options, paths = split_paths(argv)
     try:
-        given, unknown = parser.parse_known_args([*options, "--", *paths])
+        given, unknown = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
     if unknown:
