@@ -126,7 +126,9 @@ def _check_writable(target: Path) -> None:
 
 def _export(trained: "Trained", given: argparse.Namespace, target: Path) -> None:
     from mnist_lightning.deploy.network import Network, about
+    from mnist_lightning.models import own
 
+    own.check_can("export", trained.model)
     format = FORMATS[given.format]
     compared = _images(trained)
     if given.quantize and compared.data is None:
@@ -145,10 +147,11 @@ def _export(trained: "Trained", given: argparse.Namespace, target: Path) -> None
             f"{target} was not written: its probabilities differ from PyTorch's by"
             f" {difference:.1e} on {compared.what}, and {_TOLERATED:.0e} is tolerated"
         )
+    before = ", before int8," if given.quantize else ""
     lines = [
         f"{export.about['input']}",
         f"{export.about['output']}",
-        f"greatest difference from PyTorch on {compared.what}, in batches of"
+        f"greatest difference from PyTorch{before} on {compared.what}, in batches of"
         f" {', '.join(map(str, BATCH_SIZES))}: {difference:.1e}",
     ]
     if given.quantize and compared.data is not None:

@@ -5,7 +5,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from mnist_lightning.classes import class_path
@@ -27,10 +26,7 @@ class Network(nn.Module):
 
     Args:
         trained: the model; it is copied, not changed.
-        images: some images, uint8, to see what the model answers.
-
-    Raises:
-        ValueError: the model has no ``forward``, or does not answer with class scores.
+        images: some images, uint8, to see what the model answers: scores, or probabilities.
     """
 
     mean: Tensor
@@ -41,8 +37,6 @@ class Network(nn.Module):
     def __init__(self, trained: Trained, images: Tensor) -> None:
         super().__init__()
         model, spec = trained.model, trained.spec
-        if type(model).forward is LightningModule.forward:
-            raise ValueError(f"export needs a forward, which {trained.name} does not have: add one")
         # the plain network where there is nothing else, so that its weights have their own names
         self.is_plain = type(model).forward is Classifier.forward
         net = cast(nn.Module, copy.deepcopy(model.net if self.is_plain else model))

@@ -1,5 +1,6 @@
 """Reads the user's images: files, folders, standard input."""
 
+import os
 import sys
 import tempfile
 import warnings
@@ -32,7 +33,7 @@ def find(paths: Sequence[str], refuse: Callable[[str], None]) -> Iterator[str]:
         refuse: is called with a message for each path where there is nothing.
     """
     for path in paths:
-        if path == STDIN or not Path(path).is_dir():
+        if path == STDIN or not os.path.isdir(path):  # no error for a name that is too long
             yield path
             continue
         images = [

@@ -165,7 +165,7 @@ def _answers(
             answer = Answer(name, dict(zip(classes, row, strict=True)))
             if not contact.is_full:
                 best, probability = answer.likeliest[0]
-                contact.add(image, f"{printable(best)} {probability:.2f}", Path(name).name)
+                contact.add(image, f"{printable(best)}: {probability:.2f}", Path(name).name)
             yield answer
 
 

@@ -38,14 +38,16 @@ class Trained:
         self.path = find_checkpoint(where, Path(LOGS))
         self.checkpoint = checkpoints.read(self.path)
         named = str(self.checkpoint.get("model_class", ""))
-        kind: type[LightningModule] | None = None
-        if model_class is not None or (trust and is_own(named)):
-            kind = _users_class(model_class or named)
-        elif is_own(named):
+        users = model_class or (named if trust and is_own(named) else None)
+        if users is None and is_own(named):
             raise ValueError(
                 f"{self.path} holds a {named}, a class from outside mnist_lightning: importing it"
-                f" runs its code. If you trust it: --model {named}"
+                f" runs its code. If you trust it: --model {named.replace('__main__', 'my_script')}"
             )
+        held, wanted = (path.rpartition(".")[2] for path in (named, users or named))
+        if named and held != wanted:
+            raise ValueError(f"{self.path} holds a {held}, not a {wanted}")
+        kind = _users_class(users) if users else None
         self.model = self._load(kind).float()
         self.spec = self._spec()
 
@@ -57,7 +59,7 @@ class Trained:
         except Exception as error:  # of the constructor of a user's class, or of its weights
             raise ValueError(
                 f"{self.path}: {kind.__name__ if kind else 'its model'} cannot be built from the"
-                f" checkpoint alone ({type(error).__name__}: {first_line(error)})"
+                f" checkpoint alone: {' '.join(str(error).split())[:200]}"
             ) from error
 
     def _spec(self) -> DataSpec:

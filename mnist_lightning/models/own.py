@@ -177,8 +177,11 @@ def check_can(command: str, model: LightningModule) -> None:
     step = {"validate": "validation_step", "test": "test_step"}.get(command)
     if step and not is_overridden(step, model):
         raise ValueError(f"{command} needs a {step}, which {name} does not have: add it there")
+    has_forward = type(model).forward is not LightningModule.forward
+    if command == "export" and not has_forward:
+        raise ValueError(f"export needs a forward, which {name} does not have: add it there")
     if command == "predict" and not is_overridden("predict_step", model):
-        if type(model).forward is LightningModule.forward:
+        if not has_forward:
             raise ValueError(
                 f"predict needs a forward or a predict_step, and {name} has neither: add one"
             )
