@@ -303,6 +303,7 @@ NO_IMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("script.png", lambda f: f.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "is PostScript"),
     ("empty.png", lambda f: f.touch(), "is empty"),
     ("text.jpg", lambda f: f.write_text("no image"), "cannot be read as an image"),
+    ("settings.json", lambda f: f.write_text("{"), "cannot be read as an image"),
     ("cut.png", lambda f: f.write_bytes(_huge_png(20)[:-20]), "cannot be read as an image"),
     ("huge.png", lambda f: f.write_bytes(_huge_png(31_623)), "50,000,000 pixels"),  # 1e9
     ("large.png", lambda f: f.write_bytes(_huge_png(10_000)), "50,000,000 pixels"),

@@ -5,9 +5,11 @@ if its answers are those of PyTorch.
 """
 
 import argparse
+import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,7 +18,6 @@ from mnist_lightning.console import PROGRAM, say, short
 from mnist_lightning.deploy.formats import FORMATS, Answers, Export
 from mnist_lightning.files import first_line, write_bytes
 from mnist_lightning.quiet import quiet
-from mnist_lightning.runs.folder import LOGS, RunFolder, find_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +51,9 @@ def main(argv: Sequence[str]) -> int:
         ModuleNotFoundError: a package of the extra ``export`` is missing.
     """
     given = _parse(argv)
+    # PyTorch takes seconds: help and errors do not wait for it
+    from mnist_lightning.runs.folder import LOGS, RunFolder, find_checkpoint
+
     format = FORMATS[given.format]
     checkpoint = find_checkpoint(given.ckpt_path, Path(LOGS))
     name = f"model.int8.{format.ending}" if given.quantize else f"model.{format.ending}"
@@ -58,7 +62,6 @@ def main(argv: Sequence[str]) -> int:
     for package in format.packages:
         if find_spec(package) is None:
             raise ModuleNotFoundError(name=package)  # __main__ says how to install it
-    # PyTorch takes seconds: help and errors do not wait for it
     from mnist_lightning.deploy.trained import Trained
 
     with quiet(training=False):
@@ -137,9 +140,15 @@ def _export(trained: "Trained", given: argparse.Namespace, target: Path) -> None
     network = Network(trained, compared.images)
     classes = trained.classes(reference.shape[1])
     export = Export(trained, network, about(trained, compared.images, classes), compared.images)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporters, about their own code
-        content = format.write(export)
+    with _without_remarks():
+        try:
+            content = format.write(export)
+        except Exception as error:  # of many kinds, for the many things that a network can do
+            raise ValueError(
+                f"{trained.name} cannot be written as {given.format}:"
+                f" {first_line(error).rstrip('.:')}. Another format may do: --format"
+                f" {', '.join(other for other in FORMATS if other != given.format)}"
+            ) from error
         answers = format.load(content, export)
     difference = _difference(answers, compared.images, reference)
     if not difference <= _TOLERATED:  # NaN too
@@ -164,6 +173,20 @@ def _export(trained: "Trained", given: argparse.Namespace, target: Path) -> None
     say(f"\nhow to use it, in Python:\n\n{format.example(target, export)}")
 
 
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Silences what the exporters print, warn and log about their own code."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
+            warnings.simplefilter("ignore")
+            with redirect_stdout(nowhere), redirect_stderr(nowhere):
+                yield
+    finally:
+        logging.disable(before)
+
+
 def _images(trained: "Trained") -> Images:
     """Validation images of the run, or random ones if its data are not there."""
     import torch
@@ -173,7 +196,7 @@ def _images(trained: "Trained") -> Images:
     except ValueError as error:
         warnings.warn(
             f"the images of the run cannot be read, random ones take their place:"
-            f" {first_line(error)}",
+            f" {str(error).partition('. ')[0]}",
             stacklevel=1,
         )
         shape = (_COMPARED, trained.spec.channels, *trained.stored_size)

@@ -15,6 +15,7 @@ from mnist_lightning.console import short
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.export import ExportedProgram
 
     from mnist_lightning.deploy.network import Network
     from mnist_lightning.deploy.trained import Trained
@@ -55,15 +56,14 @@ class Format(NamedTuple):
 def _write_onnx(export: Export) -> bytes:
     import torch
 
-    program = torch.onnx.export(
-        export.network,
-        **_batches(export),
+    made = torch.onnx.export(
+        _program(export),
         input_names=["images"],
         output_names=["probabilities"],
         dynamo=True,
         verbose=False,
     )
-    model = cast(Any, program).model_proto
+    model = cast(Any, made).model_proto
     graph = model.graph
     for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del part.metadata_props[:]  # paths of this machine
@@ -98,11 +98,8 @@ print([classes[label] for label in probabilities.argmax(1)], probabilities.max(1
 def _write_torch(export: Export) -> bytes:
     import torch
 
-    program = torch.export.export(export.network, **_batches(export))
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
     file = io.BytesIO()
-    torch.export.save(program, file, extra_files={"about.json": json.dumps(export.about)})
+    torch.export.save(_program(export), file, extra_files={"about.json": json.dumps(export.about)})
     return file.getvalue()
 
 
@@ -165,14 +162,16 @@ images = torch.zeros({_shape(export)}, dtype=torch.uint8)  # {_yours(export)}
 # ---- of several formats
 
 
-def _batches(export: Export) -> dict[str, Any]:
-    """Arguments of the exporters: an example of the input, whose number of images is free."""
+def _program(export: Export) -> "ExportedProgram":
+    """The network as a graph that takes any number of images, without places in our code."""
     import torch
 
-    return {
-        "args": (torch.zeros_like(export.images[:2]),),  # some formats keep it
-        "dynamic_shapes": {"images": {0: torch.export.Dim("n")}},
-    }
+    example = torch.zeros_like(export.images[:2])  # the file keeps it
+    shapes = {"images": {0: torch.export.Dim("n")}}
+    program = torch.export.export(export.network, (example,), dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    return program
 
 
 def _texts(about: dict[str, Any]) -> dict[str, str]:
