@@ -18,6 +18,7 @@ from mnist_lightning.data.folders import (
     read_folder,
     split_stratified,
 )
+from mnist_lightning.data.photos import read_image
 
 
 @pytest.fixture(autouse=True)
