@@ -22,6 +22,7 @@ COMMANDS = {
         "evaluate a checkpoint on the test images (evaluations are counted)",
     ),
     "predict": ("cli", "predict", "label images with a checkpoint"),
+    "demo": ("deploy.demo", "main", "show a page on which one draws and the network answers"),
     "search": ("search.command", "main", "train many models and compare them"),
     "report": (
         "report.command",
