@@ -86,8 +86,8 @@ def policy(alone: bool) -> str:
 
 def _title(spec: DataSpec) -> str:
     if not spec.drawn:
-        return "Choose a picture, and the network answers"
-    return f"Draw a {'digit' if spec.classes == DIGITS else 'sign'}, and the network answers"
+        return "Choose a picture, see the answer"
+    return f"Draw a {'digit' if spec.classes == DIGITS else 'sign'}, see the answer"
 
 
 def answer(module: Classifier, image: Tensor) -> tuple[list[float], list[list[float]]]:
@@ -158,7 +158,7 @@ class Layers:
             elif type(layer) is BasicBlock:
                 listed.append(self._residual(layer))
             elif type(layer) is AffineMap:
-                listed.append(self._linear(layer.w.T, layer.b[0]))
+                listed += [{"op": "flatten"}, self._linear(layer.w.T, layer.b[0])]
             else:
                 listed.append(_unweighted(layer))
         return listed

@@ -173,6 +173,9 @@ class App:
         # a page of another site would have to ask for this type first, and gets no permission
         if request.mimetype != "application/octet-stream":
             return _refusal(415, "Send the picture as application/octet-stream.")
+        # Werkzeug's reader of bodies in chunks crashes Python if a client hangs up within a chunk
+        if request.content_length is None or "HTTP_TRANSFER_ENCODING" in request.environ:
+            return _refusal(411, "Say the size of the picture: Content-Length.")
         return _json(200, self.answer(request.get_data(cache=False)))
 
     def _is_ours(self, host: str) -> bool:
