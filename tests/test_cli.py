@@ -52,7 +52,8 @@ def _parsed(words: str) -> CLI:
         return CLI(words.split())
 
 
-TRAINED = {**PLAIN, "hidden_units": 20, "lr": 0.3, "spec": DataSpec().plain()}
+SGD = {"momentum": 0.0, "nesterov": False, "weight_decay": None}
+TRAINED = {**PLAIN, **SGD, "hidden_units": 20, "lr": 0.3, "spec": DataSpec().plain()}
 CKPT = "lightning_logs/shallow/version_0/checkpoints/best.ckpt"
 
 

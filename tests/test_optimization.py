@@ -1,6 +1,7 @@
 """Compares the options of the training with plain PyTorch: optimizers, schedules, losses."""
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from mnist_lightning.models.optimization import draw_mixup, inverse_frequencies,
 from mnist_lightning.nets import ACTIVATIONS, mlp
 from mnist_lightning.search.plan import PLAIN, Search
 from mnist_lightning.training.callbacks import SafePoints
+from mnist_lightning.training.stacked import SGD
 
 STEPS = 81  # of an epoch: 1,294 training images in mini-batches of 16
 
@@ -471,15 +473,49 @@ def test_the_layers_of_a_network() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [*OPTIONS.items(), ("dropout", 0.1), ("batch_norm", True), ("activation", "tanh")],
+    [
+        *[(name, value) for name, value in OPTIONS.items() if name not in SGD._fields],
+        ("dropout", 0.1),
+        ("batch_norm", True),
+        ("activation", "tanh"),
+    ],
 )
 def test_a_search_has_options_as_axes_and_trains_these_alone(name: str, value: Any) -> None:
-    fixed = {"max_epochs": 1, **({"momentum": 0.9} if name == "nesterov" else {})}
-    search = Search("s", "ShallowNetwork", {name: [PLAIN[name], value]}, fixed=fixed)
+    search = Search("s", "ShallowNetwork", {name: [PLAIN[name], value]}, fixed={"max_epochs": 1})
     search.check()
     assert search.hidden_units({"max_epochs": 1}) == (100,)
     assert search.hidden_units({"hidden_units": 7, "lr": 0.3, name: PLAIN[name]}) == (7,)
     assert search.hidden_units({name: value}) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "sgd"),
+    [
+        ({}, SGD()),
+        ({"momentum": 0, "nesterov": False, "weight_decay": None}, SGD()),
+        ({"weight_decay": 0.0}, SGD()),
+        ({"momentum": 0.5}, SGD(momentum=0.5)),
+        ({"momentum": 0.5, "nesterov": True}, SGD(momentum=0.5, nesterov=True)),
+        ({"weight_decay": 0.1}, SGD(weight_decay=0.1)),
+    ],
+)
+def test_a_search_trains_networks_under_sgd_together(options: dict[str, Any], sgd: SGD) -> None:
+    axes = {"lr": [0.1], **{name: [value] for name, value in options.items()}}
+    search = Search("s", "ShallowNetwork", axes, fixed={"max_epochs": 1})
+    search.check()
+    assert search.hidden_units(options) == (100,)
+    assert search.sgd(options) == sgd
+    assert sgd.plain == (sgd == SGD())
+
+
+def test_what_a_population_would_train_otherwise_than_the_trainer_is_trained_alone() -> None:
+    search = Search("s", "ShallowNetwork", fixed={"max_epochs": 1})
+    assert search.hidden_units({"momentum": 0.0, "nesterov": True}) is None  # refused by the model
+    assert search.hidden_units({"momentum": 0.9, "optimizer": "adam"}) is None
+    assert search.hidden_units({"weight_decay": 0.1, "optimizer": "adamw"}) is None
+    clipped = dataclasses.replace(search, trainer={"gradient_clip_val": 0.1})
+    assert clipped.hidden_units({"momentum": 0.9}) is None
+    assert clipped.hidden_units({}) == (100,)
 
 
 FUSED = {

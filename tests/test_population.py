@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.data.sampling import epoch_order
 from mnist_lightning.nets import mlp
+from mnist_lightning.training import stacked
 from mnist_lightning.training.population import (
     Member,
     PopulationTraining,
@@ -21,13 +22,16 @@ from mnist_lightning.training.population import (
     pixel_order,
     training_bytes,
 )
-from mnist_lightning.training.stacked import Population
+from mnist_lightning.training.stacked import SGD, Population
 
 # every depth from 0 to 4, widths that are padded and widths that are not, equal and mixed
 NETWORKS = [(), (10,), (25,), (200,), (25,), (12, 7), (9, 30), (200, 20), (20, 200)]
 NETWORKS += [(5, 6, 7), (8, 8, 8), (150, 4, 9), (4, 5, 6, 7)]
 # the study's range: beyond it training is unstable, and multiplies rounding
 RATES = [0.1, 0.1, 0.03, 0.05, 0.001, 0.1, 0.01, 0.05, 0.02, 0.1, 0.1, 0.02, 0.0001]
+# each way to update: plain, with momentum, Nesterov's, weight decay, and of some two values
+WAYS = [SGD(), SGD(0.9), SGD(0.5), SGD(0.9, True), SGD(0.6, True), SGD(weight_decay=1e-3)]
+WAYS += [SGD(weight_decay=0.03), SGD(0.9, False, 1e-3), SGD(0.8, False, 0.05), SGD(0.9, True, 1e-3)]
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +53,25 @@ def images(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[T
     return x.to(dtype), labels
 
 
+def optimizer_of(net: nn.Module, lr: float, sgd: SGD) -> torch.optim.SGD:
+    """PyTorch's own; biases have no weight decay."""
+    groups = [
+        {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": sgd.weight_decay},
+        {"params": [p for p in net.parameters() if p.ndim == 1]},
+    ]
+    return torch.optim.SGD(groups, lr, momentum=sgd.momentum, nesterov=sgd.nesterov)
+
+
 def train_alone(
-    net: nn.Module, lr: float, x: Tensor, labels: Tensor, batch_size: int
+    net: nn.Module,
+    lr: float,
+    x: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    optimizer: torch.optim.SGD | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed loss and correct answers of each mini-batch."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    optimizer = optimizer or torch.optim.SGD(net.parameters(), lr=lr)
     losses, correct = [], []
     for xb, yb in zip(x.split(batch_size), labels.split(batch_size), strict=True):
         optimizer.zero_grad()
@@ -137,6 +155,119 @@ def test_leaving_out_zero_columns_changes_nothing() -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
+def assert_momentum_and_decay_equal_autograd(
+    x: Tensor, labels: Tensor, batch_size: int, block: int, nonzero_columns: int | None = None
+) -> None:
+    """Of every network, with three of the ways to update; weights and momentum buffers, too."""
+    torch.manual_seed(0)
+    nets, rates, options = [], [], []
+    for number, hidden in enumerate(NETWORKS):
+        for i in range(3):
+            nets.append(mlp(784, hidden, 10).to(x.dtype))
+            rates.append(RATES[number] / 4)
+            options.append(WAYS[(3 * number + i) % len(WAYS)])
+    order = None if nonzero_columns else pixel_order(x)
+    population = Population([list(n.parameters()) for n in nets], rates, order, options)
+    rows = population.arrange(x)
+    losses = torch.cat(
+        [
+            population.train_block(x, y, batch_size, nonzero_columns)[0]
+            for x, y in zip(rows.split(block), labels.split(block), strict=True)
+        ],
+        1,
+    )
+    for member, (net, lr, sgd) in enumerate(zip(nets, rates, options, strict=True)):
+        optimizer = optimizer_of(net, lr, sgd)
+        alone, _ = train_alone(net, lr, x, labels, batch_size, optimizer)
+        torch.testing.assert_close(losses[member], alone, rtol=1e-11, atol=1e-11)
+        for ours, theirs in zip(population.parameters(member), net.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs.detach(), rtol=1e-11, atol=1e-12)
+        velocity = population.velocity(member)
+        assert len(velocity) == (len(list(net.parameters())) if sgd.momentum else 0)
+        for ours, parameter in zip(velocity, net.parameters(), strict=False):
+            buffer = optimizer.state[parameter]["momentum_buffer"]
+            torch.testing.assert_close(ours, lr * buffer, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("by_step", [True, False], ids=["step by step", "by block"])
+@pytest.mark.parametrize(
+    ("images_in_all", "batch_size", "block"), [(61, 1, 16), (203, 8, 64), (300, 64, 256)]
+)
+def test_momentum_and_weight_decay_equal_autograd_and_sgd(
+    images_in_all: int,
+    batch_size: int,
+    block: int,
+    by_step: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a smaller last mini-batch, for every batch size in both ways to update."""
+    monkeypatch.setattr(stacked, "STEP_ROWS", 1 if by_step else 1000)
+    x, labels = images(images_in_all, torch.float64)
+    assert_momentum_and_decay_equal_autograd(x, labels, batch_size, block)
+
+
+@pytest.mark.parametrize("batch_size", [8, 32])
+def test_weights_of_zero_columns_move_by_momentum_and_decay(batch_size: int) -> None:
+    x, labels = images(128, torch.float64)
+    x[:64, 300:] = 0  # the first block gives the others a velocity only in its columns
+    x[:, 600:] = 0
+    assert_momentum_and_decay_equal_autograd(x, labels, batch_size, 64, nonzero_columns=601)
+
+
+def test_columns_that_were_seen_before_move_on_without_being_seen() -> None:
+    x, labels = images(64, torch.float64)
+    x[32:, 300:] = 0
+    torch.manual_seed(0)
+    nets = [mlp(784, [5], 10).double() for _ in WAYS]
+    rates = [0.02] * len(WAYS)
+    population = Population([list(n.parameters()) for n in nets], rates, None, WAYS)
+    rows = population.arrange(x)
+    population.train_block(rows[:32], labels[:32], 8)
+    population.train_block(rows[32:], labels[32:], 8, nonzero_columns=301)
+    for member, (net, sgd) in enumerate(zip(nets, WAYS, strict=True)):
+        train_alone(net, 0.02, x, labels, 8, optimizer_of(net, 0.02, sgd))
+        for ours, theirs in zip(population.parameters(member), net.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs.detach(), rtol=1e-11, atol=1e-12)
+
+
+def test_momentum_in_single_precision_stays_within_rounding() -> None:
+    x, labels = images(800)
+    nets = [mlp(784, hidden, 10) for hidden in NETWORKS]
+    doubles = [copy.deepcopy(net).double() for net in nets]
+    options = [WAYS[i % len(WAYS)] for i in range(len(nets))]
+    rates = [lr / 4 for lr in RATES]
+    population = Population([list(n.parameters()) for n in nets], rates, None, options)
+    rows = population.arrange(x)
+    for block, y in zip(rows.split(64), labels.split(64), strict=True):
+        population.train_block(block, y, 4)
+    for member, net in enumerate(doubles):
+        optimizer = optimizer_of(net, rates[member], options[member])
+        train_alone(net, rates[member], x.double(), labels, 4, optimizer)
+        for ours, theirs in zip(population.parameters(member), net.parameters(), strict=True):
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_a_plain_network_has_the_same_bits_beside_others_with_momentum() -> None:
+    x, labels = images(64)
+    nets = networks(torch.float32)
+    tensors = [list(net.parameters()) for net in nets]
+    plain = Population(tensors, RATES)
+    options = [*[SGD()] * len(nets), *[SGD(0.9)] * len(nets)]
+    mixed = Population(tensors * 2, RATES[: len(nets)] * 2, None, options)
+    for population in (plain, mixed):
+        population.train_block(population.arrange(x), labels, 8)
+    for member in range(len(nets)):
+        for a, b in zip(plain.parameters(member), mixed.parameters(member), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_network_with_momentum_is_not_replaced() -> None:
+    tensors = list(mlp(784, [5], 10).parameters())
+    population = Population([tensors], [0.1], None, [SGD(0.9)])
+    with pytest.raises(ValueError, match="network 0 has momentum or weight decay"):
+        population.load(0, tensors, 0.2)
+
+
 def test_evaluate_equals_the_networks_own_answers() -> None:
     x, labels = images(3000, torch.float64)
     nets = networks(torch.float64)
@@ -169,6 +300,10 @@ def test_networks_of_different_inputs_are_refused() -> None:
 MEMBERS = [Member((h,), lr, 4) for h in (5, 9) for lr in (0.1, 0.01)] + [Member((6, 7), 0.1, 4)]
 
 
+MOVING = [Member((5 + i % 2 * 4,), 0.02, 4, sgd) for i, sgd in enumerate(WAYS)]
+MOVING.append(Member((6, 7), 0.01, 4, SGD(0.9, True)))
+
+
 def training(
     members: list[Member] = MEMBERS, epochs: int = 4, **changes: Any
 ) -> PopulationTraining:
@@ -194,16 +329,18 @@ def assert_same_bits(a: PopulationTraining, b: PopulationTraining, members: list
             assert torch.equal(ours, theirs)
 
 
-def test_a_training_is_what_each_member_gets_alone() -> None:
+@pytest.mark.parametrize("members", [MEMBERS, MOVING], ids=["plain", "momentum"])
+def test_a_training_is_what_each_member_gets_alone(members: list[Member]) -> None:
     x, labels = images(203)
     val_x, val_labels = images(50, seed=1)
-    together = training()
-    for number, member in enumerate(MEMBERS):
+    together = training(members)
+    for number, member in enumerate(members):
         torch.manual_seed(3)
         net = mlp(784, member.hidden_units, 10)
+        optimizer = optimizer_of(net, member.lr, member.sgd)
         for epoch in range(4):
             order = epoch_order(203, 3, epoch)
-            losses, _ = train_alone(net, member.lr, x[order], labels[order], 8)
+            losses, _ = train_alone(net, member.lr, x[order], labels[order], 8, optimizer)
             expected = float(losses.double().sum() / 203)
             assert together.curves["train_loss"][number][epoch] == pytest.approx(expected, rel=1e-5)
             scores = net(val_x).detach()
@@ -223,16 +360,19 @@ def test_ten_epochs_are_the_same_bits_on_the_way_to_more() -> None:
     assert_same_bits(nested, shorter, list(range(len(MEMBERS))))
 
 
-def test_a_network_that_stops_changes_the_others_by_rounding_only() -> None:
+@pytest.mark.parametrize("everyone", [MEMBERS, MOVING], ids=["plain", "momentum"])
+def test_a_network_that_stops_changes_the_others_by_rounding_only(everyone: list[Member]) -> None:
     """The same bits until it stops, the same numbers afterwards."""
     settings = {"train": images(203, torch.float64), "val": images(50, torch.float64, seed=1)}
-    members = [member._replace(max_epochs=4) for member in MEMBERS]
+    members = [member._replace(max_epochs=4) for member in everyone]
     members[1] = members[1]._replace(max_epochs=2)
-    together = training(**settings)
+    together = training(everyone, **settings)
     without = PopulationTraining(members, **settings, batch_size=8, seed=3, classes=10)
     while not without.done:
         without.run_epoch()
-    for member in (0, 2, 3, 4):
+    for member in range(len(members)):
+        if member == 1:
+            continue
         for name in together.curves:
             ours, theirs = without.curves[name][member], together.curves[name][member]
             assert ours[:2] == theirs[:2]
@@ -287,8 +427,9 @@ def test_the_best_state_is_the_one_of_the_first_highest_accuracy() -> None:
             assert torch.equal(ours, theirs)
 
 
-def test_a_restored_training_goes_on_to_the_bit() -> None:
-    undisturbed = training()
+@pytest.mark.parametrize("members", [MEMBERS, MOVING], ids=["plain", "momentum"])
+def test_a_restored_training_goes_on_to_the_bit(members: list[Member]) -> None:
+    undisturbed = training(members)
     settings = {
         "train": images(203),
         "val": images(50, seed=1),
@@ -296,14 +437,16 @@ def test_a_restored_training_goes_on_to_the_bit() -> None:
         "seed": 3,
         "classes": 10,
     }
-    first = PopulationTraining(MEMBERS, **settings)
+    first = PopulationTraining(members, **settings)
     first.run_epoch()
     state = copy.deepcopy(first.state_dict())
-    second = PopulationTraining(MEMBERS, **settings)
+    if members is MEMBERS:
+        del state["velocities"]  # states of earlier versions have none
+    second = PopulationTraining(members, **settings)
     second.load_state_dict(state)
     while not second.done:
         second.run_epoch()
-    assert_same_bits(undisturbed, second, list(range(len(MEMBERS))))
+    assert_same_bits(undisturbed, second, list(range(len(members))))
     assert undisturbed.best_epoch == second.best_epoch
 
 
@@ -321,6 +464,9 @@ def test_the_memory_estimate_covers_the_weights_and_their_best_state() -> None:
     member = Member((2048, 2048), 0.1, 1)
     weights = sum(p.nbytes for p in mlp(784, member.hidden_units, 10).parameters())
     assert 2 * weights <= training_bytes([784, *member.hidden_units, 10]) <= 4 * weights
+    assert (
+        4 * weights <= training_bytes([784, *member.hidden_units, 10], plain=False) <= 6 * weights
+    )
 
 
 @pytest.mark.slow

@@ -399,7 +399,7 @@ def test_a_missing_driver_behind_another_error_is_named(
 
 def test_the_extras_are_those_of_the_project() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
-    for extra in ("search", "postgres"):
+    for extra in ("search", "postgres", "export"):
         needed = {Requirement(r).name for r in project["project"]["optional-dependencies"][extra]}
         known = {package for package, of in EXTRAS.items() if of == extra}
         assert {name.removesuffix("-binary") for name in needed} == known

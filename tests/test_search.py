@@ -849,7 +849,11 @@ def test_optunas_samplers_draw_and_its_pruners_give_up(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "args"),
-    [("Perceptron", {"lr": 0.001}), ("ShallowNetwork", {"lr": 0.01, "optimizer": "adam"})],
+    [
+        ("Perceptron", {"lr": 0.001}),
+        ("ShallowNetwork", {"lr": 0.01, "optimizer": "adam"}),
+        ("ShallowNetwork", {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01}),
+    ],
 )
 def test_other_models_are_what_the_trainer_makes_of_them(
     folder: Path, model: str, args: dict[str, float]
@@ -870,6 +874,114 @@ def test_other_models_are_what_the_trainer_makes_of_them(
     checkpoint = torch.load(folder / "checkpoints" / f"{record['id']}.ckpt", weights_only=True)
     for name, value in lone.state_dict().items():
         torch.testing.assert_close(checkpoint["state_dict"][name], value, rtol=1e-4, atol=1e-5)
+
+
+MOMENTUM = {
+    "momentum": [0.0, 0.9],
+    "weight_decay": [None, 0.001],
+    "hidden_units": [5, 8],
+    "max_epochs": [2, 3],
+}
+
+
+def with_momentum(**changes: Any) -> Search:
+    return small(space=MOMENTUM, fixed={"lr": 0.02, "batch_size": 16}, **changes)
+
+
+@pytest.fixture(scope="session")
+def finished_with_momentum(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``finished``."""
+    folder = tmp_path_factory.mktemp("momentum") / "small"
+    run(with_momentum(), folder, workers=0)
+    return folder
+
+
+def test_momentum_is_an_axis_of_networks_that_are_trained_together(
+    finished_with_momentum: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each trial is what the Trainer makes of it."""
+    search, trials = with_momentum(), rounds(with_momentum(), {})[0]
+    assert all(unit.together for unit in units(search, trials, 1000))
+    monkeypatch.setattr(Search, "hidden_units", lambda self, params: None)
+    run(search, folder, workers=0)
+    together, alone = of(finished_with_momentum), of(folder)
+    assert len(together) == len(alone) == 16
+    for ours, theirs in zip(
+        *(sorted(records, key=lambda r: r["id"]) for records in (together, alone)), strict=True
+    ):
+        assert (ours["id"], ours["state"]) == (theirs["id"], "COMPLETE")
+        assert ours["val_acc"] == pytest.approx(theirs["val_acc"])
+        for name in CURVES:
+            assert ours["curves"][name] == pytest.approx(theirs["curves"][name], rel=1e-4)
+        weights = [
+            torch.load(at / "checkpoints" / f"{ours['id']}.ckpt", weights_only=True)["state_dict"]
+            for at in (finished_with_momentum, folder)
+        ]
+        for name, value in weights[1].items():
+            torch.testing.assert_close(weights[0][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_an_interrupted_search_with_momentum_goes_on_to_the_bit(
+    finished_with_momentum: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "SNAPSHOT_SECONDS", 0.0)
+    epochs = []
+    run_epoch = PopulationTraining.run_epoch
+
+    def interrupted(self: PopulationTraining) -> None:
+        epochs.append(self.epoch)
+        if len(epochs) in (2, 4, 6, 9):
+            raise KeyboardInterrupt
+        run_epoch(self)
+
+    monkeypatch.setattr(PopulationTraining, "run_epoch", interrupted)
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            run(with_momentum(), folder, workers=0)
+    run(with_momentum(), folder, workers=0)
+    assert epochs == [0, 1, 1, 2, 2, 0, 0, 1, 2, 2]
+    assert without_time(of(folder)) == without_time(of(finished_with_momentum))
+    for file in (finished_with_momentum / "checkpoints").glob("*.ckpt"):
+        ours = torch.load(folder / "checkpoints" / file.name, weights_only=True)["state_dict"]
+        theirs = torch.load(file, weights_only=True)["state_dict"]
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_plain_networks_are_units_of_their_own_as_before_momentum_was_trained_together() -> None:
+    """A search that an earlier version began goes on from that version's states."""
+    trials = rounds(with_momentum(), {})[0]
+    plain = [t for t in trials if not t.params["momentum"] and not t.params["weight_decay"]]
+    (before,) = units(with_momentum(), plain, 1000)
+    assert before.name == "round0-batch16-seed0"
+    same, others = sorted(units(with_momentum(), trials, 1000), key=lambda unit: len(unit.name))
+    assert same == before
+    assert {*others.ids, *same.ids} == {trial.id for trial in trials}
+    assert [len(unit.networks) for unit in (same, others)] == [2, 6]
+
+
+def test_a_trial_that_was_trained_alone_before_is_kept(
+    finished_with_momentum: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier version's search ends with all of its trials."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Search, "hidden_units", lambda self, params: None)
+        trained = []
+        write = worker.Worker._write
+
+        def interrupted(self: worker.Worker, *args: Any) -> None:
+            write(self, *args)
+            trained.append(args)
+            if len(trained) == 5:
+                raise KeyboardInterrupt
+
+        earlier.setattr(worker.Worker, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(with_momentum(), folder, workers=0)
+    files = {file.name: file.read_bytes() for file in (folder / "trials").iterdir()}
+    assert len(files) == 5
+    run(with_momentum(), folder, workers=0)
+    assert [(folder / "trials" / name).read_bytes() for name in files] == [*files.values()]
+    assert {r["id"] for r in of(folder)} == {r["id"] for r in of(finished_with_momentum)}
 
 
 @pytest.mark.parametrize("model", ["ShallowNetwork", "Perceptron"])

@@ -32,17 +32,15 @@ from mnist_lightning.search.results import Record, score
 from mnist_lightning.search.space import GROWABLE, STRATEGIES, Trial
 from mnist_lightning.spec import DataSpec
 from mnist_lightning.training.population import Member, training_bytes
+from mnist_lightning.training.stacked import SGD
 
 # Networks trained together take at most this much memory, beside the images. Small enough to spread
 # the networks of one batch size over workers, large enough for the study's 16 of each.
 UNIT_BYTES = 64 * 2**20
-SMALL = (ShallowNetwork, DeepNetwork)  # populations can train them, with plain SGD
-# what their other arguments must be then
+SMALL = (ShallowNetwork, DeepNetwork)  # populations can train them, with SGD
+# the values that their arguments must have then; a ``Member`` holds the other arguments
 PLAIN = {
     "optimizer": "sgd",
-    "momentum": 0.0,
-    "nesterov": False,
-    "weight_decay": None,
     "schedule": "constant",
     "warmup_epochs": 0.0,
     "label_smoothing": 0.0,
@@ -90,7 +88,8 @@ class Search:
         objective: val_acc is the validation accuracy after the last epoch, best_val_acc that of the
             best epoch. A trial's checkpoint holds the weights that reached it.
         data: arguments of MNISTDataModule, all but batch_size.
-        trainer: arguments of the Trainer, for models that it trains.
+        trainer: arguments of the Trainer, for models that it trains. If there are any, these
+            include networks with momentum or weight decay.
         grown_from: earlier definitions that the folder holds; see ``space.check_growth``.
     """
 
@@ -332,8 +331,13 @@ class Search:
         if units is None:
             parameters = inspect.signature(self.model_class.__init__).parameters
             units = parameters["hidden_units"].default
-        arguments.pop("lr", None)
+        for name in ("lr", *SGD._fields):
+            arguments.pop(name, None)
         if any(name not in PLAIN or PLAIN[name] != arguments[name] for name in arguments):
+            return None
+        sgd = self.sgd(params)
+        # the model refuses the first; the second may clip gradients, and for plain SGD it never did
+        if (sgd.nesterov and not sgd.momentum) or (self.trainer and not sgd.plain):
             return None
         return tuple(units) if isinstance(units, list | tuple) else (units,)
 
@@ -341,6 +345,14 @@ class Search:
         """The trial's learning rate, else the model's default."""
         default = inspect.signature(self.model_class.__init__).parameters["lr"].default
         return float(params.get("lr", default))
+
+    def sgd(self, params: Mapping[str, Any]) -> SGD:
+        """The trial's other options of SGD."""
+        return SGD(
+            float(params.get("momentum", 0.0)),
+            bool(params.get("nesterov", False)),
+            float(params.get("weight_decay") or 0.0),
+        )
 
 
 def _arguments(kind: type) -> list[str]:
@@ -422,17 +434,19 @@ def units(search: Search, trials: Sequence[Trial], images: int) -> list[WorkUnit
         else:
             batch_size, seed = search.batch_size(trial.params), trial.params["seed"]
             data = json.dumps(search.data_settings(trial.params))
-            key = (trial.round, trial.generation, batch_size, seed, data)
+            # plain SGD apart: its units were there when the others were trained alone
+            plain_sgd = search.sgd(trial.params).plain
+            key = (trial.round, trial.generation, batch_size, seed, data, plain_sgd)
             groups.setdefault(key, []).append(trial)
     plain = json.dumps(dict(search.data))
-    for (round, generation, batch_size, seed, data), group in groups.items():
+    for (round, generation, batch_size, seed, data, plain_sgd), group in groups.items():
         parts = _split(search, networks(search, group))
         for number, part in enumerate(parts):
             in_part = tuple(trial for alike in part.values() for trial in alike)
             name = f"round{round}-batch{batch_size}-seed{seed}" + f"-part{number}" * (
                 len(parts) > 1
             )
-            if generation or data != plain:  # an earlier unit has this name
+            if generation or data != plain or not plain_sgd:  # another unit may have this name
                 name += f"-{digest([trial.id for trial in in_part])}"
             work = _cost(search, part, batch_size, images)
             made.append(WorkUnit(name, in_part, part, work))
@@ -445,10 +459,11 @@ def networks(search: Search, trials: Sequence[Trial]) -> dict[Member, list[Trial
     for trial in trials:
         units = search.hidden_units(trial.params)
         assert units is not None
-        by_network.setdefault((len(units), units, search.lr(trial.params)), []).append(trial)
+        network = (len(units), units, search.lr(trial.params), search.sgd(trial.params))
+        by_network.setdefault(network, []).append(trial)
     return {
-        Member(units, lr, max(trial.params["max_epochs"] for trial in group)): group
-        for (_, units, lr), group in sorted(by_network.items())
+        Member(units, lr, max(trial.params["max_epochs"] for trial in group), sgd): group
+        for (_, units, lr, sgd), group in sorted(by_network.items())
     }
 
 
@@ -457,7 +472,7 @@ def _split(
 ) -> list[dict[Member, list[Trial]]]:
     """Networks of one batch size and seed in parts of about equal memory, each within the limit."""
     sizes = {
-        member: training_bytes(search.sizes(trials[0].params))
+        member: training_bytes(search.sizes(trials[0].params), member.sgd.plain)
         for member, trials in together.items()
     }
     count = math.ceil(sum(sizes.values()) / UNIT_BYTES)
@@ -478,7 +493,7 @@ def _cost(
 ) -> float:
     epochs = max(m.max_epochs for m in together)
     products = sum(
-        m.max_epochs * a * b
+        m.max_epochs * a * b * (1 if m.sgd.plain else 2)
         for m, trials in together.items()
         for a, b in pairwise(search.sizes(trials[0].params))
     )

@@ -655,8 +655,9 @@ def sgd_steps(
 ) -> tuple[Tensor, Tensor]:
     """Makes updates by SGD with momentum or weight decay, without autograd.
 
-    Each update is that of PyTorch's SGD, operation by operation. It also changes the optimizer's
-    momentum buffers, so that any other code may take the next step.
+    Each update is that of PyTorch's SGD, operation by operation, with any parameter groups, which a
+    ``Population`` does not have. It also changes the optimizer's momentum buffers, so that any
+    other code may take the next step.
 
     Args:
         net: a plain multilayer perceptron, see ``linear_layers``.

@@ -11,7 +11,7 @@ from torch import Tensor
 from mnist_lightning.data.sampling import epoch_order
 from mnist_lightning.metrics import CURVES
 from mnist_lightning.nets import mlp
-from mnist_lightning.training.stacked import BLOCK_ROWS, Population
+from mnist_lightning.training.stacked import BLOCK_ROWS, SGD, Population
 
 
 class Member(NamedTuple):
@@ -20,6 +20,7 @@ class Member(NamedTuple):
     hidden_units: tuple[int, ...]
     lr: float
     max_epochs: int
+    sgd: SGD = SGD()
 
 
 class PopulationTraining:
@@ -73,7 +74,7 @@ class PopulationTraining:
             sizes = [train[0].shape[1], *member.hidden_units, classes]
             networks[m] = initial_parameters(sizes, seed)
             networks[m] = [p.to(train[0]) for p in networks[m]]
-        self._populate(networks)
+        self._populate(networks, {})
         self._train, self._val = ((self.population.arrange(x), y) for x, y in (train, val))
         columns = torch.arange(1, 1 + self._train[0].shape[1], device=train[0].device)
         # for each image, how many leading columns hold all that is not zero
@@ -81,10 +82,17 @@ class PopulationTraining:
             [((rows != 0) * columns).amax(1) for rows in self._train[0].split(1024)]
         )
 
-    def _populate(self, networks: dict[int, list[Tensor]]) -> None:
+    def _populate(
+        self, networks: dict[int, list[Tensor]], velocities: dict[int, list[Tensor]]
+    ) -> None:
         self._training = list(networks)
-        lr = [self.members[m].lr for m in networks]
-        self.population = Population(list(networks.values()), lr, self._order)
+        self.population = Population(
+            list(networks.values()),
+            [self.members[m].lr for m in networks],
+            self._order,
+            [self.members[m].sgd for m in networks],
+            [velocities.get(m, []) for m in networks],
+        )
 
     @property
     def done(self) -> bool:
@@ -98,6 +106,9 @@ class PopulationTraining:
         """Weights and biases of a network that trained in the last epoch."""
         return self.population.parameters(self._training.index(member))
 
+    def _velocity(self, member: int) -> list[Tensor]:
+        return self.population.velocity(self._training.index(member))
+
     def best_parameters(self, member: int) -> list[Tensor]:
         """Weights and biases after the member's ``best_epoch``."""
         return self._best[member]
@@ -106,7 +117,9 @@ class PopulationTraining:
         """Trains one epoch and validates."""
         left = [m for m in self._training if self.members[m].max_epochs > self.epoch]
         if left != self._training:  # the others have done their epochs
-            self._populate({m: self.parameters(m) for m in left})
+            self._populate(
+                {m: self.parameters(m) for m in left}, {m: self._velocity(m) for m in left}
+            )
         rows, labels = self._train
         n = len(labels)
         order = epoch_order(n, self.seed, self.epoch).to(rows.device)
@@ -143,13 +156,14 @@ class PopulationTraining:
             "best_epoch": self.best_epoch,
             "best": self._best,
             "networks": {m: self.parameters(m) for m in self._training},
+            "velocities": {m: self._velocity(m) for m in self._training},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a state of a training with the same arguments."""
         self.epoch, self.curves, self.failed = state["epoch"], state["curves"], state["failed"]
         self.best_epoch, self._best = state["best_epoch"], state["best"]
-        self._populate(state["networks"])
+        self._populate(state["networks"], state.get("velocities", {}))  # earlier states have none
 
 
 def initial_parameters(sizes: Sequence[int], seed: int) -> list[Tensor]:
@@ -165,14 +179,18 @@ def initial_parameters(sizes: Sequence[int], seed: int) -> list[Tensor]:
         return [p.detach() for p in mlp(pixels, hidden_units, classes).parameters()]
 
 
-def training_bytes(sizes: Sequence[int]) -> int:
+def training_bytes(sizes: Sequence[int], plain: bool = True) -> int:
     """Bytes that a network needs in a training: weights, the best weights, buffers of a block.
 
     Args:
         sizes: of its layers, from the pixels to the classes.
+        plain: if False, it has momentum or weight decay, which need a velocity, a gradient and more
+            buffers.
     """
     weights = sum((a + 1) * b for a, b in pairwise(sizes))
-    return 4 * (2 * weights + 8 * BLOCK_ROWS * sum(sizes[1:]))
+    if plain:
+        return 4 * (2 * weights + 8 * BLOCK_ROWS * sum(sizes[1:]))
+    return 4 * (4 * weights + BLOCK_ROWS * (9 * sum(sizes[1:]) + BLOCK_ROWS))
 
 
 def pixel_order(x: Tensor) -> Tensor:
