@@ -79,12 +79,13 @@ def _of_class(group: str, cls: type) -> Iterator[tuple[str, Any]]:
 def _parsed() -> dict[str, tuple[list[str], list[str]]]:
     """Each option of the real parsers, with its commands and values."""
     from mnist_lightning import catalog, completion, doctor
-    from mnist_lightning.deploy import export, predict
+    from mnist_lightning.deploy import demo, export, predict
     from mnist_lightning.report import command as report
 
     subcommands = _of_cli(run=True)._subcommands_action.choices
     parsers = {
         **{name: subcommands[name] for name in ("fit", "validate", "test", "predict")},
+        "demo": _of_main(demo.main),
         "search": search._parser(),
         "report": _of_main(report.main),
         "export": _of_main(export.main),

@@ -8,18 +8,20 @@ import base64
 import hashlib
 import html
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from mnist_lightning.console import command
-from mnist_lightning.files import write_text
+from mnist_lightning.data.preparation import prepare
 from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.nets import ACTIVATIONS, AffineMap
 from mnist_lightning.spec import DIGITS, DataSpec
@@ -27,25 +29,24 @@ from mnist_lightning.spec import DIGITS, DataSpec
 MOST_BYTES = 10_000_000  # of weights; a browser should open the file at once, also on a phone
 
 _TEMPLATE = Path(__file__).with_name("page.html")
+_WITH_SERVER = f"the same page with a server: {command('demo', '--ckpt_path', 'RUN')}"
 _NAMES = {kind: name for name, kind in ACTIVATIONS.items()}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
-def write_html(module: Classifier, target: Path) -> None:
-    """Writes the page with the network inside.
+def self_contained(module: Classifier) -> str:
+    """The page with the network inside, which needs no server.
 
     Raises:
-        ValueError: the network is too large or has a layer that the page does not know, or the file
-            cannot be written.
+        ValueError: the network is too large, or has a layer that the page does not know.
     """
     layers = Layers(module)
     if layers.bytes > MOST_BYTES:
         raise ValueError(
-            f"the weights take {layers.bytes / 1e6:.1f} MB, and html holds up to"
-            f" {MOST_BYTES / 1e6:.0f} MB: the same page with a server is"
-            f" `{command('demo', '--ckpt_path', 'RUN')}`"
+            f"its weights take {layers.bytes / 1e6:.1f} MB, and html holds up to"
+            f" {MOST_BYTES / 1e6:.0f} MB; {_WITH_SERVER}"
         )
-    write_text(target, page(module, layers))
+    return page(module, layers)
 
 
 def page(module: Classifier, layers: "Layers | None" = None) -> str:
@@ -253,7 +254,56 @@ def _as_scale(norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def _unknown(what: str) -> ValueError:
-    return ValueError(
-        f"html does not know {what}: the same page with a server is"
-        f" `{command('demo', '--ckpt_path', 'RUN')}`"
+    return ValueError(f"html does not know {what}; {_WITH_SERVER}")
+
+
+def read_back(text: str) -> Callable[[Tensor], Tensor]:
+    """Reads the network in a page, and computes it with PyTorch as the page's script does.
+
+    Returns:
+        a function of uint8 images that gives class probabilities.
+    """
+    model, weights = (
+        re.findall(rf'id="{name}">(.*?)</script>', text)[0] for name in ("model", "weights")
     )
+    about = json.loads(model)
+    spec = DataSpec.of(about["spec"])
+    values = torch.from_numpy(np.frombuffer(base64.b64decode(weights), "<f4").astype(np.float32))
+    return lambda images: _run(about["layers"], values, prepare(images, spec)).softmax(1)
+
+
+def _run(layers: list[dict[str, Any]], weights: Tensor, x: Tensor) -> Tensor:
+    for layer in layers:
+        x = _compute(layer, weights, x)
+    return x
+
+
+def _compute(layer: dict[str, Any], weights: Tensor, x: Tensor) -> Tensor:
+    def part(name: str, *shape: int) -> Tensor:
+        return weights[layer[name] :][: math.prod(shape)].reshape(shape)
+
+    match layer["op"]:
+        case "linear":
+            outputs = layer["outputs"]
+            return F.linear(x, part("weight", outputs, layer["inputs"]), part("bias", outputs))
+        case "conv":
+            weight = part("weight", layer["outputs"], x.shape[1], *layer["kernel"])
+            bias = part("bias", layer["outputs"])
+            return F.conv2d(x, weight, bias, layer["stride"], layer["padding"])
+        case "scale":
+            shape = x.shape[1], *[1] * (x.ndim - 2)
+            return x * part("weight", *shape) + part("bias", *shape)
+        case "residual":
+            return _run(layer["body"], weights, x) + _run(layer["shortcut"], weights, x)
+        case "max_pool":
+            return F.max_pool2d(x, layer["kernel"], layer["stride"], layer["padding"])
+        case "average_pool":
+            return F.avg_pool2d(x, layer["kernel"], layer["stride"])
+        case "global_average":
+            return x.mean((2, 3), keepdim=True)
+        case "flatten":
+            return x.flatten(1)
+        case "leaky_relu":
+            return F.leaky_relu(x, layer["slope"])
+        case activation:
+            return cast(Tensor, ACTIVATIONS[activation]()(x))

@@ -52,14 +52,14 @@ def main(argv: Sequence[str]) -> int:
     """
     given = _parse(argv)
     find_checkpoint(given.ckpt_path, Path(LOGS))  # before PyTorch is imported, which takes seconds
+    from mnist_lightning.deploy.trained import Trained
     from mnist_lightning.models.classifier import Classifier
     from mnist_lightning.quiet import quiet
-    from mnist_lightning.runs.checkpoints import load
 
     with quiet(training=False):
-        model = load(given.ckpt_path)
+        model = Trained(given.ckpt_path, given.model, given.trust).model
     if not isinstance(model, Classifier):
-        raise ValueError(f"demo is for a Classifier, and this is a {type(model).__name__}")
+        raise ValueError(f"demo is for a Classifier, and {given.ckpt_path} is no such model")
     with listen(given.host, given.port) as listening:
         server = Server(listening, App(model, given.host))
         if given.port and server.port != given.port:
@@ -90,12 +90,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--port", type=int, default=PORT, help=f"{PORT} by default; if it is in use, the next one"
     )
+    parser.add_argument("--model", metavar="CLASS", help="the class of a model of your own")
+    parser.add_argument(
+        "--trust", action="store_true", help="import the class that the checkpoint names"
+    )
     try:
         given, unknown = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f"demo: {error}") from error
     if unknown:
-        raise ValueError(f"demo: no option {unknown[0]}; it has --ckpt_path, --host, --port")
+        raise ValueError(f"demo: no option {unknown[0]}; all of them: --help")
     if given.ckpt_path is None:
         raise ValueError("demo needs trained weights: --ckpt_path FILE, or the folder of a run")
     if not 0 <= given.port < 2**16:
