@@ -85,9 +85,9 @@ def _parsed() -> dict[str, tuple[list[str], list[str]]]:
     subcommands = _of_cli(run=True)._subcommands_action.choices
     parsers = {
         **{name: subcommands[name] for name in ("fit", "validate", "test", "predict")},
-        "demo": _of_main(demo.main),
         "search": search._parser(),
         "report": _of_main(report.main),
+        "demo": _of_main(demo.main),
         "export": _of_main(export.main),
         "inspect": _of_cli(run=False),
         "configs": _of_main(catalog.main),
@@ -150,7 +150,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 FIT = ["--trainer.max_epochs", "--trainer.max_steps", "--trainer.max_time"]
 CASES = [
-    ("d", ["doctor"]),
+    ("d", ["demo", "doctor"]),
     ("--v", ["--version"]),
     ("fit --trainer.max_", FIT),
     ("fit --model.hid", ["--model.hidden_units"]),
