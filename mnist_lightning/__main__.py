@@ -28,6 +28,7 @@ COMMANDS = {
         "main",
         "show the results of searches: tables, figures and one page",
     ),
+    "demo": ("deploy.demo", "main", "show a page on which one draws and the network answers"),
     "export": ("deploy.export", "main", "write a trained network to a file for other programs"),
     "inspect": ("cli", "inspect", "print the layers of a model, and the perceptron's tensors"),
     "configs": ("catalog", "main", "list the shipped configurations and searches, with results"),

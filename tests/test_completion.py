@@ -79,7 +79,7 @@ def _of_class(group: str, cls: type) -> Iterator[tuple[str, Any]]:
 def _parsed() -> dict[str, tuple[list[str], list[str]]]:
     """Each option of the real parsers, with its commands and values."""
     from mnist_lightning import catalog, completion, doctor
-    from mnist_lightning.deploy import export, predict
+    from mnist_lightning.deploy import demo, export, predict
     from mnist_lightning.report import command as report
 
     subcommands = _of_cli(run=True)._subcommands_action.choices
@@ -87,6 +87,7 @@ def _parsed() -> dict[str, tuple[list[str], list[str]]]:
         **{name: subcommands[name] for name in ("fit", "validate", "test", "predict")},
         "search": search._parser(),
         "report": _of_main(report.main),
+        "demo": _of_main(demo.main),
         "export": _of_main(export.main),
         "inspect": _of_cli(run=False),
         "configs": _of_main(catalog.main),
@@ -149,7 +150,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 FIT = ["--trainer.max_epochs", "--trainer.max_steps", "--trainer.max_time"]
 CASES = [
-    ("d", ["doctor"]),
+    ("d", ["demo", "doctor"]),
     ("--v", ["--version"]),
     ("fit --trainer.max_", FIT),
     ("fit --model.hid", ["--model.hidden_units"]),

@@ -25,6 +25,7 @@ import mnist_lightning
 from mnist_lightning import DataSpec, ShallowNetwork, load
 from mnist_lightning.__main__ import main
 from mnist_lightning.deploy import export as command
+from mnist_lightning.deploy.browser import read_back, self_contained
 from mnist_lightning.deploy.formats import FORMATS
 from mnist_lightning.deploy.network import Network
 from mnist_lightning.models.pretrained import pretrained_tensors
@@ -240,6 +241,7 @@ def about(file: Path) -> dict[str, Any]:
         pytest.param(kind, format, marks=() if (kind, format) in QUICK else slow)
         for kind in KINDS
         for format in FORMATS
+        if format != "html"  # it is no file for programs
     ],
 )
 def test_a_file_answers_as_the_loaded_model(
@@ -271,6 +273,37 @@ def test_a_file_answers_as_the_loaded_model(
         images = some(count, shape)
         expected = model.predict(images).probabilities  # type: ignore[operator]
         torch.testing.assert_close(answer(images), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind", ["conv", *(pytest.param(k, marks=slow) for k in ("perceptron", "shallow"))]
+)
+def test_html_is_the_page_with_the_network(
+    kind: str, run: Callable[[str], Path], export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(kind)
+    code, out, err = export("--ckpt_path", folder, "--format", "html")
+    assert (code, err) == (0, "")
+    text = (folder / "model.html").read_text()
+    model: Any = load(folder)
+    assert text == self_contained(model)
+    images = some(5, model.spec.shape)
+    expected = model.predict(images).probabilities
+    torch.testing.assert_close(read_back(text)(images), expected, atol=1e-5, rtol=1e-4)
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    ran(program(out))
+    assert opened == [(folder / "model.html").absolute().as_uri()]
+
+
+@slow
+def test_html_refuses_a_large_network(run: Callable[[str], Path], export: Export) -> None:
+    folder = run("resnet")
+    code, out, err = export("--ckpt_path", folder, "--format", "html")
+    assert (code, out) == (1, "")
+    assert "44.7 MB, and html holds up to 10 MB" in err
+    assert " demo --ckpt_path RUN" in err
+    assert not (folder / "model.html").exists()
 
 
 @kinds

@@ -87,7 +87,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--format",
         choices=list(FORMATS),
         default="onnx",
-        help="onnx (default), torch (torch.export's), or safetensors (the weights alone)",
+        help="onnx (default), torch (torch.export's), safetensors (the weights alone), or html (a"
+        " page on which one draws)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: model.onnx etc. in the folder of the run"

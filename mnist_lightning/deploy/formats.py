@@ -159,6 +159,31 @@ images = torch.zeros({_shape(export)}, dtype=torch.uint8)  # {_yours(export)}
 {answer}"""
 
 
+# ---- HTML: a page on which one draws, with the network inside
+
+
+def _write_html(export: Export) -> bytes:
+    from mnist_lightning.deploy.browser import self_contained
+    from mnist_lightning.models.classifier import Classifier
+
+    if not isinstance(export.trained.model, Classifier):
+        raise ValueError("html is for a Classifier")
+    return self_contained(export.trained.model).encode()
+
+
+def _load_html(content: bytes, export: Export) -> Answers:
+    from mnist_lightning.deploy.browser import read_back
+
+    return read_back(content.decode())
+
+
+def _use_html(file: Path, export: Export) -> str:
+    return f"""import webbrowser
+from pathlib import Path
+
+webbrowser.open(Path({short(file)!r}).absolute().as_uri())"""
+
+
 # ---- of several formats
 
 
@@ -195,4 +220,5 @@ FORMATS = {
     "safetensors": Format(
         "safetensors", (), _write_safetensors, _load_safetensors, _use_safetensors
     ),
+    "html": Format("html", (), _write_html, _load_html, _use_html),
 }
