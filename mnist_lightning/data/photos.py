@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from mnist_lightning.data.drawings import find_ink, frame
 from mnist_lightning.spec import DataSpec
 
 IMAGES = {".png", ".jpg", ".jpeg", ".gif", ".webp"}  # suffixes of the files that predict reads
@@ -66,36 +66,16 @@ def read_image(path: Path) -> Tensor:
     """Reads one photographed or drawn digit in MNIST's format: uint8, shape ``(28, 28)``.
 
     As in MNIST, the ink is light on dark, scaled to fit 20 x 20 pixels, and its centre of mass lies
-    in the middle of 28 x 28 pixels.
-
+    in the middle of 28 x 28 pixels. The paper may be shaded, ruled or noisy, dark or light.
     Transparent parts count as white paper. The rotation in the EXIF data is applied.
 
     Raises:
         ValueError: the file is not an image, or the image is blank.
     """
-    pixels = torch.from_numpy(_decode(path))
-    # the median of the border is the paper; the ink, dark or light, differs most from it
-    pixels -= torch.cat([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]).median()
-    if pixels.max() < -pixels.min():
-        pixels = -pixels
-    if pixels.max() < 25:
+    found = find_ink(_decode(path))
+    if found is None:
         raise ValueError(f"{path} shows nothing: all its pixels are almost equal. Remove it")
-    pixels = pixels.clamp(min=0) * (255 / pixels.max())
-    ink = pixels > 64
-    rows, columns = ink.any(1).nonzero().flatten(), ink.any(0).nonzero().flatten()
-    digit = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    scale = 20 / max(digit.shape)
-    height, width = (max(1, round(side * scale)) for side in digit.shape)
-    digit = F.interpolate(digit[None, None], size=(height, width), mode="area")[0, 0]
-    weight = digit / digit.sum()
-    centre_y = (weight.sum(1) * torch.arange(height)).sum()
-    centre_x = (weight.sum(0) * torch.arange(width)).sum()
-    # the centres of mass of MNIST's digits lie within half a pixel of row and column 14, not 13.5
-    top = int((14 - centre_y).round().clamp(0, 28 - height))
-    left = int((14 - centre_x).round().clamp(0, 28 - width))
-    framed = torch.zeros(28, 28)
-    framed[top : top + height, left : left + width] = digit
-    return framed.round().clamp(0, 255).to(torch.uint8)
+    return frame(*found)
 
 
 def _decode(path: Path) -> np.ndarray:

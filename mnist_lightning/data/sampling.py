@@ -74,6 +74,11 @@ class ImageSet(Dataset):
         """Returns the same images, whose mini-batches have numbers too."""
         return ImageSet(self._images, self.labels, True, self._rows)
 
+    def subset(self, numbers: Tensor) -> "ImageSet":
+        """Returns a set of the images with these numbers, int64 ``(n,)``."""
+        rows = numbers if self._rows is None else self._rows[numbers]
+        return ImageSet(self._images, self.labels[numbers], self.numbered, rows)
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -228,7 +228,8 @@ def _difference(answers: Answers, images: "Tensor", reference: "Tensor") -> floa
 def _quantized(content: bytes, data: "MNISTDataModule") -> bytes:
     from mnist_lightning.deploy.quantization import to_int8
 
-    return to_int8(content, _spread(data.train_set, _CALIBRATING)[0])
+    with _without_remarks():
+        return to_int8(content, _spread(data.train_set, _CALIBRATING)[0])
 
 
 def _accuracies(before: Answers, after: Answers, data: "MNISTDataModule") -> str:

@@ -78,12 +78,13 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} predict",
-        description="Label images. The screen shows the three likeliest classes of each;"
-        " predictions.csv has the probabilities of all, and predictions.png shows what the network"
-        " saw.",
-        epilog="Exit code: 0, or 1 if an image could not be read; the others are labelled. Without"
-        " PATH, the validation images or those of --data.predict_dir are labelled by Lightning's"
-        f" Trainer; the options of that: {command('predict', '--help', '--config', 'shallow')}",
+        description="""Label images. The screen shows the three likeliest classes of each;
+predictions.csv has the probabilities of all, and predictions.png shows what the network saw.""",
+        epilog=f"""Exit code: 0, or 1 if an image could not be read; the others are labelled.
+
+Without PATH, Lightning's Trainer labels the validation images, or those of --data.predict_dir.
+The options of that:  {command("predict", "--help", "--config", "shallow")}""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
     )
