@@ -502,12 +502,12 @@ def visit(chromium: Any) -> Iterator[Visit]:
 
 
 def drawings(count: int) -> list[list[list[tuple[float, float]]]]:
-    """Random strokes on a sheet of 560 x 560, of all sizes."""
+    """Random strokes on a sheet of 512 x 512, of all sizes."""
     generator = np.random.default_rng(0)
     made = []
     for _ in range(count):
-        extent = generator.uniform(20, 540)
-        origin = generator.uniform(0, 560 - extent, 2)
+        extent = generator.uniform(20, 490)
+        origin = generator.uniform(0, 512 - extent, 2)
         strokes = []
         for _ in range(generator.integers(1, 4)):
             steps = generator.normal(0, 1, (generator.integers(1, 30), 2)).cumsum(0)
@@ -520,18 +520,31 @@ def drawings(count: int) -> list[list[list[tuple[float, float]]]]:
 DRAWN = """strokes => {
   sheet = { picture: null, strokes };
   paint();
-  const bytes = read(context.getImageData(0, 0, canvas.width, canvas.height));
-  const { probabilities, seen } = answer(bytes);
   const png = canvas.toDataURL();
+  let bytes;
+  try { bytes = read(context.getImageData(0, 0, canvas.width, canvas.height)); }
+  catch (error) { return { png, error: error.message }; }
+  const { probabilities, seen } = answer(bytes);
   return { png, bytes: [...bytes.values], probabilities, seen: [...seen.values] };
 }"""
 
 OPENED = """async png => {
   const file = Uint8Array.from(atob(png), c => c.charCodeAt(0));
   const copy = onPaper(await createImageBitmap(new Blob([file])), 1);
-  const bytes = read(copy.getContext("2d").getImageData(0, 0, copy.width, copy.height));
+  let bytes;
+  try { bytes = read(copy.getContext("2d").getImageData(0, 0, copy.width, copy.height)); }
+  catch (error) { return { error: error.message }; }
   return { bytes: [...bytes.values], probabilities: answer(bytes).probabilities };
 }"""
+
+
+def same_error(answer: dict[str, Any], file: Path) -> bool:
+    """Whether neither the page nor Python finds ink, which can be in a picture full of lines."""
+    if "error" in answer:
+        with pytest.raises(ValueError, match="shows nothing"):
+            read_image(file)
+        assert answer["error"].startswith("The picture shows nothing")
+    return "error" in answer
 
 
 def written(model: Classifier, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -550,11 +563,15 @@ def test_100_drawings_give_what_pytorch_gives(
 ) -> None:
     model = small(name)
     page = visit(written(model, tmp_path, monkeypatch))
-    answers = [page.evaluate(DRAWN, strokes) for strokes in drawings(100)]
-    files = []
-    for number, answer in enumerate(answers):
-        files.append(tmp_path / f"{number}.png")
-        files[-1].write_bytes(base64.b64decode(answer["png"].partition(",")[2]))
+    answers, files = [], []
+    for number, strokes in enumerate(drawings(130)):
+        answer = page.evaluate(DRAWN, strokes)
+        file = tmp_path / f"{number}.png"
+        file.write_bytes(base64.b64decode(answer["png"].partition(",")[2]))
+        if not same_error(answer, file):
+            answers.append(answer)
+            files.append(file)
+    assert len(files) >= 100
     images = torch.stack([read_image(file) for file in files])
     ours = torch.tensor([answer["bytes"] for answer in answers])
     assert torch.equal(ours.reshape(images.shape).byte(), images)
@@ -604,6 +621,7 @@ def test_photographed_digits_are_prepared_alike(
 ) -> None:
     """Light ink and dark ink, transparent paper, and pictures in gray and in colour."""
     page = visit(written(small("shallow"), tmp_path, monkeypatch))
+    count = 0
     for seed in range(40):
         picture = Image.open(io.BytesIO(scribble(seed, 40 + 5 * seed)))
         if seed % 2:
@@ -617,7 +635,10 @@ def test_photographed_digits_are_prepared_alike(
         file = tmp_path / "digit.png"
         picture.save(file)
         answer = page.evaluate(OPENED, base64.b64encode(file.read_bytes()).decode())
-        assert answer["bytes"] == read_image(file).flatten().tolist()
+        if not same_error(answer, file):
+            assert answer["bytes"] == read_image(file).flatten().tolist()
+            count += 1
+    assert count >= 30
 
 
 # the ten digits as a hand draws them: strokes through points, on a sheet of 1 x 1

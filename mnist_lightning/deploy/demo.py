@@ -1,7 +1,7 @@
 """``python -m mnist_lightning demo --ckpt_path RUN``: a page on which one draws, on this machine.
 
-Werkzeug serves it, which TensorBoard brings: there is nothing else to install. Its server is meant for
-one machine, which is all that is needed here. Limits of size, time and connections are set below.
+Werkzeug serves it, which TensorBoard brings: there is nothing else to install. Its server is meant
+for one machine, which is enough here. Limits of size, time and connections are set below.
 """
 
 import argparse
