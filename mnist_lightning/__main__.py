@@ -108,7 +108,7 @@ def _guarded(argv: list[str], debug: bool) -> int:
                 import_module("mnist_lightning.words").check(argv[0], argv[1:])
                 _import_torchmetrics()
             imported = import_module(f"mnist_lightning.{module}")
-        users = trains or argv[0] == "export"
+        users = trains or argv[0] in ("demo", "export")
         if users and "" not in sys.path:  # the user's own models, as with python -m
             sys.path.insert(0, "")
         run: Callable[[list[str]], int | None] = getattr(imported, function)

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,27 +44,25 @@ from mnist_lightning.nets import ACTIVATIONS, AffineMap
 
 COLOUR = DataSpec(3, 16, 16, ("cat", "dog", "<b>"), (0.5, 0.4, 0.3), (0.2, 0.3, 0.25), drawn=False)
 
+GRAY = DataSpec(1, 32, 32, ("a", "b"), (0.4,), (0.2,), drawn=False)
+
 
 @torch.no_grad()
 def lively(model: Classifier) -> Classifier:
     """Makes an untrained model answer like a trained one: each image gets other probabilities.
 
-    BatchNorm gets statistics and factors, also negative ones.
+    BatchNorm gets statistics of images, and also negative factors.
     """
     generator = torch.Generator().manual_seed(1)
-
-    def draw(tensor: Tensor, low: float, high: float) -> None:
-        tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
-
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            draw(module.weight, -1.0, 1.5)
-            draw(module.bias, -0.5, 0.5)
-            draw(cast(Tensor, module.running_mean), -0.2, 0.2)
-            draw(cast(Tensor, module.running_var), 0.3, 1.2)
-    model.eval()
+            module.weight.uniform_(-0.7, 1.5, generator=generator)
+            module.bias.uniform_(-0.5, 0.5, generator=generator)
+            module.momentum = None  # the mean over all batches
     spots = (torch.rand(64, *model.spec.shape, generator=generator) > 0.98).float()
     strokes = F.max_pool2d(spots, 3, 1, 1)
+    model.train()(strokes)
+    model.eval()
     *_, last = (m for m in model.modules() if isinstance(m, nn.Linear | AffineMap))
     weight, bias = last.parameters()
     weight *= 2 / model(strokes).std(0).mean()
@@ -81,6 +79,7 @@ def small(name: str) -> Classifier:
         "shallow": lambda: ShallowNetwork(50),
         "conv": lambda: ConvNetwork([8, 16]),
         "conv_hidden": lambda: ConvNetwork([8, 16], hidden_units=20, kernel_size=5, dropout=0.1),
+        "gray": lambda: ConvNetwork([8, 12], spec=GRAY),
         "colour": lambda: ConvNetwork([8, 12], spec=COLOUR),
         "resnet": lambda: ResNet18(spec=DataSpec(height=32, width=32, mean=(0.1,), std=(0.3,))),
         "resnet_small": lambda: ResNet18(small_images=True, spec=DataSpec(height=12, width=12)),
@@ -503,12 +502,12 @@ def visit(chromium: Any) -> Iterator[Visit]:
 
 
 def drawings(count: int) -> list[list[list[tuple[float, float]]]]:
-    """Random strokes on a sheet of 560 x 560, of all sizes."""
+    """Random strokes on a sheet of 512 x 512, of all sizes."""
     generator = np.random.default_rng(0)
     made = []
     for _ in range(count):
-        extent = generator.uniform(20, 540)
-        origin = generator.uniform(0, 560 - extent, 2)
+        extent = generator.uniform(20, 490)
+        origin = generator.uniform(0, 512 - extent, 2)
         strokes = []
         for _ in range(generator.integers(1, 4)):
             steps = generator.normal(0, 1, (generator.integers(1, 30), 2)).cumsum(0)
@@ -521,18 +520,31 @@ def drawings(count: int) -> list[list[list[tuple[float, float]]]]:
 DRAWN = """strokes => {
   sheet = { picture: null, strokes };
   paint();
-  const bytes = read(context.getImageData(0, 0, canvas.width, canvas.height));
-  const { probabilities, seen } = answer(bytes);
   const png = canvas.toDataURL();
+  let bytes;
+  try { bytes = read(context.getImageData(0, 0, canvas.width, canvas.height)); }
+  catch (error) { return { png, error: error.message }; }
+  const { probabilities, seen } = answer(bytes);
   return { png, bytes: [...bytes.values], probabilities, seen: [...seen.values] };
 }"""
 
 OPENED = """async png => {
   const file = Uint8Array.from(atob(png), c => c.charCodeAt(0));
   const copy = onPaper(await createImageBitmap(new Blob([file])), 1);
-  const bytes = read(copy.getContext("2d").getImageData(0, 0, copy.width, copy.height));
+  let bytes;
+  try { bytes = read(copy.getContext("2d").getImageData(0, 0, copy.width, copy.height)); }
+  catch (error) { return { error: error.message }; }
   return { bytes: [...bytes.values], probabilities: answer(bytes).probabilities };
 }"""
+
+
+def same_error(answer: dict[str, Any], file: Path) -> bool:
+    """Whether neither the page nor Python finds ink, which can be in a picture full of lines."""
+    if "error" in answer:
+        with pytest.raises(ValueError, match="shows nothing"):
+            read_image(file)
+        assert answer["error"].startswith("The picture shows nothing")
+    return "error" in answer
 
 
 def written(model: Classifier, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -551,11 +563,15 @@ def test_100_drawings_give_what_pytorch_gives(
 ) -> None:
     model = small(name)
     page = visit(written(model, tmp_path, monkeypatch))
-    answers = [page.evaluate(DRAWN, strokes) for strokes in drawings(100)]
-    files = []
-    for number, answer in enumerate(answers):
-        files.append(tmp_path / f"{number}.png")
-        files[-1].write_bytes(base64.b64decode(answer["png"].partition(",")[2]))
+    answers, files = [], []
+    for number, strokes in enumerate(drawings(130)):
+        answer = page.evaluate(DRAWN, strokes)
+        file = tmp_path / f"{number}.png"
+        file.write_bytes(base64.b64decode(answer["png"].partition(",")[2]))
+        if not same_error(answer, file):
+            answers.append(answer)
+            files.append(file)
+    assert len(files) >= 100
     images = torch.stack([read_image(file) for file in files])
     ours = torch.tensor([answer["bytes"] for answer in answers])
     assert torch.equal(ours.reshape(images.shape).byte(), images)
@@ -583,8 +599,7 @@ def photograph(seed: int) -> Image.Image:
 def test_100_photographs_give_what_pytorch_gives(
     channels: int, visit: Visit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gray = DataSpec(1, 32, 32, ("a", "b"), (0.4,), (0.2,), drawn=False)
-    model = small("colour") if channels == 3 else lively(ConvNetwork([4, 8], spec=gray))
+    model = small("colour" if channels == 3 else "gray")
     page = visit(written(model, tmp_path, monkeypatch))
     for seed in range(100):
         file = tmp_path / "photograph.png"
@@ -606,6 +621,7 @@ def test_photographed_digits_are_prepared_alike(
 ) -> None:
     """Light ink and dark ink, transparent paper, and pictures in gray and in colour."""
     page = visit(written(small("shallow"), tmp_path, monkeypatch))
+    count = 0
     for seed in range(40):
         picture = Image.open(io.BytesIO(scribble(seed, 40 + 5 * seed)))
         if seed % 2:
@@ -619,7 +635,10 @@ def test_photographed_digits_are_prepared_alike(
         file = tmp_path / "digit.png"
         picture.save(file)
         answer = page.evaluate(OPENED, base64.b64encode(file.read_bytes()).decode())
-        assert answer["bytes"] == read_image(file).flatten().tolist()
+        if not same_error(answer, file):
+            assert answer["bytes"] == read_image(file).flatten().tolist()
+            count += 1
+    assert count >= 30
 
 
 # the ten digits as a hand draws them: strokes through points, on a sheet of 1 x 1

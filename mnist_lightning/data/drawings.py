@@ -72,6 +72,7 @@ def _paper(gray: np.ndarray) -> tuple[np.ndarray, float]:
         some = np.flatnonzero(used)
         some = some[:: max(1, len(some) // 4096)]
         surface = terms @ np.linalg.lstsq(terms[some], values[some], rcond=None)[0]
+        surface = surface.round(6)  # rounding errors would decide on pixels at a threshold
         distance = abs(values - surface)
         noise = 1.4826 * float(np.median(distance[used]))  # estimated as if it were normal
         close = distance < max(2.5 * noise, 8)

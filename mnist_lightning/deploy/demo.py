@@ -1,6 +1,7 @@
 """``python -m mnist_lightning demo --ckpt_path RUN``: a page on which one draws, on this machine.
 
-Werkzeug serves it, which TensorBoard needs too: there is nothing else to install.
+Werkzeug serves it, which TensorBoard brings: there is nothing else to install. Its server is meant
+for one machine, which is enough here. Limits of size, time and connections are set below.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         server = Server(listening, App(model, given.host))
         if given.port and server.port != given.port:
             print(f"port {given.port} is in use: taking {server.port}")
-        print(f"draw on http://{_in_url(given.host)}:{server.port}   (Ctrl-C ends it)", flush=True)
+        print(f"draw on {_address(given.host, server.port)}   (Ctrl-C ends it)", flush=True)
         server.serve_forever()
     return 0
 
@@ -127,8 +128,10 @@ def listen(host: str, port: int) -> socket.socket:
     raise ValueError(f"the ports from {port} to {last - 1} are in use: give another one, --port")
 
 
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+def _address(host: str, port: int) -> str:
+    if host in ("0.0.0.0", "::"):
+        return f"http://{LOOPBACK}:{port}, from elsewhere under this machine's IP address"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class App:
@@ -165,7 +168,7 @@ class App:
 
     def _respond(self, request: Request) -> Response:
         if not self._is_ours(request.environ.get("HTTP_HOST", "")):
-            return _refusal(403, "This page has another address.")
+            return _refusal(403, "Ask for the IP address, or start demo with --host NAME.")
         if request.path == "/":
             if request.method not in ("GET", "HEAD"):
                 return _refusal(405, "The page can only be read.")
