@@ -38,6 +38,7 @@ COMMANDS = {
 EXTRAS = {
     **dict.fromkeys(("optuna", "pandas", "tqdm", "matplotlib", "jinja2"), "search"),
     "psycopg2": "postgres",
+    "captum": "explain",
 }
 
 HELP = """usage: mnist-lightning COMMAND [options]        (or: python -m mnist_lightning ...)
