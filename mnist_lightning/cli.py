@@ -627,7 +627,8 @@ class CLI(LightningCLI):
             if trainer.global_step == 0 and not (self.run and self.run.last.is_file()):
                 self._take_back_run()
             messages.say_stopped(self.run, self._class_options())
-            if received == [signal.SIGINT]:  # who sends SIGTERM, or Ctrl-C twice, does not wait
+            # one Ctrl-C, which ends as a SIGTERM; a second one, or a real SIGTERM, does not wait
+            if received in ([signal.SIGINT], [signal.SIGINT, signal.SIGTERM]):
                 self._draw()
             raise SystemExit(128 + received[0]) from None
         except Exception as error:

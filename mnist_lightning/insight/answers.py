@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.data.sampling import ImageSet
+from mnist_lightning.models import own
+from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.nets import AffineMap
 from mnist_lightning.spec import DataSpec
 
@@ -80,7 +82,10 @@ def answer(
         for hook in hooks:
             hook.remove()
     kept = torch.cat(features)[:_FEATURES] if features else None
-    probabilities = torch.cat(scores).softmax(1)
+    if isinstance(model, Classifier):
+        probabilities = torch.cat(scores).softmax(1)
+    else:  # the user's model may return probabilities
+        probabilities = own.probabilities(scores, None, type(model).__name__)
     return Answers(rows, torch.cat(labels), probabilities, kept)
 
 

@@ -159,7 +159,7 @@ def write_run(
 def png(image: Image.Image) -> bytes:
     """The content of a PNG file."""
     file = io.BytesIO()
-    image.save(file, "PNG")
+    image.save(file, "PNG", compress_level=3)  # the default takes twice as long, for 10 % less
     return file.getvalue()
 
 

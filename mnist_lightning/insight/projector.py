@@ -76,5 +76,5 @@ def _sprite(answers: Answers, data: MNISTDataModule, count: int) -> tuple[bytes,
     square = square.reshape(columns * height, columns * width, channels)
     array = square.clamp(0, 255).round().to(torch.uint8).numpy()
     file = io.BytesIO()
-    Image.fromarray(array[..., 0] if channels == 1 else array).save(file, "PNG")
+    Image.fromarray(array[..., 0] if channels == 1 else array).save(file, "PNG", compress_level=3)
     return file.getvalue(), (width, height)

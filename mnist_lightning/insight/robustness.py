@@ -78,17 +78,17 @@ def scaled(images: Tensor, numbers: Tensor, seed: int, strength: float) -> Tenso
 def noisy(images: Tensor, numbers: Tensor, seed: int, strength: float) -> Tensor:
     """With normal noise on each pixel. An image has the same noise at all strengths."""
     noise = torch.empty(images.shape)
-    for index, number in enumerate(numbers.tolist()):
-        torch.randn(
-            images.shape[1:],
-            generator=torch.Generator().manual_seed((seed << 32) ^ number),
-            out=noise[index],
-        )
+    # a generator takes the lower 32 bits of a seed: the image's draw mixes both numbers
+    seeds = (uniform(numbers, seed, 0)["erase"] * 2**32).long().tolist()
+    for place, own in zip(noise, seeds, strict=True):
+        torch.randn(place.shape, generator=torch.Generator().manual_seed(own), out=place)
     return (images + strength * noise.to(images.device)).clamp(0, 1)
 
 
 def blurred(images: Tensor, numbers: Tensor, seed: int, strength: float) -> Tensor:
     """Through a Gaussian filter; its standard deviation is a share of the side."""
+    if not strength:
+        return images
     deviation = strength * min(images.shape[-2:])
     reach = min(math.ceil(3 * deviation), min(images.shape[-2:]) - 1)
     places = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
