@@ -28,7 +28,11 @@ COMMANDS = {
         "main",
         "show the results of searches: tables, figures and one page",
     ),
-    "inspect": ("cli", "inspect", "print the layers of a model, and the perceptron's tensors"),
+    "inspect": (
+        "cli",
+        "inspect",
+        "print the layers of a model, and draw what a checkpoint learned",
+    ),
     "configs": ("catalog", "main", "list the shipped configurations and searches, with results"),
     "doctor": ("doctor", "main", "check the installation: versions, data, GPU, disk, memory"),
     "completion": ("completion", "main", "print the completion script for bash, zsh or fish"),

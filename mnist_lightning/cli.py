@@ -98,7 +98,8 @@ def _run(command: str, argv: list[str]) -> None:
 def inspect(argv: list[str]) -> None:
     """Prints the layers of a model, and draws training images as the model sees them.
 
-    For the perceptron it also prints the tensors of a training step.
+    For the perceptron it also prints the tensors of a training step. Of a checkpoint it draws what
+    the model learned and where it fails, into the folder of the run.
     """
     with quiet(training=False):
         cli = CLI(argv, run=False)
