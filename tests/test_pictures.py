@@ -118,6 +118,21 @@ def test_names_of_any_kind_are_drawn() -> None:
     assert image.width < 1000
 
 
+@pytest.mark.parametrize(("side", "tile"), [(8, 96), (28, 84), (32, 96), (224, 96), (100, 96)])
+def test_tiles_show_each_image(side: int, tile: int) -> None:
+    images = np.stack([np.full((side, side), value, np.uint8) for value in (10, 100, 200)])
+    captions = ["one", "a long name as another", "x" * 500]
+    image = drawing.tiles(images, captions, "title", columns=2)
+    wide = image.width / 2
+    colors = [
+        pixel(image, x, y)
+        for y in (70 + tile / 2, 70 + tile * 1.5 + 30)
+        for x in (wide / 2, wide * 1.5)
+    ]
+    assert colors == [(10,) * 3, (100,) * 3, (200,) * 3, drawing.PAPER]
+    assert image.width < 500
+
+
 def test_the_surest_mistakes_come_first() -> None:
     some = answers()
     probabilities, labels = some.probabilities.numpy(), some.labels.numpy()

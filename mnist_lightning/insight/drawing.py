@@ -12,6 +12,7 @@ from mnist_lightning.files import printable
 INK, MUTED, PAPER, RULE = (28, 30, 36), (112, 116, 128), (255, 255, 255), (222, 224, 230)
 BLUE, RED = (23, 92, 170), (196, 48, 43)
 MARGIN = 16
+TILE, CAPTION = 96, 190  # pixels of an image and of its caption, at most
 MOST_BARS = 30  # classes with a bar each
 
 
@@ -101,23 +102,26 @@ def tiles(
     note: str = "",
     columns: int = 8,
     colors: Sequence[tuple[int, int, int]] = (),
-    wide: int = 84,
 ) -> Image.Image:
     """Images side by side, row by row, each with a caption below.
 
     Args:
-        images: uint8, ``(n, height, width)`` or ``(n, height, width, 3)``.
+        images: uint8, ``(n, height, width)`` or ``(n, height, width, 3)``. Small ones are enlarged,
+            large ones reduced.
         captions: one for each image; none, or as many as there are images.
         title: above them.
         note: a second line, smaller.
         columns: images in a row.
         colors: a colour for each caption; by default all are dark.
-        wide: pixels for a caption.
     """
-    factor = max(1, 84 // max(images.shape[1:3]))
-    height, width = (size * factor for size in images.shape[1:3])
+    largest = max(images.shape[1:3])
+    # by a whole number, so that all pixels stay equally large
+    factor = max(1, TILE // largest) if largest <= TILE else TILE / largest
+    height, width = (max(1, round(side * factor)) for side in images.shape[1:3])
+    way = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.BILINEAR
     below, gap = (20 if captions else 0), 10
-    wide = max(width, wide if captions else 0)
+    longest = max((_width(_short(text, CAPTION), 12) for text in captions), default=0)
+    wide = max(width, math.ceil(longest))
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     size = (
@@ -128,11 +132,11 @@ def tiles(
     for index, pixels in enumerate(images):
         x = MARGIN + index % columns * (wide + gap)
         y = 68 + index // columns * (height + below + gap)
-        tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+        tile = Image.fromarray(pixels).resize((width, height), way)
         image.paste(tile, (x + (wide - width) // 2, y))
         if captions:
             color = colors[index] if colors else INK
-            text = _short(captions[index], wide, 12)
+            text = _short(captions[index], CAPTION)
             draw.text((x + wide / 2, y + height + 4), text, color, _font(12), anchor="mt")
     return image
 
@@ -285,11 +289,11 @@ def _width(text: str, size: int) -> float:
     return _font(size).getlength(text)
 
 
-def _short(text: str, width: float, size: int = 12) -> str:
+def _short(text: str, width: float) -> str:
     """The text on one line, cut to a width in pixels."""
     text = printable(text).replace("\n", " ")
-    if _width(text, size) <= width:
+    if _width(text, 12) <= width:
         return text
-    while text and _width(f"{text}...", size) > width:
+    while text and _width(f"{text}...", 12) > width:
         text = text[:-1]
     return f"{text}..."

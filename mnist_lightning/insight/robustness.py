@@ -223,5 +223,4 @@ def draw(plain: float, rows: Sequence[Row]) -> Image.Image:
         f"accuracy, {plain:.4f} without a change; red: a tenth of it is lost",
         columns=max(len(row.kind.strengths) for row in rows),
         colors=colors,
-        wide=130,
     )
