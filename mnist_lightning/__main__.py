@@ -28,6 +28,8 @@ COMMANDS = {
         "main",
         "show the results of searches: tables, figures and one page",
     ),
+    "demo": ("deploy.demo", "main", "show a page on which one draws and the network answers"),
+    "export": ("deploy.export", "main", "write a trained network to a file for other programs"),
     "inspect": (
         "cli",
         "inspect",
@@ -42,6 +44,7 @@ COMMANDS = {
 EXTRAS = {
     **dict.fromkeys(("optuna", "pandas", "tqdm", "matplotlib", "jinja2"), "search"),
     "psycopg2": "postgres",
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
     "captum": "explain",
 }
 
@@ -110,7 +113,8 @@ def _guarded(argv: list[str], debug: bool) -> int:
                 import_module("mnist_lightning.words").check(argv[0], argv[1:])
                 _import_torchmetrics()
             imported = import_module(f"mnist_lightning.{module}")
-        if trains and "" not in sys.path:  # the user's own models, as with python -m
+        users = trains or argv[0] == "export"
+        if users and "" not in sys.path:  # the user's own models, as with python -m
             sys.path.insert(0, "")
         run: Callable[[list[str]], int | None] = getattr(imported, function)
         return run(argv[1:]) or 0

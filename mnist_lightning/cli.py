@@ -28,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
-from mnist_lightning import console, moved
+from mnist_lightning import console, moved, words
 from mnist_lightning.classes import (
     allow_classes,
     class_path,
@@ -85,9 +85,17 @@ def test(argv: list[str]) -> None:
     _run("test", argv)
 
 
-def predict(argv: list[str]) -> None:
-    """Labels images with a checkpoint, and writes ``predictions.csv``."""
+def predict(argv: list[str]) -> int:
+    """Labels images: those at the paths in ``argv``, or the validation images with a Trainer."""
+    options, paths = words.split_paths(argv)
+    given = {name for name, _ in words.options(options)}
+    if paths or given & {"json", "out"} or given == {"help"}:
+        from mnist_lightning.deploy.predict import main
+
+        with quiet(training=False):
+            return main([*options, "--", *paths])
     _run("predict", argv)
+    return 0
 
 
 def _run(command: str, argv: list[str]) -> None:
@@ -369,12 +377,7 @@ class CLI(LightningCLI):
         }
         for name, value in checkpoint.get("execution", {}).items():
             self.defaults[f"execution.{name}"] = value
-        data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
-        if data.get("data_dir") and (
-            data.get("source") == "digits"
-            or (data.get("source") != "folder" and not Path(data["data_dir"]).is_dir())
-        ):
-            del data["data_dir"]  # not needed, or a folder on another machine
+        data = checkpoints.data_settings(checkpoint)
         if request.data is None and "data_class" not in checkpoint:
             self.defaults |= {f"data.{key}": value for key, value in data.items()}
             return
@@ -502,6 +505,7 @@ class CLI(LightningCLI):
         if self._tunes:
             callbacks = _as_list(settings.get("callbacks"))
             kwargs = tuning.trainer_settings(settings, callbacks, plugins)
+            self._get(self.config_init, "freezing").cache = False  # for a few mini-batches
         try:
             trainer = super().instantiate_trainer(**kwargs)
             memory.check_processes(trainer.num_devices)

@@ -20,6 +20,8 @@ from mnist_lightning.console import python, suggest
 from mnist_lightning.runs.folder import find_checkpoint, run_name
 
 _WITHIN = {"help", "class_path", "init_args", "dict_kwargs"}
+_OPTION = re.compile(r"--\w|-[ch]\b")
+_FLAGS = {"--trust", "--json", "--help", "-h", "--print_config"}  # without a value after them
 
 
 def check(command: str, argv: Sequence[str]) -> None:
@@ -47,6 +49,8 @@ def check(command: str, argv: Sequence[str]) -> None:
         if "help" not in given and find_spec("optuna") is None:
             raise ModuleNotFoundError(name="optuna")  # __main__ says how to install it
         return
+    if command == "predict":
+        argv, _ = split_paths(argv)  # they name images, not settings
     request = read_request(argv)
     if not is_own(request.model):
         given = dict(options(moved.current_argv(argv)))
@@ -99,8 +103,23 @@ def _check_checkpoint(command: str, given: dict[str, str], request: Request) -> 
 def options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The options in ``argv``, as (name without dashes, value); the value may be empty."""
     for argument, following in pairwise([*argv, ""]):
-        if re.match(r"--\w|-[ch]\b", argument):
+        if _OPTION.match(argument):
             name, equals, value = argument.lstrip("-").partition("=")
             if not equals:
                 value = "" if following.startswith("--") else following
             yield {"c": "config", "h": "help"}.get(name, name), value
+
+
+def split_paths(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divides the arguments of ``predict``: the options with their values, and the paths."""
+    before, paths = argv, []
+    if "--" in argv:
+        end = list(argv).index("--")
+        before, paths = argv[:end], list(argv[end + 1 :])
+    options: list[str] = []
+    named: list[str] = []
+    for previous, argument in pairwise(["", *before]):
+        takes_value = _OPTION.match(previous) and "=" not in previous and previous not in _FLAGS
+        of_option = _OPTION.match(argument) or takes_value
+        (options if of_option else named).append(argument)
+    return options, named + paths

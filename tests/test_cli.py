@@ -306,7 +306,10 @@ def test_fast_dev_run_takes_one_mini_batch_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_inspect_prints_every_layer(capsys: pytest.CaptureFixture) -> None:
+def test_inspect_prints_every_layer(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main("inspect --config deep2".split()) == 0
     out = capsys.readouterr().out
     assert re.search(r"Linear-2 +\[-1, 2048\] +1,607,680\n", out)
@@ -378,7 +381,10 @@ def test_a_command_leaves_the_process_as_it_was(
         assert state() == before
 
 
-def test_inspect_reads_the_perceptrons_tensors_off_a_step(capsys: pytest.CaptureFixture) -> None:
+def test_inspect_reads_the_perceptrons_tensors_off_a_step(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main("inspect --config perceptron --data.source digits --data.batch_size 6".split()) == 0
     rows = {
         line.split()[0]: line.split("]")[0].split("[")[1]

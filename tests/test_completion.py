@@ -79,6 +79,7 @@ def _of_class(group: str, cls: type) -> Iterator[tuple[str, Any]]:
 def _parsed() -> dict[str, tuple[list[str], list[str]]]:
     """Each option of the real parsers, with its commands and values."""
     from mnist_lightning import catalog, completion, doctor
+    from mnist_lightning.deploy import demo, export, predict
     from mnist_lightning.report import command as report
 
     subcommands = _of_cli(run=True)._subcommands_action.choices
@@ -86,6 +87,8 @@ def _parsed() -> dict[str, tuple[list[str], list[str]]]:
         **{name: subcommands[name] for name in ("fit", "validate", "test", "predict")},
         "search": search._parser(),
         "report": _of_main(report.main),
+        "demo": _of_main(demo.main),
+        "export": _of_main(export.main),
         "inspect": _of_cli(run=False),
         "configs": _of_main(catalog.main),
         "doctor": _of_main(doctor.main),
@@ -100,11 +103,15 @@ def _parsed() -> dict[str, tuple[list[str], list[str]]]:
         values.update(dict.fromkeys(_values(hint)))
 
     for command, parser in parsers.items():
-        for action in parser._actions:
+        # predict has another parser if it is given paths
+        others = _of_main(predict.main)._actions if command == "predict" else []
+        for action in (*parser._actions, *others):
             for option in action.option_strings:
                 help_within = option.endswith(".help") and option.count(".") > 1
                 if option.startswith("--") and not option.endswith("+") and not help_within:
                     note(command, option, getattr(action, "_typehint", None))
+                    if command == "export":
+                        parsed[option][1].update(dict.fromkeys(action.choices or ()))
         note(command, "--debug", None)
         if "--trainer" in parser._option_string_actions and command != "search":
             for cls in ARCHITECTURES.values():
@@ -143,7 +150,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 FIT = ["--trainer.max_epochs", "--trainer.max_steps", "--trainer.max_time"]
 CASES = [
-    ("d", ["doctor"]),
+    ("d", ["demo", "doctor"]),
     ("--v", ["--version"]),
     ("fit --trainer.max_", FIT),
     ("fit --model.hid", ["--model.hidden_units"]),

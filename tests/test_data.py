@@ -270,6 +270,35 @@ def test_the_split_and_the_order_are_the_same_in_another_process() -> None:
     assert other.stdout.strip() == digest()
 
 
+def test_a_share_of_the_training_images_changes_nothing_else(tmp_path: Path) -> None:
+    """The same share of each class, and the smaller one is part of the larger one."""
+    for label in range(2):
+        (tmp_path / str(label)).mkdir()
+        for number in range(20):
+            shade = np.full((4, 4), 20 * label + number, np.uint8)
+            Image.fromarray(shade).save(tmp_path / str(label) / f"{number}.png")
+    for source in ({"source": "digits"}, {"source": "folder", "data_dir": str(tmp_path)}):
+        whole, half, tenth = (
+            MNISTDataModule(**source, **share)
+            for share in ({}, {"train_fraction": 0.5}, {"train_fraction": 0.1})
+        )
+        for part in (whole, half, tenth):
+            part.setup("fit")
+            assert torch.equal(part.val_set.images, whole.val_set.images)
+            assert torch.equal(part.test_set.images, whole.test_set.images)
+            assert part.hparams.get("train_fraction", 1.0) == part.train_fraction
+        counts = whole.train_set.labels.bincount()
+        for part in (half, tenth):
+            kept = part.train_set.labels.bincount()
+            assert (kept - counts * part.train_fraction).abs().max() <= 0.5
+        images = [{bytes(i.numpy()) for i in d.train_set.images} for d in (tenth, half, whole)]
+        assert images[0] < images[1] < images[2]
+        assert len(images[0]) == len(tenth.train_set)
+    for fraction in (0.0, 1.5):
+        with pytest.raises(ValueError, match=f"train_fraction must lie between .* {fraction}"):
+            MNISTDataModule(train_fraction=fraction)
+
+
 @pytest.mark.parametrize(("fraction", "part"), [(0.0001, "validate"), (0.9999, "train")])
 def test_a_split_that_leaves_a_part_empty_is_refused(fraction: float, part: str) -> None:
     with pytest.raises(ValueError, match=rf"val_fraction {fraction} .* none to {part} on"):

@@ -166,7 +166,8 @@ def test_a_balanced_epoch_draws_each_class_equally_often() -> None:
     assert not torch.equal(order, balanced_order(labels, 1, 3))
 
 
-def test_the_training_uses_the_balanced_order(fruit: Path) -> None:
+def test_the_training_uses_the_balanced_order(fruit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     made = data(fruit, balance=True, batch_size=7)
     seen = torch.cat([labels for _, labels in made.train_dataloader()])
     assert torch.equal(seen, made.train_set.labels[balanced_order(made.train_set.labels, 0, 0)])

@@ -18,6 +18,7 @@ from mnist_lightning.data.folders import (
     read_folder,
     split_stratified,
 )
+from mnist_lightning.data.photos import read_image
 
 
 @pytest.fixture(autouse=True)
@@ -262,3 +263,12 @@ def test_the_same_picture_in_two_parts_is_counted() -> None:
     assert count_shared(digests, torch.arange(5), torch.arange(5, 10)) == 2
     assert count_shared(digests, torch.arange(5, 10), torch.arange(5)) == 2
     assert count_shared(digests, torch.tensor([0]), torch.arange(5, 10)) == 0
+
+
+def test_other_formats_are_no_images(tmp_path: Path) -> None:
+    """Whatever a file is called: to read EPS, Pillow would start another program."""
+    file = tmp_path / "a.png"
+    picture(0).save(file, "EPS")
+    assert decode(file, 8, 3) is None
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        read_image(file)

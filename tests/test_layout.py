@@ -146,6 +146,7 @@ def _loaded(code: str) -> set[str]:
         *(["configs"], ["configs", "shallow"], ["completion", "bash"]),
         ["completion", "--words", "fit", "--config", ""],
         *(["report"], ["report", "--colour"]),
+        *(["export"], ["export", "--colour"], ["export", "--format", "pdf"]),
     ],
 )
 def test_help_and_typos_do_not_wait_for_torch(words: list[str]) -> None:

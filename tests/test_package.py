@@ -112,7 +112,7 @@ def test_the_doctor_reads_the_same_ranges_from_the_wheel(site: Path) -> None:
 
     assert theirs["requires-python"] == ours["requires-python"]
     assert same(theirs["dependencies"]) == same(ours["dependencies"])
-    for extra in ("search", "postgres"):
+    for extra in ("search", "postgres", "export"):
         found = theirs["optional-dependencies"][extra]
         assert same(found) == same(ours["optional-dependencies"][extra])
 

@@ -716,7 +716,7 @@ def test_a_word_in_a_result_cannot_become_part_of_the_page(searched, tmp_path):
     ("argv", "said"),
     [
         (["nowhere"], "nowhere is not the folder of a search"),
-        ([], "of which search?"),
+        ([], "of which search or run?"),
         (["{searched}", "--colour"], "no option --colour"),
         (["{searched}", "--out", "{searched}/search.json"], "cannot be written"),
     ],

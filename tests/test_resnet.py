@@ -49,8 +49,11 @@ def test_parameters() -> None:
     assert sum(p.numel() for p in net.fc.parameters()) == 5_130
 
 
-def test_layer_table_is_the_studys(capsys: pytest.CaptureFixture[str]) -> None:
+def test_layer_table_is_the_studys(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The study's table 4.1: 68 layers, for images of 28 x 28 pixels. Nothing is downloaded."""
+    monkeypatch.chdir(tmp_path)
     words = "inspect --config resnet18_finetune.yaml --data.image_size 28 --data.source digits"
     assert main(words.split()) == 0
     lines = capsys.readouterr().out.splitlines()

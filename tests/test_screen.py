@@ -399,7 +399,7 @@ def test_a_missing_driver_behind_another_error_is_named(
 
 def test_the_extras_are_those_of_the_project() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
-    for extra in ("search", "postgres"):
+    for extra in ("search", "postgres", "export"):
         needed = {Requirement(r).name for r in project["project"]["optional-dependencies"][extra]}
         known = {package for package, of in EXTRAS.items() if of == extra}
         assert {name.removesuffix("-binary") for name in needed} == known
@@ -509,12 +509,14 @@ def test_what_the_parser_knows_is_no_typo(command: str, monkeypatch: pytest.Monk
             words._check_options(command, [f"{group}.nonsense"], read_request([]))
 
 
-def test_a_start_imports_no_scipy_signal_and_leaves_it_usable() -> None:
+def test_a_start_imports_no_scipy_signal_and_leaves_it_usable(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom mnist_lightning.__main__ import main\n"
         "assert main('inspect --config shallow --data.source digits'.split()) == 0\n"
         "print('scipy.signal' in sys.modules, 'sklearn' in sys.modules)\n"
         "import scipy.signal\nprint(scipy.signal.convolve([1, 2], [1, 1]).tolist())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-2:] == ["False False", "[1, 3, 2]"]

@@ -26,10 +26,12 @@ import searches
 import torch
 import yaml
 from conftest import trainer
+from lightning.pytorch import seed_everything
 
 from mnist_lightning import MNISTDataModule
 from mnist_lightning.__main__ import main
 from mnist_lightning.data import module
+from mnist_lightning.models.convolution import ConvNetwork
 from mnist_lightning.models.multilayer import ShallowNetwork
 from mnist_lightning.models.perceptron import Perceptron
 from mnist_lightning.search import leases, plan, space, worker
@@ -45,6 +47,7 @@ from mnist_lightning.search.results import (
     sealed,
     unsealed,
 )
+from mnist_lightning.training.freezing import LayerFreezing
 from mnist_lightning.training.population import PopulationTraining
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "search").glob("*.yaml"))
@@ -876,6 +879,41 @@ def test_other_models_are_what_the_trainer_makes_of_them(
         torch.testing.assert_close(checkpoint["state_dict"][name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_options_of_the_layer_freezing_are_axes(folder: Path) -> None:
+    axes = {"freezing.batch_norm": ["frozen", "adapt"]}
+    model = {"widths": [2, 3], "lr": 0.01, "optimizer": "sgd"}
+    fixed = {"max_epochs": 1, "batch_size": 64, "freezing.freeze": FROZEN, **model}
+    records = run(small(model="ConvNetwork", space=axes, fixed=fixed), folder, workers=0)
+    for record in records:
+        seed_everything(0, verbose=False)
+        lone, norms = ConvNetwork(**model), record["params"]["freezing.batch_norm"]
+        alone = trainer(callbacks=[LayerFreezing(freeze=FROZEN, batch_norm=norms)])
+        alone.fit(lone, MNISTDataModule(source="digits", batch_size=64))
+        assert record["val_loss"] == pytest.approx(float(alone.callback_metrics["val/loss"]))
+        checkpoint = torch.load(folder / "checkpoints" / f"{record['id']}.ckpt", weights_only=True)
+        for name, value in lone.state_dict().items():
+            torch.testing.assert_close(checkpoint["state_dict"][name], value, rtol=1e-3, atol=1e-5)
+    assert records[0]["val_loss"] != records[1]["val_loss"]
+
+
+FROZEN = ["net.stage1.*"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"freezing.batchnorm": ["adapt"]}, "freezing has no option batchnorm; did you mean batch"),
+        ({"freezing.freeze": [["net.nothing"]]}, "no parameter matches 'net.nothing'"),
+        ({"freezing.batch_norm": ["half"]}, "batch_norm must be frozen or adapt, got 'half'"),
+    ],
+)
+def test_a_freezing_that_cannot_be_is_refused(
+    folder: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(space=options, fixed={"max_epochs": 1}).check()
+
+
 MOMENTUM = {
     "momentum": [0.0, 0.9],
     "weight_decay": [None, 0.001],
@@ -1012,6 +1050,14 @@ def test_settings_of_the_data_are_axes_like_any_other(folder: Path) -> None:
         checkpoint = folder / "both" / "checkpoints" / f"{pair[0]['id']}.ckpt"
         settings = torch.load(checkpoint, weights_only=True)["datamodule_hyper_parameters"]
         assert settings["normalization"] == normalization
+    axes = {"data.train_fraction": [0.1, 1.0], "hidden_units": [5]}
+    few, all_images = run(small(space=axes, fixed=fixed), folder / "few", workers=0)
+    search = small(space={"hidden_units": [5]}, fixed=fixed)
+    assert run(search, folder / "all", workers=0)[0]["curves"] == all_images["curves"]
+    search = small(
+        space={"hidden_units": [5]}, fixed=fixed, data={"source": "digits", "train_fraction": 0.1}
+    )
+    assert run(search, folder / "tenth", workers=0)[0]["curves"] == few["curves"]
     axes = {"data.normalization": ["unit", "mnist"]}
     perceptrons = run(small(model="Perceptron", space=axes, fixed=fixed), folder / "p", workers=0)
     assert perceptrons[0]["curves"] != perceptrons[1]["curves"]

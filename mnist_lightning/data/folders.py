@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from mnist_lightning.data.photos import MOST_PIXELS, decode
+from mnist_lightning.data.photos import FORMATS, MOST_PIXELS, decode
 from mnist_lightning.files import printable, write_json
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -195,7 +195,7 @@ def common_format(files: Sequence[str]) -> tuple[int, int | None]:
     """
     channels, sizes = 1, set()
     for file in files[:: max(1, len(files) // _SAMPLE)]:
-        with contextlib.suppress(Exception), Image.open(file) as image:
+        with contextlib.suppress(Exception), Image.open(file, formats=FORMATS) as image:
             sizes.add(image.size)
             if image.mode not in ("1", "L", "LA", "I", "F") and not image.mode.startswith("I;16"):
                 channels = 3
@@ -208,7 +208,7 @@ def _read(
 ) -> tuple[np.ndarray, list[bool], list[bytes]]:
     """Reads all files into the cache, or into memory if the disk has no room."""
     shape = (len(listing.files), channels, size, size)
-    temporary = _cache() / f".{key}.{uuid.uuid4().hex[:12]}"
+    temporary = cache_folder() / f".{key}.{uuid.uuid4().hex[:12]}"
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -240,10 +240,12 @@ def _read(
     digests = _digests(array)
     if isinstance(array, np.memmap):
         array.flush()
-        os.replace(temporary, _cache() / f"{key}.npy")
-        array = np.load(_cache() / f"{key}.npy", mmap_mode="c")  # whose changes stay in memory
+        os.replace(temporary, cache_folder() / f"{key}.npy")
+        array = np.load(
+            cache_folder() / f"{key}.npy", mmap_mode="c"
+        )  # whose changes stay in memory
         checksum = hashlib.sha256(b"".join(digests)).hexdigest()
-        write_json(_cache() / f"{key}.json", {"readable": readable, "sha256": checksum})
+        write_json(cache_folder() / f"{key}.json", {"readable": readable, "sha256": checksum})
     return array, readable, digests
 
 
@@ -261,8 +263,8 @@ def _digests(array: np.ndarray) -> list[bytes]:
 def _cached(key: str) -> tuple[np.ndarray, list[bool], list[bytes]] | None:
     """Reads what an earlier start has cached; None if it is missing or damaged."""
     try:
-        about = json.loads((_cache() / f"{key}.json").read_bytes())
-        array = np.load(_cache() / f"{key}.npy", mmap_mode="c")
+        about = json.loads((cache_folder() / f"{key}.json").read_bytes())
+        array = np.load(cache_folder() / f"{key}.npy", mmap_mode="c")
         digests = _digests(array)
         whole = hashlib.sha256(b"".join(digests)).hexdigest() == about["sha256"]
         return (array, about["readable"], digests) if whole else None
@@ -284,7 +286,8 @@ def _key(folder: Path, listing: Listing, size: int, channels: int) -> str:
     return digest.hexdigest()[:32]
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """The folder of files that can be made again at any time."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root, "mnist_lightning")
 

@@ -60,6 +60,7 @@ _IMAGENET_COLOUR = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _FOLDER_SIZE = 64  # pixels a side, for images of different sizes
 _MOST_LISTED = 20  # classes, in one line
 _LARGEST_NATIVE = 224  # larger images of one size are scaled down
+_ONLY_IF_CHOSEN = ("augment", "balance", "train_fraction")  # hyper-parameters, if not the default
 
 
 class MNISTDataModule(LightningDataModule):
@@ -100,6 +101,8 @@ class MNISTDataModule(LightningDataModule):
         channels: 1 makes the images of a folder gray, 3 colour; by default as the files are.
         classes: names of the classes of a folder, in the order of the labels; by default the names
             of its folders, sorted. A checkpoint contains them.
+        train_fraction: share of each class's training images that is trained on. It changes neither
+            validation nor test; the images of a smaller share are among those of a larger one.
         balance: if True, each epoch draws as many images as there are, each class equally often on
             average, instead of each image once.
 
@@ -138,6 +141,7 @@ class MNISTDataModule(LightningDataModule):
         channels: Literal[1, 3] | None = None,
         classes: list[str] | None = None,
         balance: bool = False,
+        train_fraction: float = 1.0,
     ) -> None:
         super().__init__()
         if not isinstance(augment, Augment):  # plain, as checkpoints and YAML files have it
@@ -145,6 +149,8 @@ class MNISTDataModule(LightningDataModule):
         for option, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0 < fraction < 1:
                 raise ValueError(f"{option} must lie between 0 and 1, got {fraction}")
+        if not 0 < train_fraction <= 1:
+            raise ValueError(f"train_fraction must lie between 0 and 1, got {train_fraction}")
         check_count("batch_size", batch_size)
         check_count("eval_batch_size", eval_batch_size)
         if image_size is not None:
@@ -171,7 +177,7 @@ class MNISTDataModule(LightningDataModule):
         if source != "folder":
             name = name or "MNIST"
         self.save_hyperparameters(
-            ignore=["predict_dir", "augment", "balance", *of_folder, "image_size"]
+            ignore=[*_ONLY_IF_CHOSEN, *of_folder, "predict_dir", "image_size"]
         )
         # a subclass may have passed other values
         self.hparams.update(name=name, source=source)
@@ -184,6 +190,8 @@ class MNISTDataModule(LightningDataModule):
             self.hparams["augment"] = augment.chosen()
         if balance:
             self.hparams["balance"] = True
+        if train_fraction < 1:
+            self.hparams["train_fraction"] = train_fraction
         self.name = name or Path(folder or "").resolve().name
         self.source, self.split = source, split
         self.data_dir = Path(folder or "data")
@@ -192,6 +200,7 @@ class MNISTDataModule(LightningDataModule):
         self.normalization = normalization
         self.predict_dir, self.augment = predict_dir, augment
         self.test_fraction, self.balance = test_fraction, balance
+        self.train_fraction = train_fraction
         self._loaded = False
         self._listing: Listing | None = None
         self._no_download = "not tried"
@@ -288,10 +297,7 @@ class MNISTDataModule(LightningDataModule):
                     f"val_fraction {self.val_fraction} of {len(train) + len(val):,} images leaves"
                     f" none to {part} on; the study uses 0.2"
                 )
-        self.train_set = ImageSet(pool.images[train], pool.labels[train])
-        self.val_set = ImageSet(pool.images[val], pool.labels[val])
-        self.test_set = ImageSet(pool.images[test], pool.labels[test])
-        self._loaded = True
+        self._take(*(ImageSet(pool.images[part], pool.labels[part]) for part in (train, val, test)))
 
     def _set_up_folder(self, stage: str | None) -> None:
         spec = self.spec
@@ -325,11 +331,26 @@ class MNISTDataModule(LightningDataModule):
                 f"{shared:,} of the {len(test):,} test images are also among the images for"
                 " training or validation, equal in all pixels: the test result will be too good"
             )
-        self.train_set, self.val_set, self.test_set = (
-            ImageSet(pictures.images, labels[rows], rows=rows) for rows in parts
-        )
         self.checksum = pictures.checksum
+        self._take(*(ImageSet(pictures.images, labels[rows], rows=rows) for rows in parts))
+
+    def _take(self, train: ImageSet, val: ImageSet, test: ImageSet) -> None:
+        self._all_train, self.val_set, self.test_set = train, val, test
+        self.train_set = train
+        if self.train_fraction < 1:
+            generator = torch.Generator().manual_seed(self.split_seed)
+            left_out = split_stratified(train.labels, 1 - self.train_fraction, generator)
+            self.train_set = train.subset((~left_out).nonzero().flatten())
         self._loaded = True
+
+    def share(self, other: "MNISTDataModule") -> None:
+        """Takes the images of another module, with the same source and split, instead of reading.
+
+        Args:
+            other: after its ``setup``.
+        """
+        self.checksum = other.checksum
+        self._take(other._all_train, other.val_set, other.test_set)
 
     def _folder_parts(self, pictures: Pictures, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The rows of the training, validation and test images."""
@@ -431,11 +452,18 @@ class MNISTDataModule(LightningDataModule):
         self, batch: tuple[Tensor, ...], dataloader_idx: int
     ) -> tuple[Tensor, Tensor]:
         images, labels, *numbers = batch
+        if images.is_floating_point() and self._has_features:
+            return images, labels  # they have passed the network's first layers
         pixels = self.preprocess(images, *numbers)
         if self.trainer is not None:
             # Lightning converts batches for "64-true" and "bf16-true" before this hook
             pixels = self.trainer.precision_plugin.convert_input(pixels)
         return pixels, labels
+
+    @property
+    def _has_features(self) -> bool:
+        sets = (vars(self).get(name) for name in ("train_set", "val_set"))
+        return any(images is not None and images.features is not None for images in sets)
 
     def preprocess(self, images: Tensor, numbers: Tensor | None = None) -> Tensor:
         """uint8 images -> normalised float32 ``(b, channels, image_size, image_size)``.

@@ -11,6 +11,8 @@ from mnist_lightning.data.drawings import find_ink, frame
 from mnist_lightning.spec import DataSpec
 
 IMAGES = {".png", ".jpg", ".jpeg", ".gif", ".webp"}  # suffixes of the files that predict reads
+# Pillow reads more: EPS, for example, starts another program
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "PPM", "TIFF")
 MOST_PIXELS = 50_000_000  # each pixel takes about 20 bytes of memory while it is processed
 
 
@@ -40,7 +42,7 @@ def decode(path: str | Path, size: int, channels: int) -> np.ndarray | None:
     Transparent parts count as white paper. The rotation in the EXIF data is applied.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             if file.width * file.height > MOST_PIXELS:
                 return None
             mode = "RGB" if channels == 3 else "L"
@@ -84,7 +86,7 @@ def _decode(path: Path) -> np.ndarray:
         raise ValueError(f"{path} cannot be read as an image: it is not a file. Remove it")
     pixels = 0
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             pixels = file.width * file.height
             if pixels > MOST_PIXELS:
                 raise ValueError

@@ -1,6 +1,6 @@
 """Chooses the images of each mini-batch: split, order in an epoch, shares of the processes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import Any, cast
 
@@ -64,6 +64,9 @@ class ImageSet(Dataset):
     ) -> None:
         self.labels, self.numbered = labels, numbered
         self._images, self._rows = images, rows
+        self.features: Callable[[Tensor], Tensor | None] | None = None
+        """If given, returns what a mini-batch has in place of the images with these numbers, in
+        floating point; or None, if it has the images. See ``training.frozen_cache``."""
 
     @property
     def images(self) -> Tensor:
@@ -73,6 +76,11 @@ class ImageSet(Dataset):
     def with_numbers(self) -> "ImageSet":
         """Returns the same images, whose mini-batches have numbers too."""
         return ImageSet(self._images, self.labels, True, self._rows)
+
+    def subset(self, numbers: Tensor) -> "ImageSet":
+        """Returns a set of the images with these numbers, int64 ``(n,)``."""
+        rows = numbers if self._rows is None else self._rows[numbers]
+        return ImageSet(self._images, self.labels[numbers], self.numbered, rows)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,6 +92,8 @@ class ImageSet(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         # DataLoader's fetcher calls this with the indices of the whole mini-batch
         rows = torch.tensor(indices)
+        if self.features is not None and (features := self.features(rows)) is not None:
+            return features, self.labels.index_select(0, rows)
         of_file = rows if self._rows is None else self._rows.index_select(0, rows)
         # index_select is several times as fast as indexing, with the same result
         batch = self._images.index_select(0, of_file), self.labels.index_select(0, rows)

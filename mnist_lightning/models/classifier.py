@@ -33,6 +33,7 @@ from mnist_lightning.models.optimization import (
 from mnist_lightning.spec import DataSpec
 from mnist_lightning.training import resuming
 from mnist_lightning.training.execution import Execution
+from mnist_lightning.training.frozen_cache import FrozenCache
 
 Batch = tuple[Tensor, Tensor]
 Spec = DataSpec | dict[str, Any] | None  # a dictionary has the values as ``DataSpec.plain``
@@ -362,9 +363,10 @@ class Classifier(LightningModule):
         return make_schedule(self, optimizer, self.schedule, self.warmup_epochs)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Adds ``Execution`` if the Trainer does not have one."""
+        """Adds ``Execution`` and ``FrozenCache`` if the Trainer does not have them."""
         present = self.trainer.callbacks  # type: ignore[attr-defined]
-        return [] if any(isinstance(c, Execution) for c in present) else [Execution()]
+        kinds = (Execution, FrozenCache)
+        return [kind() for kind in kinds if not any(isinstance(c, kind) for c in present)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # so that the checkpoint can be tested without any other file

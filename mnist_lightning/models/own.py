@@ -177,8 +177,11 @@ def check_can(command: str, model: LightningModule) -> None:
     step = {"validate": "validation_step", "test": "test_step"}.get(command)
     if step and not is_overridden(step, model):
         raise ValueError(f"{command} needs a {step}, which {name} does not have: add it there")
+    has_forward = type(model).forward is not LightningModule.forward
+    if command == "export" and not has_forward:
+        raise ValueError(f"export needs a forward, which {name} does not have: add it there")
     if command == "predict" and not is_overridden("predict_step", model):
-        if type(model).forward is LightningModule.forward:
+        if not has_forward:
             raise ValueError(
                 f"predict needs a forward or a predict_step, and {name} has neither: add one"
             )
@@ -206,12 +209,14 @@ def probabilities(answers: Sequence[Any], classes: int | None, model: str) -> Te
     if wrong is None:
         scores = torch.cat(list(answers)).float()
         if scores.shape[1] == (classes or scores.shape[1]):
-            sums = scores.sum(1)
-            are_probabilities = bool((scores >= 0).all()) and torch.allclose(
-                sums, torch.ones_like(sums), 1e-3
-            )
-            return scores if are_probabilities else scores.softmax(1)
+            return scores if are_probabilities(scores) else scores.softmax(1)
         wrong = scores
     shape = f"shape {tuple(wrong.shape)}" if isinstance(wrong, Tensor) else type(wrong).__name__
     wanted = f"(images, {classes or 'classes'})"
     raise ValueError(f"predict needs class scores of shape {wanted}; {model} returns {shape}")
+
+
+def are_probabilities(scores: Tensor) -> bool:
+    """Whether the scores of each image, ``(n, classes)``, are not negative and sum to 1."""
+    sums = scores.sum(1)
+    return bool((scores >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), 1e-3)

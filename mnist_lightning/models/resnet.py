@@ -120,7 +120,7 @@ class ResNet18(Classifier):
         added = super().configure_callbacks()
         present = self.trainer.callbacks  # type: ignore[attr-defined]
         has_one = any(isinstance(c, LayerFreezing) for c in present)
-        return [*added, LayerFreezing()] if self.trained_by_default and not has_one else added
+        return [LayerFreezing(), *added] if self.trained_by_default and not has_one else added
 
     def on_fit_start(self) -> None:
         self.load_pretrained()

@@ -1,4 +1,4 @@
-"""``python -m mnist_lightning report FOLDER...``: what searches found, as one page."""
+"""``python -m mnist_lightning report FOLDER...``: what searches or runs found, as one page."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ def main(argv: Sequence[str]) -> int:
     """``python -m mnist_lightning report FOLDER... [--out FOLDER]``.
 
     Raises:
-        ValueError: no search to report on, or the report cannot be written.
+        ValueError: nothing to report on, or the report cannot be written.
     """
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} report",
-        description="What searches found, as one page with tables and figures.",
+        description="What searches or runs found, as one page with tables and figures.",
         exit_on_error=False,
     )
     parser.add_argument(
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
         nargs="*",
         type=Path,
         metavar="FOLDER",
-        help="of a search, finished or not, or one that holds several",
+        help="of a search or a run, finished or not, or one that holds several",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("report"), help="where to write (default: report)"
@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"report: no option {unknown[0]}; it has --out FOLDER")
     if not given.folders:
         raise ValueError(
-            "report: of which search? Give its folder, like lightning_logs/search/NAME"
+            "report: of which search or run? Give its folder, like lightning_logs/search/NAME or"
+            " lightning_logs/shallow"
         )
     # pandas, Optuna and matplotlib take about a second: help and errors do not wait for them
     from mnist_lightning.report.page import write

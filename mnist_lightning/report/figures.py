@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mnist_lightning.report.analysis import MANY, groups, value_text
 
@@ -266,6 +266,33 @@ def curves(trial: Mapping[str, Any], stop: Mapping[str, Any], title: str) -> Fig
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(axes)
+    return figure
+
+
+def epochs(series: Mapping[str, pd.Series], title: str, errors: bool = False) -> Figure:
+    """A line for each training, by epoch.
+
+    Args:
+        series: for each training its values, by epoch.
+        title: of the figure.
+        errors: if True, the values are accuracies, and shown is what they miss.
+    """
+    figure, axes = _axes(title, "epoch")
+    for i, (name, values) in enumerate(series.items()):
+        shown = (1 - values).clip(lower=1e-5) if errors else values
+        marker = MARKERS[i // len(COLOURS) % len(MARKERS)]
+        style = marker if len(shown) == 1 else "-" if i < len(COLOURS) else f"{marker}-"
+        axes.plot(shown.index, shown, style, color=COLOURS[i % len(COLOURS)], label=name)
+    if errors:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(series) > 1:
+        _legend(axes)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""The files of a report: what searches found, as one page, in words, as tables and as figures.
+"""The files of a report on searches or runs: one page, in words, as tables and as figures.
 
 index.html     everything, in one file that needs no other
 README.md      the findings and the main tables
@@ -7,6 +7,7 @@ figures/       each figure as PNG and SVG
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,75 @@ from markupsafe import Markup, escape
 
 from mnist_lightning.files import csv_cell, write_bytes
 from mnist_lightning.provenance import provenance
-from mnist_lightning.report import analysis, figures, findings, sections
+from mnist_lightning.report import analysis, figures, findings, runs, sections
 from mnist_lightning.report.analysis import SearchResult
 from mnist_lightning.report.published import COUNTERPARTS
 from mnist_lightning.report.sections import Block, Section, counts_text
 
 
-def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print) -> None:
-    """Writes the report on the searches in some folders.
+@dataclass(frozen=True)
+class Content:
+    """What a report says.
 
     Args:
-        folders: each the folder of a search, or one that holds several.
+        title: of the page.
+        sections: one for each search or run.
+        overall: what is said of all of them together.
+        findings: sentences; **bold** as in Markdown.
+        origins: for each search or run, where its results come from.
+        unfinished: names of searches whose trials have not all finished.
+        studied: searches that can be compared with the study.
+    """
+
+    title: str
+    sections: Sequence[Section]
+    overall: Sequence[Block]
+    findings: Sequence[str]
+    origins: Sequence[tuple[str, dict[str, Any]]]
+    unfinished: Sequence[str] = ()
+    studied: Sequence[SearchResult] = ()
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [*self.overall, *(block for section in self.sections for block in section.blocks)]
+
+
+def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print) -> None:
+    """Writes the report on the searches, or on the runs, in some folders.
+
+    Args:
+        folders: each the folder of a search or a run, or one that holds several.
         out: the folder to write to; it is made if it is not there.
         say: is called with a line of text for each step.
 
     Raises:
-        ValueError: there is no search, two have the same name, a file is damaged, or ``out`` cannot
-            be written.
+        ValueError: there is nothing to report on, or there are searches and runs; two searches have
+            the same name; a file is damaged; or ``out`` cannot be written.
     """
+    found = [runs.run_folders(folder) for folder in folders]
+    if any(found) and not all(found):
+        raise ValueError("runs and searches have reports of their own: name either of them")
+    of_runs = [run for some in found for run in some]
+    content = _of_runs(of_runs, say) if of_runs else _of_searches(folders, say)
+    files: list[tuple[str, str | bytes]] = [
+        *_table_files(content.blocks),
+        *_figure_files(content.blocks),
+        ("index.html", _page(content)),
+        ("README.md", _readme(content)),
+    ]
+    if content.studied:
+        files.append(("tables/results.md", findings.results_table(content.studied)))
+    try:
+        for folder in ("tables", "figures"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {(error.strerror or '').lower()}") from error
+    for name, text in files:
+        write_bytes(out / name, text if isinstance(text, bytes) else text.encode())
+    say(f"\nreport       {out / 'index.html'}\nin words     {out / 'README.md'}")
+
+
+def _of_searches(folders: Sequence[Path], say: Callable[[str], None]) -> Content:
     searches = [search for folder in folders for search in analysis.read(folder)]
     names = [search.name for search in searches]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -44,24 +96,29 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
     for search in searches:
         by_search.append(sections.section(search))
         say(f"{search.name}: {sum(len(b.drawings) for b in by_search[-1].blocks)} figures")
-    said = findings.in_words(searches)
-    blocks = [*overall, *(block for section in by_search for block in section.blocks)]
-    files: list[tuple[str, str | bytes]] = [
-        *_table_files(blocks),
-        *_figure_files(blocks),
-        ("index.html", _page(searches, overall, by_search, said)),
-        ("README.md", _readme(searches, overall, by_search, said)),
-    ]
-    if studied := analysis.comparable(searches):
-        files.append(("tables/results.md", findings.results_table(studied)))
-    try:
-        for folder in ("tables", "figures"):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{out} cannot be written: {(error.strerror or '').lower()}") from error
-    for name, content in files:
-        write_bytes(out / name, content if isinstance(content, bytes) else content.encode())
-    say(f"\nreport       {out / 'index.html'}\nin words     {out / 'README.md'}")
+    return Content(
+        "What the searches found",
+        by_search,
+        overall,
+        findings.in_words(searches),
+        [(search.name, search.about["provenance"]) for search in searches],
+        [search.name for search in searches if not search.finished],
+        analysis.comparable(searches),
+    )
+
+
+def _of_runs(folders: Sequence[Path], say: Callable[[str], None]) -> Content:
+    trained = runs.read(folders)
+    by_run = [runs.section(run) for run in trained]
+    for part in by_run:
+        say(f"{part.name}: {part.model}, {part.summary}")
+    return Content(
+        "What was trained",
+        by_run,
+        runs.overall(trained),
+        runs.in_words(trained),
+        [(run.name, run.origins[-1]) for run in trained if run.origins],
+    )
 
 
 def _table_files(blocks: Sequence[Block]) -> Iterator[tuple[str, str]]:
@@ -77,12 +134,7 @@ def _figure_files(blocks: Sequence[Block]) -> Iterator[tuple[str, str | bytes]]:
         yield f"figures/{drawing.name}.png", figures.png(drawing.figure)
 
 
-def _page(
-    searches: Sequence[SearchResult],
-    overall: Sequence[Block],
-    by_search: Sequence[Section],
-    said: Sequence[str],
-) -> str:
+def _page(content: Content) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mnist_lightning", "report"),
         autoescape=True,
@@ -90,15 +142,8 @@ def _page(
         lstrip_blocks=True,
     )
     environment.filters["bold"] = _bold
-    return environment.get_template("page.html").render(
-        overall=overall,
-        sections=by_search,
-        findings=said,
-        unfinished=[search.name for search in searches if not search.finished],
-        counts=counts_text,
-        provenance=provenance(),
-        origins=[(search.name, search.about["provenance"]) for search in searches],
-    )
+    template = environment.get_template("page.html")
+    return template.render(content=content, provenance=provenance())
 
 
 def _bold(text: str) -> Any:
@@ -110,28 +155,23 @@ def _bold(text: str) -> Any:
     )
 
 
-def _readme(
-    searches: Sequence[SearchResult],
-    overall: Sequence[Block],
-    by_search: Sequence[Section],
-    said: Sequence[str],
-) -> str:
+def _readme(content: Content) -> str:
     lines = [
-        "# What the searches found",
+        f"# {content.title}",
         "",
         "Written by `python -m mnist_lightning report`; all tables and figures are in"
         " [index.html](index.html).",
         "",
     ]
-    for search in searches:
-        lines.append(f"- `{search.name}`: {search.model}, {counts_text(search)}")
+    for section in content.sections:
+        lines.append(f"- `{section.name}`: {section.model}, {section.summary}")
     lines += ["", "## In words", ""]
-    lines += [f"- {text}" for text in said]
-    for block in overall:
+    lines += [f"- {text}" for text in content.findings]
+    for block in content.overall:
         lines += ["", f"## {block.title}", "", block.text]
         for table in block.tables:
             lines += ["", table.markdown()]
-    for section in by_search:
+    for section in content.sections:
         lines += ["", f"## {section.name}", ""]
         lines += [f"- {name}: {text}" for name, text in section.facts]
         for block in section.blocks:
@@ -140,7 +180,7 @@ def _readme(
                 lines += ["", block.text]
             for table in small:
                 lines += ["", f"{table.title}:", "", table.markdown()]
-    if analysis.comparable(searches):
+    if content.studied:
         lines += ["", "## The study's tables and figures, and their counterparts", ""]
         lines += ["| the study | here |", "|---|---|"]
         lines += [f"| {theirs} | {ours} |" for theirs, ours in COUNTERPARTS]

@@ -8,6 +8,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -19,7 +20,8 @@ from mnist_lightning.runs import evaluations
 
 # Digits after the point, by column; other columns are shown as they are.
 DIGITS = {
-    **dict.fromkeys(("acc", "sd", "published", "repeated", "mean", "median", "best", "test"), 4),
+    **dict.fromkeys(("acc", "accuracy", "published", "repeated", "mean", "median", "best"), 4),
+    **dict.fromkeys(("sd", "test"), 4),
     **dict.fromkeys(("difference", "noise", "val_loss", "train_loss", "gap", "cost"), 4),
     **dict.fromkeys(("published_test", "low", "high", "short_of_best"), 4),
     **dict.fromkeys(("seconds", "epochs", "trials", "networks"), 0),
@@ -59,7 +61,10 @@ class Table:
 
     @property
     def headings(self) -> list[str]:
-        return [HEADINGS.get(name, name.replace("_", " ")) for name in self.frame.columns]
+        return [
+            name if "/" in name else HEADINGS.get(name, name.replace("_", " "))  # of a run
+            for name in self.frame.columns
+        ]
 
     @property
     def rows(self) -> list[list[tuple[str, Any]]]:
@@ -107,19 +112,28 @@ class Drawing:
     figure: Figure
     wide: bool = False
 
-    @property
+    @cached_property
     def svg(self) -> str:
         return figures.svg(self.figure, self.caption)
 
 
 @dataclass
+class Picture:
+    """An image on the page, as a ``data:`` address."""
+
+    caption: str
+    address: str
+
+
+@dataclass
 class Block:
-    """A heading with text, tables and figures below it."""
+    """A heading with text, tables, figures and images below it."""
 
     title: str
     text: str = ""
     tables: list[Table] = field(default_factory=list)
     drawings: list[Drawing] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
 
 
 Part = tuple[list[Table], list[Drawing]]  # a part of a block
@@ -127,15 +141,13 @@ Part = tuple[list[Table], list[Drawing]]  # a part of a block
 
 @dataclass
 class Section:
-    """A search on the page."""
+    """A search or a run on the page."""
 
-    search: SearchResult
+    name: str
+    model: str
+    summary: str
     facts: list[tuple[str, str]]
     blocks: list[Block]
-
-    @property
-    def name(self) -> str:
-        return self.search.name
 
 
 def counts_text(search: SearchResult) -> str:
@@ -245,7 +257,7 @@ def _costs(searches: Sequence[SearchResult]) -> list[Block]:
 
 def section(search: SearchResult) -> Section:
     """What is said of one search."""
-    return Section(search, _facts(search), _blocks(search))
+    return Section(search.name, search.model, counts_text(search), _facts(search), _blocks(search))
 
 
 def _blocks(search: SearchResult) -> list[Block]:
@@ -531,10 +543,10 @@ def _test(search: SearchResult) -> list[Block]:
         + (f" {record['note']}" if "note" in record else "")
         + partial
     )
-    return [Block("Test", text, [], _mistakes(search.name, record))]
+    return [Block("Test", text, [], mistakes(search.name, record))]
 
 
-def _mistakes(name: str, record: Mapping[str, Any]) -> list[Drawing]:
+def mistakes(name: str, record: Mapping[str, Any]) -> list[Drawing]:
     """The confusion matrix and the mistakes of a test evaluation, where it has recorded them."""
     if "confusion" not in record:
         return []

@@ -188,6 +188,17 @@ def arguments(made: type, saved: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in saved.items() if name in known}
 
 
+def data_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the data that a checkpoint has, as they can be used on this machine."""
+    data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
+    if data.get("data_dir") and (
+        data.get("source") == "digits"
+        or (data.get("source") != "folder" and not Path(data["data_dir"]).is_dir())
+    ):
+        del data["data_dir"]  # not needed, or a folder on another machine
+    return data
+
+
 def load(
     where: str | os.PathLike[str], model_class: type[LightningModule] | None = None
 ) -> LightningModule:

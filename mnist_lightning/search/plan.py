@@ -31,6 +31,7 @@ from mnist_lightning.search import space
 from mnist_lightning.search.results import Record, score
 from mnist_lightning.search.space import GROWABLE, STRATEGIES, Trial
 from mnist_lightning.spec import DataSpec
+from mnist_lightning.training.freezing import LayerFreezing
 from mnist_lightning.training.population import Member, training_bytes
 from mnist_lightning.training.stacked import SGD
 
@@ -79,8 +80,8 @@ class Search:
             logs a loss and an accuracy in its validation.
         space: axes by parameter, each a list of values, or {low: a, high: b, log: true} for the
             strategies random and optuna. A parameter is max_epochs, batch_size, an argument of the
-            model, or a setting of the data like data.normalization that leaves the validation
-            images as they are.
+            model, a setting of the data like data.normalization that leaves the validation
+            images as they are, or an option of LayerFreezing like freezing.batch_norm.
         strategy: {name: grid}, random, refine or optuna, and its options.
         fixed: parameters that all trials share.
         seeds: each combination is trained with each seed.
@@ -183,6 +184,7 @@ class Search:
 
     def _check_parameters(self) -> None:
         of_data = [f"data.{name}" for name in _arguments(MNISTDataModule)]
+        of_freezing = _arguments(LayerFreezing)
         known = ["max_epochs", "batch_size", *_arguments(self.model_class)]
         axes = {**self.fixed, **self.space}
         for name in axes:
@@ -191,6 +193,10 @@ class Search:
             base, _, layer = name.partition(".")
             if base == "data":
                 _check_data_axis(name, of_data)
+            elif base == "freezing":
+                if layer not in of_freezing:
+                    hint = suggest(layer, of_freezing)
+                    raise ValueError(f"freezing has no option {layer}; {hint}")
             elif base not in known or (layer and not layer.isdigit()):
                 raise ValueError(f"{self.model} has no parameter {name}; {suggest(base, known)}")
         if "max_epochs" not in axes:
@@ -210,11 +216,13 @@ class Search:
         for combination in combinations:
             params = {**self.fixed, **combination}
             spec, arguments = self.spec(params), self.model_args(params)
-            key = json.dumps([spec.plain(), arguments])
+            key = json.dumps([spec.plain(), arguments, _with_prefix("freezing", params)])
             if key not in tried:
                 tried.add(key)
                 with torch.device("meta"):  # shapes without memory
-                    self._build(arguments, spec)
+                    model = self._build(arguments, spec)
+                for freezing in self.freezing(params):
+                    freezing.choose(model)
 
     def _build(self, arguments: Mapping[str, Any], spec: DataSpec) -> LightningModule:
         takes_spec = "spec" in _arguments(self.model_class)
@@ -229,7 +237,7 @@ class Search:
         lists: dict[str, dict[int, Any]] = {}
         for name, value in params.items():
             base, _, layer = name.partition(".")
-            if base == "data":
+            if base in ("data", "freezing"):
                 continue
             if layer:
                 lists.setdefault(base, {})[int(layer)] = value
@@ -270,23 +278,22 @@ class Search:
 
         Args:
             params: of the trial.
-            loaded: see ``load_data``; its images are those of every trial.
+            loaded: see ``load_data``; the trials share its images.
         """
         # what source "auto" has become
         settings = {**self.data_settings(params), "source": loaded.source}
         data = MNISTDataModule(**{**settings, "batch_size": self.batch_size(params)})
-        for name in ("train_set", "val_set", "test_set", "checksum", "_loaded"):
-            setattr(data, name, getattr(loaded, name))
+        data.share(loaded)
         return data
 
     def data_settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """A trial's arguments of the data module, all but ``batch_size``."""
-        own = {
-            name.removeprefix("data."): value
-            for name, value in params.items()
-            if name.startswith("data.")
-        }
-        return {**self.data, **own}
+        return {**self.data, **_with_prefix("data", params)}
+
+    def freezing(self, params: Mapping[str, Any]) -> list[LayerFreezing]:
+        """The callback that a trial's parameters ``freezing.*`` ask for, if there are any."""
+        settings = _with_prefix("freezing", params)
+        return [LayerFreezing(**settings)] if settings else []
 
     def batch_size(self, params: Mapping[str, Any]) -> int:
         """The trial's batch size, else the data module's default."""
@@ -294,7 +301,7 @@ class Search:
         return params.get("batch_size", default)
 
     def load_data(self) -> MNISTDataModule:
-        """The data, fetched, verified and split; all trials have these images."""
+        """The data, fetched, verified and split; the trials share its images."""
         data = MNISTDataModule(**self.data)
         data.prepare_data()
         data.setup("fit")
@@ -316,6 +323,8 @@ class Search:
             facts_of_data["augment"] = data.augment.chosen()
         if data.balance:
             facts_of_data["balance"] = True
+        if data.train_fraction < 1:
+            facts_of_data["train_fraction"] = data.train_fraction
         if data.source == "folder":
             facts_of_data |= {"test_fraction": data.test_fraction, **data.spec.plain()}
         return json.loads(json.dumps({**fields, "data": facts_of_data}))
@@ -325,6 +334,8 @@ class Search:
         data = self.data_settings(params)
         each_image_once = not (any((data.get("augment") or {}).values()) or data.get("balance"))
         if self.model_class not in SMALL or not each_image_once:
+            return None
+        if _with_prefix("freezing", params):
             return None
         arguments = self.model_args(params)
         units = arguments.pop("hidden_units", None)
@@ -366,6 +377,12 @@ def _arguments(kind: type) -> list[str]:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return list(dict.fromkeys(names))
+
+
+def _with_prefix(prefix: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters ``prefix.name``, by name."""
+    prefix += "."
+    return {n.removeprefix(prefix): value for n, value in params.items() if n.startswith(prefix)}
 
 
 def _check_data_axis(name: str, known: Sequence[str]) -> None:

@@ -80,7 +80,7 @@ def fit(
             if epoch_done(values, lambda: list(module.state_dict().values())):
                 trainer.should_stop = True
 
-    callbacks = [Epochs(), *([train_loss] if train_loss else [])]
+    callbacks = [*search.freezing(trial.params), Epochs(), *([train_loss] if train_loss else [])]
     make_trainer(search, trial.params["max_epochs"], *callbacks).fit(model, data)
     return model.cpu(), list(model.state_dict().values())
 
@@ -106,7 +106,7 @@ def checkpoint(
     data = search.data_module(trial.params, loaded)
     content = {
         "epoch": epochs - 1,  # Lightning counts from 0
-        "global_step": epochs * math.ceil(len(loaded.train_set) / data.batch_size),
+        "global_step": epochs * math.ceil(len(data.train_set) / data.batch_size),
         "pytorch-lightning_version": __version__,
         "state_dict": model.state_dict(),
         "hparams_name": "kwargs",

@@ -201,7 +201,7 @@ class Worker:
                 pixels = data.preprocess(part.images).flatten(1)
                 return pixels.to(self.device), part.labels.to(self.device)
 
-            sets = {"train": rows(self.data.train_set), "val": rows(self.data.val_set)}
+            sets = {"train": rows(data.train_set), "val": rows(data.val_set)}
             self._prepared = [(settings, sets)]  # of one trial only: they are large
         return self._prepared[0][1]
 

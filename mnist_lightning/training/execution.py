@@ -48,6 +48,7 @@ from mnist_lightning.checks import check_count
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.data.sampling import EpochSampler, ImageSet, as_is
 from mnist_lightning.training.callbacks import SafePoints
+from mnist_lightning.training.features import computed
 from mnist_lightning.training.freezing import LayerFreezing
 from mnist_lightning.training.progress import ProgressBar
 from mnist_lightning.training.stacked import BLOCK_ROWS, Population
@@ -60,6 +61,7 @@ MOST_STEPS = 256
 ONE_THREAD = 2e9
 
 CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+PRECISIONS = (Precision, MixedPrecision, DoublePrecision, HalfPrecision)
 
 # Names that may be overridden, because they neither see nor change a single step. Any other name,
 # such as a hook of a later version of Lightning, is assumed to do so.
@@ -114,7 +116,7 @@ HARMLESS: dict[type[Callback], Callable[[Any], bool]] = {
     ),
     callbacks.Timer: lambda c: c._interval != "step" or c._duration is None,
     callbacks.LearningRateMonitor: lambda c: c.logging_interval == "epoch",
-    LayerFreezing: lambda c: not c._training,  # no norm layer to keep in evaluation mode
+    LayerFreezing: lambda c: c.held <= c.unused,  # no norm layer to keep in evaluation mode
     **dict.fromkeys(BARS, lambda c: True),
 }
 
@@ -147,7 +149,7 @@ def choose(trainer: Trainer, steps: int | None, fused: bool) -> Way:
         return Way(1, False, reason)
     if steps == 1:
         return Way(1, False, "as requested")
-    module, loader = trainer.lightning_module, _own_loader(trainer)
+    module, loader = trainer.lightning_module, own_loader(trainer)
     if steps is None:
         if _convolves(module):
             return Way(1, False, "a convolution takes longer than Lightning's overhead per step")
@@ -160,7 +162,7 @@ def choose(trainer: Trainer, steps: int | None, fused: bool) -> Way:
 
 
 def _convolves(module: nn.Module) -> bool:
-    return any(isinstance(layer, CONVOLUTIONS) for layer in module.modules())
+    return any(isinstance(layer, CONVOLUTIONS) for layer in computed(module))
 
 
 def _operations(module: nn.Module, batch_size: int) -> float:
@@ -169,7 +171,8 @@ def _operations(module: nn.Module, batch_size: int) -> float:
     A convolution uses each of its weights many times for one image.
     """
     # forward, and backward to the weights and to the layer below: a product and a sum each
-    return 6 * batch_size * sum(p.numel() for p in module.parameters())
+    parameters = {p for layer in computed(module) for p in layer.parameters(recurse=False)}
+    return 6 * batch_size * sum(p.numel() for p in parameters)
 
 
 def obstacle(trainer: Trainer) -> str | None:
@@ -191,12 +194,12 @@ def obstacle(trainer: Trainer) -> str | None:
         return "the images come without a data module"
     if reason := altered(data, DATA_NAMES):
         return reason
-    if _own_loader(trainer) is None:
+    if own_loader(trainer) is None:
         return "the training images do not come from the data module's own loader"
     if type(trainer.strategy) is not SingleDeviceStrategy:
         return f"{type(trainer.strategy).__name__} may act on each mini-batch"
     plugin = type(trainer.precision_plugin)
-    if plugin not in (Precision, MixedPrecision, DoublePrecision, HalfPrecision):
+    if plugin not in PRECISIONS:
         return f"{plugin.__name__} may act on each mini-batch"
     profiler = type(trainer.profiler)  # type: ignore[attr-defined]
     if profiler is not PassThroughProfiler:
@@ -217,8 +220,14 @@ def obstacle(trainer: Trainer) -> str | None:
 
 def _harmless(callback: Callback) -> bool:
     """Returns True if a callback does nothing in its hooks for mini-batches."""
+    kind = known_kind(callback)
+    return kind is not None and HARMLESS[kind](callback)
+
+
+def known_kind(callback: Callback) -> type[Callback] | None:
+    """Returns the class among ``HARMLESS`` whose hooks for mini-batches a callback has, or None."""
     kind = next(cls for cls in type(callback).__mro__ if not vars(cls).get("steps_known"))
-    return kind in HARMLESS and HARMLESS[kind](callback)
+    return kind if kind in HARMLESS else None
 
 
 def altered(instance: object, allowed: set[str]) -> str | None:
@@ -241,7 +250,7 @@ def altered(instance: object, allowed: set[str]) -> str | None:
     return None
 
 
-def _own_loader(trainer: Trainer) -> DataLoader | None:
+def own_loader(trainer: Trainer) -> DataLoader | None:
     """Returns the train loader of the epoch if it is the data module's own, else None."""
     loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
     loader = loaders[0]
@@ -478,12 +487,12 @@ class _EpochLoop(_TrainingEpochLoop):
 
     def reset(self) -> None:
         with warnings.catch_warnings():
-            if _own_loader(self.trainer) is not None:  # it resumes at the right mini-batch
+            if own_loader(self.trainer) is not None:  # it resumes at the right mini-batch
                 warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
             super().reset()
 
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
-        if (loader := _own_loader(self.trainer)) is not None:
+        if (loader := own_loader(self.trainer)) is not None:
             done = self.batch_progress.current.ready * cast(int, loader.batch_size)
             cast(EpochSampler, loader.sampler).start = done
             resuming = self.trainer.fit_loop.is_resuming and not self.restarting
@@ -503,7 +512,7 @@ class _EpochLoop(_TrainingEpochLoop):
             super().advance(data_fetcher)
             return
         self.val_loop.restarting = False  # as Lightning's advance does
-        loader = cast(DataLoader, _own_loader(self.trainer))
+        loader = cast(DataLoader, own_loader(self.trainer))
         size = cast(int, loader.batch_size)
         images, labels = self._fetch(data_fetcher, cast(BatchSampler, loader.batch_sampler), steps)
         if self._fused:
@@ -531,7 +540,7 @@ class _EpochLoop(_TrainingEpochLoop):
             self._is_training_done  # Lightning saves at the end of the epoch
             or self._should_accumulate()
             or trainer.world_size > 1
-            or _own_loader(trainer) is None
+            or own_loader(trainer) is None
         ):
             return
         # a training that resumes right after a validation counts that step again

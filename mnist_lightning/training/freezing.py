@@ -38,6 +38,8 @@ class LayerFreezing(Callback):
             whose parameters are frozen: ``frozen`` freezes the statistics too (evaluation mode),
             ``adapt`` updates them with the training images.
         unfreeze_at_epoch: number of epochs after which all parameters train; by default, never.
+        cache: if True, what frozen first layers make of each image is computed once and kept, if
+            that gives the same training; see ``frozen_cache``.
 
     Raises:
         ValueError: the arguments contradict each other. In training: a pattern matches nothing;
@@ -52,6 +54,7 @@ class LayerFreezing(Callback):
         freeze: list[str] | None = None,
         batch_norm: Literal["frozen", "adapt"] = "frozen",
         unfreeze_at_epoch: int | None = None,
+        cache: bool = True,
     ) -> None:
         if train and freeze:
             raise ValueError(f"give patterns to train or to freeze, not both: {train}, {freeze}")
@@ -64,6 +67,9 @@ class LayerFreezing(Callback):
             )
         self.train, self.freeze = train, freeze
         self.batch_norm, self.unfreeze_at_epoch = batch_norm, unfreeze_at_epoch
+        self.cache = cache
+        self.unused: set[str] = set()
+        """Names of norm layers that no whole mini-batch passes, since their output is kept."""
         self._frozen: list[str] = []  # kept after the training, for checkpoints saved then
         self._resumed: list[str] | None = None
         # What to restore: each parameter's requires_grad; each norm layer's mode, by name; for each
@@ -71,6 +77,16 @@ class LayerFreezing(Callback):
         self._required: dict[nn.Parameter, bool] = {}
         self._training: dict[str, bool] = {}
         self._optimized: list[tuple[list[list[nn.Parameter]], dict[Tensor, Any]]] = []
+
+    @property
+    def frozen(self) -> list[str]:
+        """The names of the parameters that are frozen now, or were at the end of the training."""
+        return self._frozen
+
+    @property
+    def held(self) -> set[str]:
+        """The names of the norm layers that are kept in evaluation mode."""
+        return set(self._training)
 
     def state_dict(self) -> dict[str, Any]:
         return {"frozen": self._frozen}

@@ -1,0 +1,1 @@
+"""Use what was trained: answers for your own images, and files for other programs."""

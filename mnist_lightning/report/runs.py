@@ -1,0 +1,271 @@
+"""What the report says of trainings: one run, or several side by side."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mnist_lightning.configs import read_config
+from mnist_lightning.console import command, short
+from mnist_lightning.files import read_json
+from mnist_lightning.report import analysis, figures
+from mnist_lightning.report.sections import Block, Drawing, Picture, Section, Table, mistakes
+from mnist_lightning.runs import evaluations
+from mnist_lightning.runs.folder import newest_first
+
+MOST = 24  # runs on a page; the curves of more could not be told apart
+# settings in which two runs may differ although they train the same
+_NO_DIFFERENCE = (
+    *("trainer.default_root_dir", "trainer.enable_progress_bar", "data.data_dir", "ckpt_path"),
+    "tune",
+)
+_PICTURE_BYTES = 2**20
+
+
+@dataclass
+class RunResult:
+    """A run as its folder records it.
+
+    Args:
+        path: the folder, ``version_N``.
+        name: as on the page.
+        curves: a row for each epoch, with the columns of ``metrics.csv``; may be empty.
+        settings: all settings by their dotted name.
+        origins: an entry of ``provenance.json`` for each start of the training.
+        tests: the test evaluations.
+    """
+
+    path: Path
+    name: str
+    curves: pd.DataFrame
+    settings: dict[str, Any]
+    origins: list[dict[str, Any]] = field(default_factory=list)
+    tests: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def model(self) -> str:
+        return str(self.settings.get("model.class_path", "a model")).rpartition(".")[2]
+
+    @property
+    def best(self) -> pd.Series | None:
+        """The epoch with the highest validation accuracy, else None."""
+        accuracies = self.curves.get("val/acc", pd.Series(dtype=float)).dropna()
+        return None if accuracies.empty else self.curves.loc[accuracies.idxmax()]
+
+    @property
+    def test(self) -> dict[str, Any] | None:
+        """The first evaluation on the whole test set."""
+        return next(filter(evaluations.is_whole, self.tests), None)
+
+
+def run_folders(path: Path) -> list[Path]:
+    """The folder itself if it is of a run, else the runs ``version_N`` in it, oldest first."""
+    if (path / "config.yaml").is_file() and not (path / "search.json").exists():
+        return [path]
+    return [run for run in newest_first(path)[::-1] if (run / "config.yaml").is_file()]
+
+
+def read(folders: Sequence[Path]) -> list[RunResult]:
+    """Reads runs.
+
+    Args:
+        folders: of the runs.
+
+    Raises:
+        ValueError: there are more than ``MOST``, or a file of one is damaged.
+    """
+    if len(folders) > MOST:
+        raise ValueError(f"{len(folders)} runs: at most {MOST} fit on a page. Name those you want")
+    return [_read(folder.absolute()) for folder in folders]
+
+
+def _read(folder: Path) -> RunResult:
+    remedy = "restore it, or move it away"
+    file = folder / "metrics.csv"
+    try:
+        curves = pd.read_csv(file) if file.is_file() else pd.DataFrame()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} is damaged: {remedy}") from error
+    origin = folder / "provenance.json"
+    return RunResult(
+        folder,
+        f"{folder.parent.name}/{folder.name}",
+        curves,
+        dict(_flat(read_config(folder / "config.yaml"))),
+        read_json(origin, remedy, kind=list) if origin.is_file() else [],
+        evaluations.read(folder),
+    )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            pairs += _flat(value, f"{prefix}{name}.")
+        else:
+            pairs.append((f"{prefix}{name}".replace(".init_args.", "."), value))
+    return pairs
+
+
+def in_words(runs: Sequence[RunResult]) -> list[str]:
+    """The main results, a sentence each; **bold** as in Markdown."""
+    said = []
+    ranked = [run for run in runs if run.best is not None]
+    ranked.sort(key=lambda run: -float(run.best["val/acc"]))  # type: ignore[index]
+    if not ranked:
+        return ["No epoch with a validation has finished yet."]
+    best = ranked[0]
+    epoch = best.best
+    assert epoch is not None
+    which = f"the best of {len(ranked)}" if len(ranked) > 1 else best.model
+    said.append(
+        f"**{best.name}** ({which}) reached a validation accuracy of"
+        f" **{epoch['val/acc']:.4f}** in epoch {epoch['epoch']:.0f} of {len(best.curves)}."
+    )
+    if best.test:
+        low, high = _interval(best.test)
+        said.append(
+            f"On {best.test['images']:,} test images it is right in **{best.test['test/acc']:.4f}**"
+            f" (95 % interval {low:.4f} to {high:.4f}, Wilson)."
+        )
+    else:
+        hint = command("test", "--ckpt_path", short(best.path))
+        said.append(f"It has not been tested yet: {hint}")
+    return [*said, *_gap(best, epoch)]
+
+
+def _gap(run: RunResult, epoch: pd.Series) -> list[str]:
+    if not {"train/acc", "val/acc"} <= set(epoch.index):
+        return []
+    gap = float(epoch["train/acc"]) - float(epoch["val/acc"])
+    lasts = len(run.curves) - epoch["epoch"]
+    said = f"On the training images it was right in {epoch['train/acc']:.4f} in that epoch"
+    if gap > 0.02:
+        return [f"{said}: {gap:.4f} more, so it overfits; fewer epochs or augmentation may help."]
+    if lasts == 0 and len(run.curves) > 1:
+        return [f"{said}. Its last epoch was the best: it may learn more in more epochs."]
+    return [f"{said}."]
+
+
+def _interval(test: Mapping[str, Any]) -> tuple[float, float]:
+    return analysis.wilson(round(test["test/acc"] * test["images"]), test["images"])
+
+
+def overall(runs: Sequence[RunResult]) -> list[Block]:
+    """The curves of all runs, their results, and the settings that differ."""
+    drawn = [run for run in runs if not run.curves.empty and "epoch" in run.curves]
+    drawings = [
+        Drawing(f"runs_{name}", caption, figures.epochs(series, title, errors))
+        for name, column, title, errors, caption in (
+            ("accuracy", "val/acc", "validation error", True, _ACCURACY),
+            ("val_loss", "val/loss", "validation loss", False, _VALIDATION),
+            ("train_loss", "train/loss", "training loss", False, _TRAINING),
+        )
+        if (series := _series(drawn, column))
+    ]
+    tables = [Table("runs", "The best epoch of each run", _results(runs))]
+    if (different := _different(runs)) is not None:
+        tables.append(Table("settings", "Settings that differ", different))
+    curves = [Block("Learning curves", drawings=drawings)] if drawings else []
+    return [*curves, Block("Results", tables=tables)]
+
+
+_ACCURACY = "The share of wrong answers on the validation images, on a logarithmic scale."
+_VALIDATION = "The mean loss of the validation images."
+_TRAINING = "The mean loss of the mini-batches of each epoch, each before its update."
+
+
+def _series(runs: Sequence[RunResult], column: str) -> dict[str, pd.Series]:
+    return {
+        run.name: pd.Series(run.curves[column].to_numpy(), run.curves["epoch"]).dropna()
+        for run in runs
+        if column in run.curves
+    }
+
+
+def _results(runs: Sequence[RunResult]) -> pd.DataFrame:
+    rows = []
+    for run in runs:
+        best: Mapping[str, Any] = {} if run.best is None else dict(run.best)
+        rows.append(
+            {
+                "run": run.name,
+                "model": run.model,
+                "epochs": len(run.curves),
+                "best_epoch": int(best["epoch"]) if best else None,
+                "acc": best.get("val/acc"),
+                "val_loss": best.get("val/loss"),
+                "macro_F1": best.get("val/f1"),
+                "test": run.test["test/acc"] if run.test else None,
+                "evaluations": run.tests[-1]["evaluation"] if run.tests else 0,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _different(runs: Sequence[RunResult]) -> pd.DataFrame | None:
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    rows = []
+    for name in names:
+        values = [analysis.value_text(run.settings.get(name, "–")) for run in runs]
+        if len(set(values)) > 1 and name not in _NO_DIFFERENCE:
+            named = zip((run.name for run in runs), values, strict=True)
+            rows.append({"setting": name, **dict(named)})
+    return pd.DataFrame(rows) if rows else None
+
+
+def section(run: RunResult) -> Section:
+    """What is said of one run."""
+    epochs = f"{len(run.curves)} epoch{'s' if len(run.curves) != 1 else ''}"
+    return Section(run.name, run.model, epochs, _facts(run), _blocks(run))
+
+
+def _facts(run: RunResult) -> list[tuple[str, str]]:
+    chosen = {k: v for k, v in run.settings.items() if k.startswith("model.") and v is not None}
+    model = [f"{k.removeprefix('model.')} {analysis.value_text(v)}" for k, v in chosen.items()]
+    facts = [("model", ", ".join(m for m in model if not m.startswith("class_path")))]
+    if run.origins:
+        first, last = run.origins[0], run.origins[-1]
+        data = last.get("data") or {}
+        named = (f"{k} {analysis.value_text(v)}" for k, v in data.items() if v not in (None, {}))
+        facts += [
+            ("data", ", ".join(n for n in named if not n.startswith(("checksum", "data_dir")))),
+            ("seed", str(last.get("seed"))),
+            ("device", f"{last.get('device')}, precision {last.get('precision')}"),
+            ("started", str(first.get("time"))),
+            ("resumed", ", ".join(str(o.get("time")) for o in run.origins[1:])),
+        ]
+    return [(name, text) for name, text in facts if text]
+
+
+def _blocks(run: RunResult) -> list[Block]:
+    blocks = []
+    if run.test:
+        low, high = _interval(run.test)
+        total = run.tests[-1]["evaluation"]
+        text = (
+            f"{run.test['images']:,} test images: {run.test['test/acc']:.4f} right (95 % interval"
+            f" {low:.4f} to {high:.4f}, Wilson). "
+            + ("Evaluated once." if total == 1 else f"Evaluated {total} times: the first counts.")
+        )
+        name = run.name.replace("/", "_")
+        tables = []
+        if per_class := run.test.get("per_class"):
+            frame = pd.DataFrame(per_class).rename(columns={"acc": "accuracy"})
+            tables.append(Table(f"{name}_classes", "By class", frame))
+        blocks.append(Block("Test", text, tables, mistakes(name, run.test)))
+    pictures = [
+        Picture(file.stem.replace("_", " "), _data_address(file))
+        for file in sorted((run.path / "pictures").glob("*.png"))
+        if file.stat().st_size <= _PICTURE_BYTES
+    ]
+    if pictures:
+        blocks.append(Block("Pictures", "Of the best epoch.", pictures=pictures))
+    return blocks
+
+
+def _data_address(file: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
