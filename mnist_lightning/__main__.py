@@ -30,7 +30,11 @@ COMMANDS = {
     ),
     "demo": ("deploy.demo", "main", "show a page on which one draws and the network answers"),
     "export": ("deploy.export", "main", "write a trained network to a file for other programs"),
-    "inspect": ("cli", "inspect", "print the layers of a model, and the perceptron's tensors"),
+    "inspect": (
+        "cli",
+        "inspect",
+        "print the layers of a model, and draw what a checkpoint learned",
+    ),
     "configs": ("catalog", "main", "list the shipped configurations and searches, with results"),
     "doctor": ("doctor", "main", "check the installation: versions, data, GPU, disk, memory"),
     "completion": ("completion", "main", "print the completion script for bash, zsh or fish"),
@@ -41,6 +45,7 @@ EXTRAS = {
     **dict.fromkeys(("optuna", "pandas", "tqdm", "matplotlib", "jinja2"), "search"),
     "psycopg2": "postgres",
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
+    "captum": "explain",
 }
 
 HELP = """usage: mnist-lightning COMMAND [options]        (or: python -m mnist_lightning ...)

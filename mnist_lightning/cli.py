@@ -47,7 +47,7 @@ from mnist_lightning.configs import (
 from mnist_lightning.console import say, short
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.data.sampling import in_image_order
-from mnist_lightning.files import csv_cell, printable, reason, write_bytes, write_text
+from mnist_lightning.files import csv_cell, first_line, printable, reason, write_bytes, write_text
 from mnist_lightning.models import inspection, own
 from mnist_lightning.models.classifier import Classifier
 from mnist_lightning.models.epoch_metrics import Diverged
@@ -106,7 +106,8 @@ def _run(command: str, argv: list[str]) -> None:
 def inspect(argv: list[str]) -> None:
     """Prints the layers of a model, and draws training images as the model sees them.
 
-    For the perceptron it also prints the tensors of a training step.
+    For the perceptron it also prints the tensors of a training step. Of a checkpoint it draws what
+    the model learned and where it fails, into the folder of the run.
     """
     with quiet(training=False):
         cli = CLI(argv, run=False)
@@ -123,9 +124,31 @@ def inspect(argv: list[str]) -> None:
         images, labels, *_ = next(iter(data.train_dataloader()))
         rows = inspection.tensor_table(model, data, data.preprocess(images), labels)
         print(inspection.format_table(("Tensor", "Shape", "Meaning"), rows))
+    if cli.checkpoint is not None:
+        _show_trained(cli)
+        return
     write_bytes(Path("samples.png"), inspection.sample_sheet(data))
     each = ", each first as it is, then as augmented in nine epochs" if data.augment else ""
     print(f"\nsamples.png: training images of {data.describe()}{each}")
+
+
+def _show_trained(cli: "CLI") -> None:
+    """Draws a trained model into the folder of its run, for all validation images."""
+    from mnist_lightning.insight import gradcam, pictures
+
+    assert cli.checkpoint is not None
+    assert cli.checkpoint_path is not None
+    model, data = cli.model, cli.datamodule
+    model.load_state_dict(cli.checkpoint["state_dict"])
+    drawn = dict(pictures.draw(model, data, pictures.validation_answers(model, data)))
+    if isinstance(model, Classifier) and isinstance(data, MNISTDataModule):
+        try:
+            if (sheet := gradcam.draw(model, data)) is not None:
+                drawn["gradcam"] = pictures.png(sheet)
+        except ModuleNotFoundError:
+            print(f"\nto see where the network looks (Grad-CAM): {console.install('explain')}")
+    folder = pictures.write(RunFolder.of(cli.checkpoint_path).path, drawn)
+    print(f"\npictures of {own.describe(data)} in {short(folder)}:\n  {', '.join(drawn)}")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -251,12 +274,31 @@ class CLI(LightningCLI):
             " a kill loses no more.",
         )
         parser.add_argument(
+            "--pictures",
+            type=bool,
+            default=True,
+            help="Draws what the best epoch learned and where it fails, when the training ends.",
+        )
+        if not self.command:  # inspect: the other commands have it from the Trainer's methods
+            parser.add_argument("--ckpt_path", type=str | None, default=None)
+        parser.add_argument(
             "--tune",
             type=tuning.Tune,
             default="none",
             help="Finds the learning rate, or the largest batch size that fits into a GPU, with"
             " Lightning's Tuner; then trains with it.",
         )
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":
+            parser.add_argument(
+                "--robustness",
+                action="store_true",
+                help="Measures the accuracy on shifted, rotated, scaled, noisy, blurred, faded,"
+                " thinner and thicker test images instead.",
+            )
+        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         configs = [f"--config={config}" for config in self.request.configs]
@@ -590,6 +632,9 @@ class CLI(LightningCLI):
             if trainer.global_step == 0 and not (self.run and self.run.last.is_file()):
                 self._take_back_run()
             messages.say_stopped(self.run, self._class_options())
+            # one Ctrl-C, which ends as a SIGTERM; a second one, or a real SIGTERM, does not wait
+            if received in ([signal.SIGINT], [signal.SIGINT, signal.SIGTERM]):
+                self._draw()
             raise SystemExit(128 + received[0]) from None
         except Exception as error:
             if (explained := self._explained(error)) is None:
@@ -604,7 +649,27 @@ class CLI(LightningCLI):
                 " For more: --trainer.max_epochs N"
             )
         if self.run is not None:
+            self._draw()
             messages.say_finished(trainer, self.run, self._class_options())
+
+    def _draw(self) -> None:
+        """Draws the pictures of the run's best epoch. If that fails, the training is still fine."""
+        run, trainer, data = self.run, self.trainer, self.datamodule
+        if run is None or not self.config["fit"].pictures or not trainer.is_global_zero:
+            return
+        if not run.best.is_file():
+            return
+        from mnist_lightning.insight import pictures
+
+        trained = trainer.global_step * getattr(data, "batch_size", 0) * trainer.world_size
+        try:
+            best = checkpoints.read(run.best)
+            epoch, most = best["epoch"] + 1, pictures.answers_after(trained)
+            place = trainer.strategy.root_device
+            with pictures.with_weights(self.model, best["state_dict"], place):
+                pictures.write_run(run, self.model, data, epoch, most)
+        except Exception as error:
+            rank_zero_warn(f"the pictures of {run} are not complete: {first_line(error)}")
 
     def _announce(self) -> None:
         """Says what is trained, on what, and from where."""
@@ -684,9 +749,14 @@ class CLI(LightningCLI):
         assert self.checkpoint is not None
         assert self.checkpoint_path is not None
         run = RunFolder.of(self.checkpoint_path)
-        evaluations.read(run.path)  # no evaluation takes place that cannot be recorded
+        robustness = self.config["test"].robustness
+        # no evaluation takes place that cannot be recorded
+        evaluations.read(run.path, "robustness.json" if robustness else "test.json")
         if not run.is_writable:
             raise ValueError(f"{run} is read-only: the test evaluation could not be recorded there")
+        if robustness:
+            self._test_robustness(run)
+            return
         self._check_returns()
         data, mistakes, facts = self.datamodule, Mistakes(), {}
         self.trainer.callbacks.append(mistakes)  # type: ignore[attr-defined]
@@ -726,6 +796,54 @@ class CLI(LightningCLI):
         with SummaryWriter(str(run.path)) as writer:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, self.checkpoint["epoch"] + 1)
+
+    def _test_robustness(self, run: RunFolder) -> None:
+        """Measures and records the accuracy on changed test images."""
+        from mnist_lightning.insight import pictures, robustness
+
+        assert self.checkpoint is not None
+        assert self.checkpoint_path is not None
+        data, place = self.datamodule, self.trainer.strategy.root_device
+        if not isinstance(data, MNISTDataModule):
+            raise ValueError(
+                f"--robustness changes the images of MNISTDataModule, and {type(data).__name__} has"
+                " others: leave it out"
+            )
+        data.prepare_data()
+        data.setup("test")
+        seed = int(self.config["test"].seed_everything or 0)
+        with pictures.with_weights(self.model, self.checkpoint["state_dict"], place):
+            plain = robustness.accuracy(self.model.eval(), data)
+            say(f"{data.describe()}\naccuracy {plain:.4f} on the test images as they are; changed:")
+            rows = []
+            for row in robustness.measure(self.model, data, seed):
+                say(robustness.line(row))
+                rows.append(row)
+        number = evaluations.record(
+            run.path,
+            self.checkpoint_path,
+            {"test/acc": plain},
+            len(data.test_set),
+            len(data.test_set),
+            "robustness.json",
+            seed=seed,
+            data=data.describe(),
+            changes={
+                row.kind.name: {
+                    "strengths": list(row.kind.strengths),
+                    "of": row.kind.what,
+                    "acc": list(row.accuracies),
+                }
+                for row in rows
+            },
+        )
+        sheet = pictures.png(robustness.draw(plain, rows))
+        folder = pictures.write(run.path, {"robustness": sheet})
+        say(
+            f"robustness evaluation {number} of this run, recorded in"
+            f" {short(run.path / 'robustness.json')}; drawn in {short(folder)}/robustness.png"
+            "\n  It used the test images, and is counted apart from the test evaluations."
+        )
 
     def _per_class(self, stage: str) -> list[dict[str, Any]]:
         return self.model.per_class(stage) if isinstance(self.model, Classifier) else []

@@ -169,7 +169,7 @@ CASES = [
     ("fit --nothing ", []),
     ("test --ckpt_path ", ["shallow", "shallow/best", "shallow/last", "search/mine"]),
     ("test --ckpt_path shallow/l", ["shallow/last"]),
-    ("inspect --ckpt", []),  # an option of others
+    ("inspect --robust", []),  # an option of others
     ("configs deep2", ["deep2", "deep2_grid", "deep2_rates"]),
     ("completion ", ["bash", "zsh", "fish"]),
     ("report lightning_logs/", []),  # the shell offers files

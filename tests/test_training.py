@@ -96,8 +96,12 @@ def _rows(run: Path) -> list[dict[str, str]]:
 def test_run_folder_is_complete(run: Path) -> None:
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     events = {name for name in names if "tfevents" in name}
-    assert len(events) == 1
+    assert len(events) == 2  # the curves; the pictures, after the training
+    pictures = "samples weights confusion classes reliability mistakes".split()
     assert names - events == {
+        *(f"pictures/{name}.png" for name in pictures),
+        *(f"projector/{name}" for name in ("features.bytes", "images.tsv", "sprite.png")),
+        "projector_config.pbtxt",
         ".lock",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",

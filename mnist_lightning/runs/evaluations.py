@@ -1,4 +1,6 @@
-"""The test evaluations of a run: each one is counted and described in its ``test.json``.
+"""The test evaluations of a run: each one is counted and described in a file of the run.
+
+Plain ones are in ``test.json``, those of changed images in ``robustness.json``.
 
 The more often a test set is used to compare models, the more it becomes a validation set. So every
 evaluation is counted.
@@ -20,9 +22,10 @@ def record(
     metrics: Mapping[str, float],
     images: int,
     test_set: int,
+    name: str = "test.json",
     **facts: Any,
 ) -> int:
-    """Adds an evaluation to ``test.json`` of the run; other processes may do so at the same time.
+    """Adds an evaluation to a file of the run; other processes may do so at the same time.
 
     Args:
         run: the run's folder.
@@ -30,13 +33,14 @@ def record(
         metrics: the results, by name.
         images: how many images were scored.
         test_set: how many images the test set has.
+        name: of the file.
         facts: what else to record, as plain JSON types.
 
     Returns:
         The number of the evaluation, from 1.
 
     Raises:
-        ValueError: ``test.json`` is damaged or cannot be written; it is unchanged.
+        ValueError: the file is damaged or cannot be written; it is unchanged.
     """
     entry = {
         "checkpoint": checkpoint.name,
@@ -45,20 +49,20 @@ def record(
         **metrics,
         **provenance(**facts),
     }
-    with FileLock(run / ".test.json.lock"):
-        earlier = read(run)
+    with FileLock(run / f".{name}.lock"):
+        earlier = read(run, name)
         number = earlier[-1]["evaluation"] + 1 if earlier else 1
-        write_json(run / "test.json", [*earlier, {"evaluation": number, **entry}])
+        write_json(run / name, [*earlier, {"evaluation": number, **entry}])
     return number
 
 
-def read(run: Path) -> list[dict[str, Any]]:
-    """The evaluations in ``test.json`` of the run, in order; none if there is no file.
+def read(run: Path, name: str = "test.json") -> list[dict[str, Any]]:
+    """The evaluations in a file of the run, in order; none if there is no file.
 
     Raises:
         ValueError: the file is damaged.
     """
-    file = run / "test.json"
+    file = run / name
     if not file.exists():
         return []
     remedy = "restore it, or move it away to restart the count"

@@ -65,6 +65,10 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def best(self) -> Path:
+        return self.path / "checkpoints" / "best.ckpt"
+
+    @property
     def last(self) -> Path:
         return self.path / "checkpoints" / "last.ckpt"
 

@@ -1,0 +1,1 @@
+"""What a trained network learned, and where it fails: pictures and measurements."""
