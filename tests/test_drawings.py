@@ -217,3 +217,11 @@ def test_a_digit_that_fills_its_picture_is_no_paper() -> None:
     assert (sheet > 128).mean() > 0.5
     assert framed(sheet)[14, 14] < 64
     assert torch.equal(framed(sheet), framed(255 - sheet))
+
+
+def test_ink_along_the_border_is_no_paper() -> None:
+    y, x = np.mgrid[:100, :120]
+    stripes = (x + y) % 20 < 8
+    found = find_ink(np.where(stripes, 30.0, 240.0))
+    assert found is not None
+    assert np.array_equal(found[1], stripes)

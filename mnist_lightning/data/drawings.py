@@ -79,6 +79,9 @@ def _paper(gray: np.ndarray) -> tuple[np.ndarray, float]:
         if (close == used).all() or not close.any():
             break
         used = close
+    if noise > _FAINT:  # ink all along the border: the paper is the median there
+        edges = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
+        return np.full_like(gray, np.sort(edges)[(len(edges) - 1) // 2]), 0.0
     return surface.reshape(gray.shape), noise
 
 
