@@ -29,7 +29,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _pictures(run: Path) -> Path:
     folder = run / "pictures"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     return folder
 
 
