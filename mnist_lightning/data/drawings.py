@@ -28,8 +28,7 @@ def find_ink(gray: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         gray = _resized(gray, size)
     contrast = gray.astype(np.float64)
     surface, noise = _paper(contrast)
-    # rounded, so that flat paper is flat to the bit, however a machine adds up
-    contrast = np.round((contrast - surface) * 256) / 256
+    contrast -= surface
     if (contrast**3).sum() < 0:  # what differs most from the paper is the ink, dark or light
         contrast = -contrast
     ink = contrast.clip(0)
