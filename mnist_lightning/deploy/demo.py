@@ -22,6 +22,7 @@ from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 from werkzeug.wrappers import Request, Response
 
 from mnist_lightning.console import PROGRAM
+from mnist_lightning.deploy.options import make_parser, parse
 from mnist_lightning.files import reason
 from mnist_lightning.runs.folder import LOGS, find_checkpoint
 
@@ -71,17 +72,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} demo",
-        description="Show a page on which one draws with the mouse or a finger, or drops a picture,"
+    parser = make_parser(
+        "demo",
+        "Show a page on which one draws with the mouse or a finger, or drops a picture,"
         " and the network answers at once.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    parser.add_argument(
-        "--ckpt_path",
-        metavar="RUN",
-        help="a checkpoint: a file, the folder of a run, or the name of a run",
     )
     parser.add_argument(
         "--host",
@@ -91,18 +85,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--port", type=int, default=PORT, help=f"{PORT} by default; if it is in use, the next one"
     )
-    parser.add_argument("--model", metavar="CLASS", help="the class of a model of your own")
-    parser.add_argument(
-        "--trust", action="store_true", help="import the class that the checkpoint names"
-    )
-    try:
-        given, unknown = parser.parse_known_args(list(argv))
-    except argparse.ArgumentError as error:
-        raise ValueError(f"demo: {error}") from error
-    if unknown:
-        raise ValueError(f"demo: no option {unknown[0]}; all of them: --help")
-    if given.ckpt_path is None:
-        raise ValueError("demo needs trained weights: --ckpt_path FILE, or the folder of a run")
+    given = parse(parser, argv)
     if not 0 <= given.port < 2**16:
         raise ValueError(f"--port {given.port}: a port is a number up to {2**16 - 1}")
     return given

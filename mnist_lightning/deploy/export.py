@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mnist_lightning.console import PROGRAM, say, short
+from mnist_lightning.console import say, short
 from mnist_lightning.deploy.formats import FORMATS, Answers, Export
+from mnist_lightning.deploy.options import make_parser, parse
 from mnist_lightning.files import first_line, write_bytes
 from mnist_lightning.quiet import quiet
 
@@ -70,18 +71,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} export",
-        description="Write a trained network, with the preparation of its images, to a file for"
+    parser = make_parser(
+        "export",
+        "Write a trained network, with the preparation of its images, to a file for"
         " other programs: uint8 images in, probabilities out, any number of images at once. Before"
         " that, its answers are compared with PyTorch's.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    parser.add_argument(
-        "--ckpt_path",
-        metavar="RUN",
-        help="a checkpoint: a file, the folder of a run, or the name of a run",
     )
     parser.add_argument(
         "--format",
@@ -98,18 +92,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="for onnx: weights and activations in 8 bits; shows the accuracy before and after",
     )
-    parser.add_argument("--model", metavar="CLASS", help="the class of a model of your own")
-    parser.add_argument(
-        "--trust", action="store_true", help="import the class that the checkpoint names"
-    )
-    try:
-        given, unknown = parser.parse_known_args(list(argv))
-    except argparse.ArgumentError as error:
-        raise ValueError(f"export: {error}") from error
-    if unknown:
-        raise ValueError(f"export: no option {unknown[0]}; all of them: --help")
-    if given.ckpt_path is None:
-        raise ValueError("export needs trained weights: --ckpt_path FILE, or the folder of a run")
+    given = parse(parser, argv)
     if given.quantize and given.format != "onnx":
         raise ValueError(f"--quantize is for --format onnx, got {given.format}: leave it out")
     return given

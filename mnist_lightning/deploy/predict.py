@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from mnist_lightning.console import PROGRAM, command, say, short
+from mnist_lightning.console import command, say, short
 from mnist_lightning.data.preparation import prepare
 from mnist_lightning.deploy import pictures, sheet
+from mnist_lightning.deploy.options import make_parser, parse
 from mnist_lightning.deploy.trained import Trained
 from mnist_lightning.files import csv_cell, printable, reason, write_bytes, write_text
 from mnist_lightning.models.inspection import format_table
@@ -76,28 +77,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} predict",
-        description="""Label images. The screen shows the three likeliest classes of each;
+    parser = make_parser(
+        "predict",
+        """Label images. The screen shows the three likeliest classes of each;
 predictions.csv has the probabilities of all, and predictions.png shows what the network saw.""",
         epilog=f"""Exit code: 0, or 1 if an image could not be read; the others are labelled.
 
 Without PATH, Lightning's Trainer labels the validation images, or those of --data.predict_dir.
 The options of that:  {command("predict", "--help", "--config", "shallow")}""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument(
         "paths",
         nargs="*",
         metavar="PATH",
         help=f"an image, a folder of images, or {pictures.STDIN} for one from standard input",
-    )
-    parser.add_argument(
-        "--ckpt_path",
-        metavar="RUN",
-        help="a checkpoint: a file, the folder of a run, or the name of a run",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where to write (default: the folder of the run)"
@@ -107,23 +101,14 @@ The options of that:  {command("predict", "--help", "--config", "shallow")}""",
         action="store_true",
         help="print a line of JSON for each image, and nothing else; files only with --out",
     )
-    parser.add_argument("--model", metavar="CLASS", help="the class of a model of your own")
-    parser.add_argument(
-        "--trust", action="store_true", help="import the class that the checkpoint names"
+    given = parse(
+        parser,
+        argv,
+        "with a PATH it has --out, --json, --model, --trust. Options of the data and the Trainer"
+        " are for predict without PATH",
     )
-    try:
-        given, unknown = parser.parse_known_args(list(argv))
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
-    if unknown:
-        raise ValueError(
-            f"predict PATH: no option {unknown[0]}; it has --out, --json, --model, --trust. Options"
-            " of the data and the Trainer are for predict without PATH"
-        )
     if not given.paths:
         raise ValueError("predict: which images? Give files, folders, or - for standard input")
-    if given.ckpt_path is None:
-        raise ValueError("predict needs trained weights: --ckpt_path FILE, or the folder of a run")
     return given
 
 
