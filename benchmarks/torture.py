@@ -48,8 +48,17 @@ MODELS = {
         *("--freezing.freeze", "['net.conv1.*', 'net.bn1.*', 'net.layer1.*']"),
         *("--trainer.limit_train_batches", "10", "--trainer.limit_val_batches", "1"),
     ],
+    "ResNet-18, frozen layers computed once": [
+        *("--config", "resnet18_small.yaml", "--data.batch_size", "32"),
+        *("--freezing.train", "['net.layer4.*', 'net.fc.*']", "--freezing.batch_norm", "frozen"),
+        *("--freezing.cache", "true"),
+    ],
 }
-EPOCHS = {"ResNet-18, frozen layers, one cycle": 6, "convolutions, dropout, random shifts": 12}
+EPOCHS = {
+    "convolutions, dropout, random shifts": 12,
+    "ResNet-18, frozen layers, one cycle": 6,
+    "ResNet-18, frozen layers computed once": 6,
+}
 COMMON = [
     *("--data.source", "digits", "--early_stopping.enabled", "no", "--execution.threads", "1"),
     *("--save_every_minutes", "0.002"),

@@ -159,13 +159,14 @@ def read_folder(
     files = [listing.files[row] for row in rows]
     labels = [listing.labels[row] for row in rows]
     parts = [listing.parts[row] for row in rows]
-    if len(set(labels)) < 2:
+    present = set(labels)
+    if len(present) < 2:
         raise ValueError(f"{folder}: fewer than two classes have an image that can be read")
     left_out = [file for file, whole in zip(listing.files, readable, strict=True) if not whole]
     warnings = [_left_out(left_out)] if left_out else []
     if listing.empty:
         warnings.append(f"these folders hold no image, and are no class: {_some(listing.empty)}")
-    if empty := [name for n, name in enumerate(listing.classes) if n not in set(labels)]:
+    if empty := [name for n, name in enumerate(listing.classes) if n not in present]:
         warnings.append(f"no readable image of {_some(empty)}: no class of that name is learned")
     digests = [digests[row] for row in rows]
     total = hashlib.sha256(b"".join(digests))
@@ -250,13 +251,17 @@ def _read(
 
 
 def _digests(array: np.ndarray) -> list[bytes]:
-    """A digest of each image, computed in parallel: hashing releases Python's lock."""
+    """A digest of each image. Of large ones in parallel, as hashing releases Python's lock.
+
+    With small ones, the threads would mostly wait for that lock.
+    """
 
     def of_rows(start: int) -> list[bytes]:
         rows = array[start : start + 1000]
         return [hashlib.blake2b(row.data, digest_size=16).digest() for row in rows]
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    large = array[0].nbytes >= 2**16
+    with ThreadPoolExecutor(os.cpu_count() if large else 1) as threads:
         return [d for part in threads.map(of_rows, range(0, len(array), 1000)) for d in part]
 
 
