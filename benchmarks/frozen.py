@@ -6,25 +6,20 @@
 Each is trained by `Trainer.fit` with everything that the command `fit` turns on, in bf16, with
 `--freezing.cache true` and false. The weights are random: they do not change how long it takes.
 
-    python benchmarks/frozen.py [IMAGES ROUNDS]
-
-A run has IMAGES images for training, 1,280 by default, which is 20 mini-batches, and a quarter as
-many for validation. On the whole set the last mini-batch of an epoch, which has 32 images, passes
-all layers either way. Each run is a process of its own, and the runs alternate. An epoch is the
-training and the validation, with the checkpoints of its end. The first epoch of each run, in which
-the process gathers its memory, does not count. The first pass is from the start of `fit` to the
-start of the first epoch. Writes results/frozen.json.
+A run has 1,280 images for training, which is 20 mini-batches, and a quarter as many for validation.
+On the whole set the last mini-batch of an epoch, which has 32 images, passes all layers either way.
+Each run is a process of its own, and the runs alternate. An epoch is the training and the
+validation, with the checkpoints of its end. The first epoch of each run, in which the process
+gathers its memory, does not count. The first pass is from the start of `fit` to the start of the
+first epoch.
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import time
 from functools import partial
 from itertools import pairwise
-from os import getloadavg
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,10 +28,7 @@ from lightning.pytorch import Callback, seed_everything
 
 from mnist_lightning import LayerFreezing, ResNet18
 from mnist_lightning.data.sampling import ImageSet
-from mnist_lightning.files import write_json
-from mnist_lightning.provenance import provenance
 
-RESULTS = Path(__file__).parent / "results" / "frozen.json"
 TRAINED = {"freeze": ["net.layer4.*", "net.fc.*"], "probe": ["net.fc.*"]}
 EPOCHS = 3
 
@@ -70,25 +62,27 @@ def fit(what: str, cache: bool, images: int) -> list[float]:
     freezing = LayerFreezing(train=TRAINED[what], cache=cache)
     with quietly() as folder:
         clock = Clock()
-        fit = trainer(folder, clock, freezing=freezing, precision="bf16-mixed", max_epochs=EPOCHS)
-        fit.fit(model, data)
+        fitting = trainer(
+            folder, clock, freezing=freezing, precision="bf16-mixed", max_epochs=EPOCHS
+        )
+        fitting.fit(model, data)
     return [after - before for before, after in pairwise(clock.moments)]
 
 
 def fresh(what: str, cache: bool, images: int) -> list[float]:
     """As ``fit``, in a process of its own."""
-    words = [sys.executable, __file__, "one", what, str(int(cache)), str(images)]
+    words = [sys.executable, __file__, what, str(int(cache)), str(images)]
     run = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def measure(images: int, rounds: int) -> dict[str, Any]:
+def measure(quick: bool) -> dict[str, Any]:
+    images, rounds = (256, 1) if quick else (1280, 3)
     ways = {
         f"{what}, {'once' if cache else 'each epoch'}": partial(fresh, what, cache, images)
         for what in TRAINED
         for cache in (True, False)
     }
-    facts = provenance(load_average=getloadavg())
     found = alternate(ways, rounds)
     return {
         "train_images": images,
@@ -96,30 +90,9 @@ def measure(images: int, rounds: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "seconds": {way: [s for run in runs for s in run[2:]] for way, runs in found.items()},
         "first_pass": {way: [run[0] for run in runs] for way, runs in found.items()},
-        "provenance": facts,
     }
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown: medians of epochs, side by side."""
-    lines = ["| an epoch | once | each epoch | ratio | first pass |", "|---|---|---|---|---|"]
-    for what in TRAINED:
-        once, each = (
-            statistics.median(results["seconds"][f"{what}, {way}"])
-            for way in ("once", "each epoch")
-        )
-        first = statistics.median(results["first_pass"][f"{what}, once"])
-        lines.append(
-            f"| {what} | {once:.2f} s | {each:.2f} s | {each / once:.1f} x | {first:.1f} s |"
-        )
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["one"]:
-        print(json.dumps(fit(sys.argv[2], sys.argv[3] == "1", int(sys.argv[4]))))
-    else:
-        images, rounds = (int(word) for word in sys.argv[1:] or ("1280", "3"))
-        results = measure(images, rounds)
-        write_json(RESULTS, results)
-        print(table(results))
+    what, cache, images = sys.argv[1:]
+    print(json.dumps(fit(what, cache == "1", int(images))))

@@ -29,7 +29,7 @@ from mnist_lightning.provenance import provenance
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"
 BEGIN, END = "<!-- results -->\n", "<!-- end -->\n"
-PARTS = ("fit", "batches", "resnet", "growth", "command", "augment", "grid", "stem")
+PARTS = ("fit", "batches", "resnet", "growth", "command", "augment", "frozen", "grid", "stem")
 QUICK = PARTS[:4]  # the others take minutes with --quick too: --quick --only grid
 
 Results = dict[str, dict[str, Any]]
@@ -143,6 +143,20 @@ COMPARISONS = [
         )
         for net, percent in (("ResNet-18", 10), ("small CNN", 15))
         for augment in ("shift 2, rotate 10", "crop 4, flip")
+    ),
+    *(
+        Comparison(
+            f"ResNet-18, 224 pixels, {trained}: an epoch, frozen layers computed once",
+            f"frozen/seconds/{name}, once",
+            "computed in each epoch",
+            f"frozen/seconds/{name}, each epoch",
+            f"{least} x",
+            times(least),
+        )
+        for trained, name, least in (
+            ("layer4 and fc train", "freeze", 1.8),
+            ("fc trains", "probe", 20),
+        )
     ),
     Comparison(
         "`fit` to its first step",
