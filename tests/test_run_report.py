@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,26 @@ def test_the_curves_are_those_of_the_file(logs: Path) -> None:
     assert best["val/acc"] == pytest.approx(_best(logs / "version_0"))
 
 
+def test_the_accuracy_on_changed_images_is_beside_that_of_others(
+    logs: Path, tmp_path: Path
+) -> None:
+    assert main(["report", str(logs), "--out", str(tmp_path / "without")]) == 0
+    assert not (tmp_path / "without" / "tables" / "robustness.csv").exists()
+    copy = tmp_path / "shallow"
+    shutil.copytree(logs, copy)
+    for name in ("version_0", "version_1"):
+        assert main(["test", "--ckpt_path", str(copy / name), "--robustness"]) == 0
+    assert main(["report", str(copy), "--out", str(tmp_path / "out")]) == 0
+    with (tmp_path / "out" / "tables" / "robustness.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("version_0", "version_1"):
+        (noted,) = json.loads((copy / name / "robustness.json").read_text())
+        expected = [noted["test/acc"]]
+        expected += [acc for change in noted["changes"].values() for acc in change["acc"]]
+        assert [float(row[f"shallow/{name}"]) for row in rows] == pytest.approx(expected)
+    assert [rows[0]["change"], rows[1]["change"], rows[1]["strength"]] == ["none", "shift", "0.04"]
+
+
 def test_a_run_without_an_epoch_has_a_page(logs: Path, tmp_path: Path) -> None:
     run = tmp_path / "young" / "version_0"
     run.mkdir(parents=True)
@@ -106,6 +127,7 @@ def test_what_a_file_holds_cannot_become_part_of_the_page(logs: Path, tmp_path: 
         ({"metrics.csv": 'a\n"'}, "metrics.csv is damaged"),
         ({"provenance.json": "{"}, "provenance.json is damaged"),
         ({"config.yaml": "a: ["}, "config.yaml: not a YAML file"),
+        ({"robustness.json": '[{"evaluation": 1, "changes": 3}]'}, "robustness.json is damaged"),
     ],
 )
 def test_damaged_files_get_a_line(

@@ -36,6 +36,7 @@ class RunResult:
         settings: all settings by their dotted name.
         origins: an entry of ``provenance.json`` for each start of the training.
         tests: the test evaluations.
+        robustness: the evaluations on changed test images.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class RunResult:
     settings: dict[str, Any]
     origins: list[dict[str, Any]] = field(default_factory=list)
     tests: list[dict[str, Any]] = field(default_factory=list)
+    robustness: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def model(self) -> str:
@@ -97,6 +99,7 @@ def _read(folder: Path) -> RunResult:
         dict(_flat(read_config(folder / "config.yaml"))),
         read_json(origin, remedy, kind=list) if origin.is_file() else [],
         evaluations.read(folder),
+        evaluations.read(folder, "robustness.json"),
     )
 
 
@@ -169,6 +172,8 @@ def overall(runs: Sequence[RunResult]) -> list[Block]:
     tables = [Table("runs", "The best epoch of each run", _results(runs))]
     if (different := _different(runs)) is not None:
         tables.append(Table("settings", "Settings that differ", different))
+    if (changed := _robustness(runs)) is not None:
+        tables.append(Table("robustness", "Accuracy on changed test images", changed))
     curves = [Block("Learning curves", drawings=drawings)] if drawings else []
     return [*curves, Block("Results", tables=tables)]
 
@@ -215,6 +220,32 @@ def _different(runs: Sequence[RunResult]) -> pd.DataFrame | None:
             named = zip((run.name for run in runs), values, strict=True)
             rows.append({"setting": name, **dict(named)})
     return pd.DataFrame(rows) if rows else None
+
+
+def _robustness(runs: Sequence[RunResult]) -> pd.DataFrame | None:
+    """The newest evaluation of each run on changed images, side by side; None without any."""
+    columns = {}
+    for run in runs:
+        if not run.robustness:
+            continue
+        newest = run.robustness[-1]
+        try:
+            accuracies = {("none", "", ""): float(newest["test/acc"])}
+            for name, change in newest["changes"].items():
+                for strength, accuracy in zip(change["strengths"], change["acc"], strict=True):
+                    accuracies[str(name), f"{strength:g}", str(change["of"])] = float(accuracy)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{run.path / 'robustness.json'} is damaged: restore it, or move it away"
+            ) from error
+        columns[run.name] = accuracies
+    if not columns:
+        return None
+    rows = []
+    for row in dict.fromkeys(row for accuracies in columns.values() for row in accuracies):
+        values = {name: accuracies.get(row) for name, accuracies in columns.items()}
+        rows.append({**dict(zip(("change", "strength", "of"), row, strict=True)), **values})
+    return pd.DataFrame(rows)
 
 
 def section(run: RunResult) -> Section:
