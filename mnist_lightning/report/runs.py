@@ -4,6 +4,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -173,7 +174,8 @@ def overall(runs: Sequence[RunResult]) -> list[Block]:
     if (different := _different(runs)) is not None:
         tables.append(Table("settings", "Settings that differ", different))
     if (changed := _robustness(runs)) is not None:
-        tables.append(Table("robustness", "Accuracy on changed test images", changed))
+        title = "Accuracy on changed test images, mean over the strengths of each change"
+        tables.append(Table("robustness", title, changed))
     curves = [Block("Learning curves", drawings=drawings)] if drawings else []
     return [*curves, Block("Results", tables=tables)]
 
@@ -223,29 +225,22 @@ def _different(runs: Sequence[RunResult]) -> pd.DataFrame | None:
 
 
 def _robustness(runs: Sequence[RunResult]) -> pd.DataFrame | None:
-    """The newest evaluation of each run on changed images, side by side; None without any."""
-    columns = {}
+    """Each run's accuracies in its newest evaluation on changed images; None without any."""
+    rows = []
     for run in runs:
         if not run.robustness:
             continue
         newest = run.robustness[-1]
         try:
-            accuracies = {("none", "", ""): float(newest["test/acc"])}
+            row = {"run": run.name, "unchanged": float(newest["test/acc"])}
             for name, change in newest["changes"].items():
-                for strength, accuracy in zip(change["strengths"], change["acc"], strict=True):
-                    accuracies[str(name), f"{strength:g}", str(change["of"])] = float(accuracy)
+                row[str(name)] = fmean(change["acc"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{run.path / 'robustness.json'} is damaged: restore it, or move it away"
             ) from error
-        columns[run.name] = accuracies
-    if not columns:
-        return None
-    rows = []
-    for row in dict.fromkeys(row for accuracies in columns.values() for row in accuracies):
-        values = {name: accuracies.get(row) for name, accuracies in columns.items()}
-        rows.append({**dict(zip(("change", "strength", "of"), row, strict=True)), **values})
-    return pd.DataFrame(rows)
+        rows.append(row)
+    return pd.DataFrame(rows) if rows else None
 
 
 def section(run: RunResult) -> Section:
