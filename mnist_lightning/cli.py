@@ -289,6 +289,11 @@ class CLI(LightningCLI):
             " Lightning's Tuner; then trains with it.",
         )
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command alone: the parsers of the others would take as long as everything else."""
+        known = LightningCLI.subcommands()
+        return {self.command: known[self.command]} if self.command else known
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "test":

@@ -15,6 +15,13 @@ torch.set_num_threads(1)  # the tensors are small, and two test workers share tw
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def _few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take half the time of a short training: only tests marked ``pictures`` draw them."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr("mnist_lightning.insight.pictures.write_run", lambda *_: None)
+
+
 @pytest.fixture
 def digits() -> MNISTDataModule:
     """Scikit-learn's 1,797 digits: real data, no files, no network."""

@@ -27,16 +27,20 @@ class _Parser(Exception):
     """Carries a parser out of the command that made it."""
 
 
-def _of_cli(run: bool) -> Any:
+def _of_cli(command: str) -> Any:
+    """The parser of a command of Lightning's command line, or of ``inspect``."""
+    run = command != "inspect"
+
     def catch(self: CLI, parser: Any, args: Any) -> None:
         raise _Parser(parser)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CLI, "parse_arguments", catch)
         try:
-            CLI(["fit"] if run else [], run=run)
+            CLI([command] if run else [], run=run)
         except _Parser as caught:
-            return caught.args[0]
+            parser = caught.args[0]
+            return parser._subcommands_action.choices[command] if run else parser
 
 
 def _of_main(main: Any) -> Any:
@@ -82,14 +86,13 @@ def _parsed() -> dict[str, tuple[list[str], list[str]]]:
     from mnist_lightning.deploy import demo, export, predict
     from mnist_lightning.report import command as report
 
-    subcommands = _of_cli(run=True)._subcommands_action.choices
     parsers = {
-        **{name: subcommands[name] for name in ("fit", "validate", "test", "predict")},
+        **{name: _of_cli(name) for name in ("fit", "validate", "test", "predict")},
         "search": search._parser(),
         "report": _of_main(report.main),
         "demo": _of_main(demo.main),
         "export": _of_main(export.main),
-        "inspect": _of_cli(run=False),
+        "inspect": _of_cli("inspect"),
         "configs": _of_main(catalog.main),
         "doctor": _of_main(doctor.main),
         "completion": _of_main(completion.main),

@@ -65,6 +65,7 @@ def fit_words(config: Path, weights: Path, pictures: Path) -> list[str]:
 
 
 # several ResNets take a while: one of them in the fast tests
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     "config",
     [

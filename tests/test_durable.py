@@ -54,6 +54,7 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
             _written.append(Path(path).name)
 
 
+@pytest.mark.pictures
 def test_no_file_is_written_under_its_own_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,8 @@ from mnist_lightning.insight.answers import (
 from mnist_lightning.runs.checkpoints import load, read
 from mnist_lightning.training.progress import EpochLines
 
+pytestmark = pytest.mark.pictures
+
 FIT = "fit --config shallow.yaml --data.source digits --data.batch_size 32".split()
 NAMES = {"samples", "weights", "confusion", "classes", "reliability", "mistakes"}
 RUN = Path("lightning_logs/shallow/version_0")
