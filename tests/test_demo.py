@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from conftest import trainer
 from PIL import Image
+from test_drawings import HANDS, photographed
+from test_drawings import written as handwritten
 from torch import Tensor, nn
 
 from mnist_lightning import (
@@ -639,6 +641,23 @@ def test_photographed_digits_are_prepared_alike(
             assert answer["bytes"] == read_image(file).flatten().tolist()
             count += 1
     assert count >= 30
+
+
+@pytest.mark.browser
+def test_shaded_and_ruled_paper_is_prepared_alike(
+    visit: Visit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = visit(written(small("perceptron"), tmp_path, monkeypatch))
+    rng = np.random.default_rng(0)
+    for number, hands in HANDS.items():
+        digit = handwritten(hands[0], 300, 0.05)
+        ink = np.zeros((384, 512), np.float32)
+        ink[40 : 40 + digit.height, 90 : 90 + digit.width] = np.asarray(digit) / 255
+        for how in ("shaded", "shaded and dark", "shaded and ruled"):
+            file = tmp_path / "digit.png"
+            photographed(ink, how, rng).save(file)
+            answer = page.evaluate(OPENED, base64.b64encode(file.read_bytes()).decode())
+            assert answer["bytes"] == read_image(file).flatten().tolist(), (number, how)
 
 
 # the ten digits as a hand draws them: strokes through points, on a sheet of 1 x 1

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _LARGEST = 512  # pixels: larger pictures are scaled down before the ink is searched
+_GRID = 128  # pixels a side: the paper is fitted to a grid of no more, evenly spaced
 _FAINT = 25  # of 255: less contrast is no ink
 _STROKE = 1.6  # pixels of the 28: thinner strokes would be faint, and are drawn thicker
 
@@ -29,7 +30,8 @@ def find_ink(gray: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     contrast = gray.astype(np.float64)
     surface, noise = _paper(contrast)
     contrast -= surface
-    if (contrast**3).sum() < 0:  # what differs most from the paper is the ink, dark or light
+    # what differs most from the paper is the ink, dark or light (** 3 would be far slower)
+    if (contrast * contrast * contrast).sum() < 0:
         contrast = -contrast
     ink = contrast.clip(0)
     _remove_rulings(ink)
@@ -40,13 +42,12 @@ def find_ink(gray: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     ink = ink.clip(0, peak) * (255 / peak)
     # strokes: connected pixels of which one is dark at least; specks are left out
     parts, count = ndimage.label(ink > max(64, 4 * noise * 255 / peak), np.ones((3, 3)))
-    numbers = np.arange(1, count + 1)
-    areas = np.bincount(parts.ravel(), minlength=count + 1)[1:]
-    darkest = np.asarray(ndimage.maximum(ink, parts, numbers))
-    if not (darkest >= 128).any():
+    areas = np.bincount(parts.ravel(), minlength=count + 1)
+    dark = np.bincount(parts[ink >= 128], minlength=count + 1) > 0
+    dark[0] = False  # what is no part
+    if not dark.any():
         return None
-    largest = areas[darkest >= 128].max()
-    mask = np.isin(parts, numbers[(darkest >= 128) & (areas >= 0.04 * largest)])
+    mask = (dark & (areas >= 0.04 * areas[dark].max()))[parts]
     return ink * ndimage.binary_dilation(mask, iterations=2), mask
 
 
@@ -58,21 +59,20 @@ def _paper(gray: np.ndarray) -> tuple[np.ndarray, float]:
     Returns:
         The brightness, and the standard deviation of the paper's pixels from it.
     """
-    height, width = gray.shape
-    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
-    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], -1).reshape(-1, 6)
-    values = gray.ravel()
+    y, x = (2 * np.arange(side) / max(1, side - 1) - 1 for side in gray.shape)
+    down, across = (-(-side // _GRID) for side in gray.shape)
+    points, v, u = gray[::down, ::across], y[::down], x[::across]
+    rows, columns = v ** np.arange(5)[:, None], u ** np.arange(5)[:, None]
+    terms = np.array([[0, 0, 1, 0, 1, 2], [0, 1, 0, 2, 1, 0]])  # powers of y and x
+    height, width = points.shape
     edge = max(1, min(height, width) // 12)
-    border = np.ones((height, width), bool)
-    border[edge : height - edge, edge : width - edge] = False
-    used = border.ravel()
-    surface, noise = values, 0.0
+    used = np.ones((height, width), bool)
+    used[edge : height - edge, edge : width - edge] = False
     for _ in range(8):
-        some = np.flatnonzero(used)
-        some = some[:: max(1, len(some) // 4096)]
-        surface = terms @ np.linalg.lstsq(terms[some], values[some], rcond=None)[0]
-        surface = surface.round(6)  # rounding errors would decide on pixels at a threshold
-        distance = abs(values - surface)
+        products = (rows @ used @ columns.T)[tuple(terms[:, :, None] + terms[:, None])]
+        sums = (rows @ (used * points) @ columns.T)[tuple(terms)]
+        factors = np.linalg.lstsq(products, sums, rcond=1e-10)[0]
+        distance = abs(points - _quadratic(factors, v, u))
         noise = 1.4826 * float(np.median(distance[used]))  # estimated as if it were normal
         close = distance < max(2.5 * noise, 8)
         if (close == used).all() or not close.any():
@@ -81,7 +81,15 @@ def _paper(gray: np.ndarray) -> tuple[np.ndarray, float]:
     if noise > _FAINT:  # ink all along the border: the paper is the median there
         edges = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
         return np.full_like(gray, np.sort(edges)[(len(edges) - 1) // 2]), 0.0
-    return surface.reshape(gray.shape), noise
+    return _quadratic(factors, y, x), noise
+
+
+def _quadratic(factors: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The surface with these factors of 1, x, y, xx, xy and yy, at all pairs of y and x."""
+    a, b, c, d, e, f = factors
+    start, slope = a + c * y + f * y * y, b + e * y
+    surface = start[:, None] + slope[:, None] * x + d * x * x
+    return surface.round(6)  # rounding errors would decide on pixels at a threshold
 
 
 def _remove_rulings(ink: np.ndarray) -> None:
@@ -119,9 +127,9 @@ def frame(ink: np.ndarray, mask: np.ndarray) -> Tensor:
     scale = 20 / max(digit.shape)
     height, width = (max(1, round(side * scale)) for side in digit.shape)
     small = torch.from_numpy(_resized(digit, (height, width)))
-    weight = small / small.sum()
-    centre_y = (weight.sum(1) * torch.arange(height)).sum()
-    centre_x = (weight.sum(0) * torch.arange(width)).sum()
+    weight = small.double()  # so that the sums are exact, in any order
+    centre_y = (weight.sum(1) * torch.arange(height)).sum() / weight.sum()
+    centre_x = (weight.sum(0) * torch.arange(width)).sum() / weight.sum()
     # the centres of mass of MNIST's digits lie within half a pixel of row and column 14, not 13.5
     top = int((14 - centre_y).round().clamp(0, 28 - height))
     left = int((14 - centre_x).round().clamp(0, 28 - width))
