@@ -141,7 +141,9 @@ def _show_trained(cli: "CLI") -> None:
     model, data = cli.model, cli.datamodule
     model.load_state_dict(cli.checkpoint["state_dict"])
     drawn = dict(pictures.draw(model, data, pictures.validation_answers(model, data)))
-    if isinstance(model, Classifier) and isinstance(data, MNISTDataModule):
+    if not _validates(data):
+        print(f"\n{pictures.WITHOUT_VALIDATION}")
+    elif isinstance(model, Classifier) and isinstance(data, MNISTDataModule):
         try:
             if (sheet := gradcam.draw(model, data)) is not None:
                 drawn["gradcam"] = pictures.png(sheet)
@@ -556,15 +558,18 @@ class CLI(LightningCLI):
         ]
 
     def _choose_monitor(self) -> dict[str, Any]:
-        """Has early stopping monitor a metric that the model logs.
+        """Has early stopping monitor a metric that the model logs, if there is a validation.
 
         Returns:
             ``monitor`` and ``mode`` of the ModelCheckpoint that keeps the best epoch; empty if
             the model logs no metric for it.
         """
         names = ["val/loss", "val/acc"]
+        settings = self.config_init[self.command]
+        if not _validates(self.datamodule):
+            self._stop_without_validation(settings)
+            return {}
         if not own.logs_as_ours(self.model):
-            settings = self.config_init[self.command]
             try:
                 names = own.figures(self.model, self.datamodule)
             except own.ValidationFails as error:
@@ -580,6 +585,24 @@ class CLI(LightningCLI):
                 say(f"{type(self.model).__name__} logs {logged} in a validation: {outcome}")
         best = own.watched(names).best
         return {"monitor": best[0], "mode": best[1]} if best else {}
+
+    def _stop_without_validation(self, settings: Any) -> None:
+        """Turns early stopping off, unless it monitors a metric of the training.
+
+        Raises:
+            ValueError: the user asks for it on the command line.
+        """
+        stopping = settings.early_stopping
+        if not stopping.enabled or not stopping.monitor.startswith("val"):
+            return
+        for name, value in words.options(self.request.others):
+            if name.startswith("early_stopping."):
+                raise ValueError(
+                    "with --data.val_fraction 0 there is no validation that early stopping could"
+                    f" monitor: leave --{name} {value} out"
+                )
+        stopping.enabled = False
+        self.config[self.command].early_stopping.enabled = False  # for config.yaml
 
     def _origin(self) -> Origin:
         settings = self.config[self.command]
@@ -666,6 +689,8 @@ class CLI(LightningCLI):
             best = checkpoints.read(run.best)
             epoch, most = best["epoch"] + 1, pictures.answers_after(trained)
             place = trainer.strategy.root_device
+            if not _validates(data):
+                say(pictures.WITHOUT_VALIDATION)
             with pictures.with_weights(self.model, best["state_dict"], place):
                 pictures.write_run(run, self.model, data, epoch, most)
         except Exception as error:
@@ -683,6 +708,8 @@ class CLI(LightningCLI):
             say(self.datamodule.describe_classes())
         size = getattr(self.datamodule, "batch_size", "its own")
         say(f"batch size {size}, at most {trainer.max_epochs} epochs, early stopping {limit}")
+        if not _validates(self.datamodule):
+            say("no validation: early stopping does not apply, and best.ckpt is of the last epoch")
         if self.checkpoint is not None and self.checkpoint_path is not None:
             messages.say_resumed(
                 self.checkpoint_path,
@@ -905,6 +932,11 @@ def _spec(data: LightningDataModule) -> DataSpec:
     """Shape and classes of the images; MNIST's if the user's own data do not tell."""
     spec = getattr(data, "spec", None)
     return spec if isinstance(spec, DataSpec) else DataSpec()
+
+
+def _validates(data: LightningDataModule) -> bool:
+    """Whether there are validation images; call it after ``setup``."""
+    return not isinstance(data, MNISTDataModule) or len(data.val_set) > 0
 
 
 def _plain_spec(data: LightningDataModule) -> dict[str, Any]:

@@ -163,6 +163,11 @@ class Search:
                 raise ValueError("second_round is {best: k, max_epochs: n}; not after optuna")
             for option, value in self.second_round.items():
                 check_count(f"second_round.{option}", value)
+        if self.data.get("val_fraction") == 0:
+            raise ValueError(
+                "a search compares its trials on validation images, and --data.val_fraction 0"
+                " leaves none: give a share above 0"
+            )
         self._check_parameters()
 
     def _check_strategy(self) -> None:
