@@ -798,6 +798,8 @@ class CLI(LightningCLI):
             facts = mistakes.facts(data.test_set, data.spec.classes)
         if classes := self._per_class("test"):
             facts["per_class"] = classes
+        if isinstance(self.model, Classifier) and self.model.tta:
+            facts["tta"] = self.model.tta
         # before the result is shown: if it cannot be recorded, nobody sees it
         number = evaluations.record(
             run.path,

@@ -106,7 +106,9 @@ def answer(module: Classifier, image: Tensor) -> tuple[list[float], list[list[fl
 
     hooks = [m.register_forward_hook(note) for m in module.modules() if type(m) in _NAMES]
     try:
-        return module.predict(image).probabilities[0].tolist(), hidden
+        probabilities = module.predict(image).probabilities[0].tolist()
+        # with tta the network is called nine times: first with the image itself
+        return probabilities, hidden[: len(hidden) // 9] if module.tta else hidden
     finally:
         for hook in hooks:
             hook.remove()
@@ -127,6 +129,8 @@ class Layers:
     def __init__(self, module: Classifier) -> None:
         self._weights: list[np.ndarray] = []
         self._count = 0
+        if module.tta:
+            raise _unknown("tta, the mean over shifted images")
         for method in ("forward", "predict"):
             if getattr(type(module), method) is not getattr(Classifier, method):
                 raise _unknown(f"a {method} of its own")

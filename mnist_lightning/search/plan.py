@@ -47,6 +47,7 @@ PLAIN = {
     "label_smoothing": 0.0,
     "mixup": 0.0,
     "class_weights": "none",
+    "tta": 0,
     "dropout": 0.0,
     "batch_norm": False,
     "activation": "relu",

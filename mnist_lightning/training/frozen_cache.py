@@ -139,6 +139,8 @@ def _obstacle(trainer: Trainer) -> str | None:
         return f"the training has {trainer.world_size} processes"
     if reason := altered(module, MODULE_NAMES - {"validation_step"} - _VALIDATION_HOOKS):
         return reason
+    if module.tta:
+        return "tta shifts the validation images"
     if "mixup" in module.loss_options:
         return "mixup mixes images"
     data: Any = getattr(trainer, "datamodule", None)
