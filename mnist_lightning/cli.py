@@ -55,7 +55,7 @@ from mnist_lightning.models.perceptron import Perceptron
 from mnist_lightning.models.resnet import ResNet18
 from mnist_lightning.parser import Parser, shorten
 from mnist_lightning.quiet import quiet
-from mnist_lightning.runs import checkpoints, evaluations, messages
+from mnist_lightning.runs import checkpoints, ensembles, evaluations, messages
 from mnist_lightning.runs.checkpoints import DATA_CLASS, REMEDY, ModelCheckpoint, Origin, WholeFiles
 from mnist_lightning.runs.folder import LOGS, RunFolder, find_checkpoint, run_name
 from mnist_lightning.runs.loggers import Dashboard, RunLogger
@@ -76,25 +76,29 @@ def fit(argv: list[str]) -> None:
 
 
 def validate(argv: list[str]) -> None:
-    """Evaluates a checkpoint on the validation images."""
-    _run("validate", argv)
+    """Evaluates a checkpoint, or several as an ensemble, on the validation images."""
+    _run("validate", ensembles.as_one(argv))
 
 
 def test(argv: list[str]) -> None:
-    """Evaluates a checkpoint on the test images, and records it in the folder of the run."""
-    _run("test", argv)
+    """Evaluates a checkpoint on the test images, and records it in the folder of the run.
+
+    Several are evaluated as an ensemble, which has a folder of its own.
+    """
+    _run("test", ensembles.as_one(argv))
 
 
 def predict(argv: list[str]) -> int:
     """Labels images: those at the paths in ``argv``, or the validation images with a Trainer."""
     options, paths = words.split_paths(argv)
+    options = ensembles.as_one(options)
     given = {name for name, _ in words.options(options)}
     if paths or given & {"json", "out"} or given == {"help"}:
         from mnist_lightning.deploy.predict import main
 
         with quiet(training=False):
             return main([*options, "--", *paths])
-    _run("predict", argv)
+    _run("predict", options)
     return 0
 
 
@@ -800,6 +804,8 @@ class CLI(LightningCLI):
             facts["per_class"] = classes
         if isinstance(self.model, Classifier) and self.model.tta:
             facts["tta"] = self.model.tta
+        if members := self.checkpoint.get("members"):  # of an ensemble
+            facts["members"] = members
         # before the result is shown: if it cannot be recorded, nobody sees it
         number = evaluations.record(
             run.path,

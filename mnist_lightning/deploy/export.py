@@ -19,6 +19,7 @@ from mnist_lightning.deploy.formats import FORMATS, Answers, Export
 from mnist_lightning.deploy.options import make_parser, parse
 from mnist_lightning.files import first_line, write_bytes
 from mnist_lightning.quiet import quiet
+from mnist_lightning.runs.ensembles import as_one
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
             or its answers are not PyTorch's.
         ModuleNotFoundError: a package of the extra ``export`` is missing.
     """
-    given = _parse(argv)
+    given = _parse(as_one(argv))
     # PyTorch takes seconds: help and errors do not wait for it
     from mnist_lightning.runs.folder import LOGS, RunFolder, find_checkpoint
 
