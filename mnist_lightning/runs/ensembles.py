@@ -8,14 +8,14 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mnist_lightning.classes import import_class, is_own
-from mnist_lightning.configs import read_request
 from mnist_lightning.console import is_first_process, short
 from mnist_lightning.files import read_json, write_json, write_torch
 from mnist_lightning.provenance import provenance
-from mnist_lightning.runs.folder import LOGS, RunFolder, find_checkpoint, newest_first
+
+if TYPE_CHECKING:
+    from mnist_lightning.runs.folder import RunFolder
 
 NAME = "ensemble"
 _OPTION = "--ckpt_path"
@@ -35,6 +35,10 @@ def as_one(argv: Sequence[str]) -> list[str]:
     end = next((n for n in range(start, len(argv)) if argv[n].startswith("-")), len(argv))
     if end - start < 2:
         return argv
+    # the others do not wait for what is imported here
+    from mnist_lightning.configs import read_request
+    from mnist_lightning.runs.folder import LOGS, find_checkpoint
+
     root = Path(read_request(argv).root) / LOGS
     paths = [find_checkpoint(where, root) for where in argv[start:end]]
     return [*argv[:start], str(_joined(paths, root / NAME, "--trust" in argv)), *argv[end:]]
@@ -42,6 +46,8 @@ def as_one(argv: Sequence[str]) -> list[str]:
 
 def _joined(paths: Sequence[Path], folder: Path, trust: bool) -> Path:
     """The checkpoint of the ensemble in its folder, which is made if there is none yet."""
+    from mnist_lightning.runs.folder import RunFolder, newest_first
+
     members = [
         {"checkpoint": short(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for path in paths
@@ -62,7 +68,7 @@ def _joined(paths: Sequence[Path], folder: Path, trust: bool) -> Path:
     return run.best
 
 
-def _digests(run: RunFolder) -> list[str] | None:
+def _digests(run: "RunFolder") -> list[str] | None:
     with suppress(ValueError, KeyError, TypeError, IndexError):
         (facts,) = read_json(run.path / "provenance.json", "", list)
         return sorted(member["sha256"] for member in facts["members"])
@@ -71,7 +77,7 @@ def _digests(run: RunFolder) -> list[str] | None:
 
 def _content(paths: Sequence[Path], trust: bool) -> dict[str, Any]:
     """What the Trainer would save of the ensemble, as far as an evaluation needs it."""
-    from mnist_lightning.classes import class_path
+    from mnist_lightning.classes import class_path, import_class, is_own
     from mnist_lightning.models.ensemble import Ensemble
     from mnist_lightning.runs import checkpoints
 
