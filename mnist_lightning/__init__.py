@@ -21,6 +21,7 @@ _HOMES = {
     "DeepNetwork": "models.multilayer",
     "ConvNetwork": "models.convolution",
     "ResNet18": "models.resnet",
+    "Ensemble": "models.ensemble",
     "EarlyStopping": "training.callbacks",
     "LayerFreezing": "training.freezing",
     "Execution": "training.execution",

@@ -2,6 +2,7 @@
 from mnist_lightning.data.module import MNISTDataModule as MNISTDataModule
 from mnist_lightning.models.classifier import Classifier as Classifier
 from mnist_lightning.models.convolution import ConvNetwork as ConvNetwork
+from mnist_lightning.models.ensemble import Ensemble as Ensemble
 from mnist_lightning.models.multilayer import DeepNetwork as DeepNetwork
 from mnist_lightning.models.multilayer import ShallowNetwork as ShallowNetwork
 from mnist_lightning.models.perceptron import Perceptron as Perceptron

@@ -100,5 +100,11 @@ def import_class(path: str) -> Any:
         raise ValueError(f"no class {path}: {error}") from error
 
 
+def imported(path: str) -> Any:
+    """What has this dotted path, if its module is imported already; else None."""
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
+
+
 def is_users(root: str) -> bool:
     return root not in sys.stdlib_module_names and root != "jsonargparse"

@@ -55,7 +55,7 @@ from mnist_lightning.models.perceptron import Perceptron
 from mnist_lightning.models.resnet import ResNet18
 from mnist_lightning.parser import Parser, shorten
 from mnist_lightning.quiet import quiet
-from mnist_lightning.runs import checkpoints, evaluations, messages
+from mnist_lightning.runs import checkpoints, ensembles, evaluations, messages
 from mnist_lightning.runs.checkpoints import DATA_CLASS, REMEDY, ModelCheckpoint, Origin, WholeFiles
 from mnist_lightning.runs.folder import LOGS, RunFolder, find_checkpoint, run_name
 from mnist_lightning.runs.loggers import Dashboard, RunLogger
@@ -76,25 +76,29 @@ def fit(argv: list[str]) -> None:
 
 
 def validate(argv: list[str]) -> None:
-    """Evaluates a checkpoint on the validation images."""
-    _run("validate", argv)
+    """Evaluates a checkpoint, or several as an ensemble, on the validation images."""
+    _run("validate", ensembles.as_one(argv))
 
 
 def test(argv: list[str]) -> None:
-    """Evaluates a checkpoint on the test images, and records it in the folder of the run."""
-    _run("test", argv)
+    """Evaluates a checkpoint on the test images, and records it in the folder of the run.
+
+    Several are evaluated as an ensemble, which has a folder of its own.
+    """
+    _run("test", ensembles.as_one(argv))
 
 
 def predict(argv: list[str]) -> int:
     """Labels images: those at the paths in ``argv``, or the validation images with a Trainer."""
     options, paths = words.split_paths(argv)
+    options = ensembles.as_one(options)
     given = {name for name, _ in words.options(options)}
     if paths or given & {"json", "out"} or given == {"help"}:
         from mnist_lightning.deploy.predict import main
 
         with quiet(training=False):
             return main([*options, "--", *paths])
-    _run("predict", argv)
+    _run("predict", options)
     return 0
 
 
@@ -141,7 +145,9 @@ def _show_trained(cli: "CLI") -> None:
     model, data = cli.model, cli.datamodule
     model.load_state_dict(cli.checkpoint["state_dict"])
     drawn = dict(pictures.draw(model, data, pictures.validation_answers(model, data)))
-    if isinstance(model, Classifier) and isinstance(data, MNISTDataModule):
+    if not _validates(data):
+        print(f"\n{pictures.WITHOUT_VALIDATION}")
+    elif isinstance(model, Classifier) and isinstance(data, MNISTDataModule):
         try:
             if (sheet := gradcam.draw(model, data)) is not None:
                 drawn["gradcam"] = pictures.png(sheet)
@@ -561,15 +567,18 @@ class CLI(LightningCLI):
         ]
 
     def _choose_monitor(self) -> dict[str, Any]:
-        """Has early stopping monitor a metric that the model logs.
+        """Has early stopping monitor a metric that the model logs, if there is a validation.
 
         Returns:
             ``monitor`` and ``mode`` of the ModelCheckpoint that keeps the best epoch; empty if
             the model logs no metric for it.
         """
         names = ["val/loss", "val/acc"]
+        settings = self.config_init[self.command]
+        if not _validates(self.datamodule):
+            self._stop_without_validation(settings)
+            return {}
         if not own.logs_as_ours(self.model):
-            settings = self.config_init[self.command]
             try:
                 names = own.figures(self.model, self.datamodule)
             except own.ValidationFails as error:
@@ -585,6 +594,24 @@ class CLI(LightningCLI):
                 say(f"{type(self.model).__name__} logs {logged} in a validation: {outcome}")
         best = own.watched(names).best
         return {"monitor": best[0], "mode": best[1]} if best else {}
+
+    def _stop_without_validation(self, settings: Any) -> None:
+        """Turns early stopping off, unless it monitors a metric of the training.
+
+        Raises:
+            ValueError: the user asks for it on the command line.
+        """
+        stopping = settings.early_stopping
+        if not stopping.enabled or not stopping.monitor.startswith("val"):
+            return
+        for name, value in words.options(self.request.others):
+            if name.startswith("early_stopping."):
+                raise ValueError(
+                    "with --data.val_fraction 0 there is no validation that early stopping could"
+                    f" monitor: leave --{name} {value} out"
+                )
+        stopping.enabled = False
+        self.config[self.command].early_stopping.enabled = False  # for config.yaml
 
     def _origin(self) -> Origin:
         settings = self.config[self.command]
@@ -671,6 +698,8 @@ class CLI(LightningCLI):
             best = checkpoints.read(run.best)
             epoch, most = best["epoch"] + 1, pictures.answers_after(trained)
             place = trainer.strategy.root_device
+            if not _validates(data):
+                say(pictures.WITHOUT_VALIDATION)
             with pictures.with_weights(self.model, best["state_dict"], place):
                 pictures.write_run(run, self.model, data, epoch, most)
         except Exception as error:
@@ -688,6 +717,8 @@ class CLI(LightningCLI):
             say(self.datamodule.describe_classes())
         size = getattr(self.datamodule, "batch_size", "its own")
         say(f"batch size {size}, at most {trainer.max_epochs} epochs, early stopping {limit}")
+        if not _validates(self.datamodule):
+            say("no validation: early stopping does not apply, and best.ckpt is of the last epoch")
         if self.checkpoint is not None and self.checkpoint_path is not None:
             messages.say_resumed(
                 self.checkpoint_path,
@@ -776,6 +807,10 @@ class CLI(LightningCLI):
             facts = mistakes.facts(data.test_set, data.spec.classes)
         if classes := self._per_class("test"):
             facts["per_class"] = classes
+        if isinstance(self.model, Classifier) and self.model.tta:
+            facts["tta"] = self.model.tta
+        if members := self.checkpoint.get("members"):  # of an ensemble
+            facts["members"] = members
         # before the result is shown: if it cannot be recorded, nobody sees it
         number = evaluations.record(
             run.path,
@@ -910,6 +945,11 @@ def _spec(data: LightningDataModule) -> DataSpec:
     """Shape and classes of the images; MNIST's if the user's own data do not tell."""
     spec = getattr(data, "spec", None)
     return spec if isinstance(spec, DataSpec) else DataSpec()
+
+
+def _validates(data: LightningDataModule) -> bool:
+    """Whether there are validation images; call it after ``setup``."""
+    return not isinstance(data, MNISTDataModule) or len(data.val_set) > 0
 
 
 def _plain_spec(data: LightningDataModule) -> dict[str, Any]:

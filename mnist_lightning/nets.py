@@ -1,11 +1,13 @@
 """The networks as plain PyTorch modules, usable alone. ResNet-18 comes from torchvision."""
 
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise, product
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnist_lightning.checks import check_choice
@@ -19,6 +21,46 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
+
+
+def mean_of_answers(answers: Sequence[Tensor]) -> Tensor:
+    """Class scores whose softmax is the mean of the probabilities of several answers.
+
+    Args:
+        answers: class scores, each ``(b, classes)``.
+    """
+    logs = [scores.log_softmax(1, _at_least_float32(scores)) for scores in answers]
+    return torch.stack(logs).logsumexp(0) - math.log(len(logs))
+
+
+def _at_least_float32(scores: Tensor) -> torch.dtype:
+    return torch.promote_types(scores.dtype, torch.float32)
+
+
+def mean_over_shifts(
+    net: Callable[[Tensor], Tensor], images: Tensor, pixels: int, black: Tensor
+) -> Tensor:
+    """Class scores whose softmax is the mean of the probabilities over shifted images.
+
+    Args:
+        net: computes class scores.
+        images: as the network receives them, ``(b, channels, height, width)``.
+        pixels: each image is taken as it is, and shifted by so many pixels up, down, to the sides
+            and to the corners.
+        black: fills the edges, as in the augmentation of training images; ``(channels, 1, 1)``.
+    """
+    return mean_of_answers([net(shifted) for shifted in _shifts(images, pixels, black)])
+
+
+def _shifts(images: Tensor, pixels: int, black: Tensor) -> Iterator[Tensor]:
+    """Nine times the images: as they are, then shifted."""
+    height, width = images.shape[-2:]
+    inside = F.pad(torch.ones_like(images[:1, :1]), (pixels,) * 4)
+    padded = torch.where(inside > 0, F.pad(images, (pixels,) * 4), black)
+    yield images
+    for top, left in product((0, pixels, 2 * pixels), repeat=2):
+        if (top, left) != (pixels, pixels):
+            yield padded[..., top : top + height, left : left + width]
 
 
 class AffineMap(nn.Module):

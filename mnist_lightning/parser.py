@@ -31,7 +31,7 @@ GENERAL = {
     "config": None,
     "model": "The class of the model: one of this package, or your own, like my_module.MyModel.",
     "ckpt_path": "A checkpoint: a file, the folder of a run, or the name of a run, like shallow or"
-    " shallow/last.",
+    " shallow/last. For validate, test and predict also several: an ensemble.",
     "seed_everything": "The seed of the training; true draws a random one.",
     "save_every_minutes": None,
     "pictures": None,

@@ -13,6 +13,7 @@ _ADVICE = (
     ".*does not have many workers.*",  # the images are in memory
     ".*smaller than the logging interval.*",  # metrics are logged once per epoch
     ".*Checkpoint directory .* exists and is not empty.*",
+    ".*Total length of `list` across ranks is zero.*",  # no validation, with val_fraction 0
     ".*LeafSpec.*",
     ".*isinstance.treespec.*",
 )

@@ -69,6 +69,11 @@ class DataSpec:
         """Number of values in an image, all channels together."""
         return self.channels * self.height * self.width
 
+    @property
+    def black(self) -> tuple[float, ...]:
+        """What the network receives of a black pixel: one value for each channel."""
+        return tuple((0 - mean) / std for mean, std in zip(self.mean, self.std, strict=True))
+
     def unnormalised(self) -> "DataSpec":
         """Returns the same with pixels from 0 to 1."""
         return replace(self, mean=(0.0,) * self.channels, std=(1.0,) * self.channels)

@@ -111,8 +111,11 @@ def options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def split_paths(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Divides the arguments of ``predict``: the options with their values, and the paths."""
-    before, paths = argv, []
+    """Divides the arguments of ``predict``: the options with their values, and the paths.
+
+    Before ``--``, the option ``--ckpt_path`` may have several values.
+    """
+    before, paths, several = argv, [], False
     if "--" in argv:
         end = list(argv).index("--")
         before, paths = argv[:end], list(argv[end + 1 :])
@@ -120,6 +123,8 @@ def split_paths(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     named: list[str] = []
     for previous, argument in pairwise(["", *before]):
         takes_value = _OPTION.match(previous) and "=" not in previous and previous not in _FLAGS
-        of_option = _OPTION.match(argument) or takes_value
+        if _OPTION.match(argument):
+            several = "--" in argv and argument == "--ckpt_path"
+        of_option = _OPTION.match(argument) or takes_value or several
         (options if of_option else named).append(argument)
     return options, named + paths

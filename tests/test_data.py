@@ -505,7 +505,7 @@ def test_a_partly_present_set_is_an_error_and_no_fallback(
         ({"source": "web"}, "source must be one of auto, mnist, digits, folder, got 'web'"),
         ({"split": "half"}, "split must be one of study, canonical, got 'half'"),
         ({"normalization": "zca"}, "normalization must be one of .*, got 'zca'"),
-        ({"val_fraction": 0.0}, "val_fraction must lie between 0 and 1, got 0.0"),
+        ({"val_fraction": -0.1}, "val_fraction must lie between 0 and 1, got -0.1"),
         ({"val_fraction": 1.0}, "val_fraction must lie between 0 and 1, got 1.0"),
         ({"batch_size": 0}, "batch_size must be a whole number, at least 1, got 0"),
         ({"eval_batch_size": -1}, "eval_batch_size must be a whole number, at least 1, got -1"),

@@ -478,7 +478,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("--ckpt_path nowhere", ["--ckpt_path nowhere", "there is no file or folder"]),
     ("--ckpt_path RUN --format pdf", ["'pdf'", "onnx", "torch", "safetensors"]),
     ("--ckpt_path RUN --colour", ["no option --colour", "--help"]),
-    ("--ckpt_path RUN stray", ["no option stray", "--help"]),
+    ("--ckpt_path RUN stray", ["--ckpt_path stray", "no file or folder stray"]),
     ("--ckpt_path RUN --format torch --quantize", ["--quantize is for --format onnx", "torch"]),
     ("--ckpt_path RUN --out photos", ["photos cannot be written: it is a folder", "--out FILE"]),
     ("--ckpt_path RUN --out no/a.onnx", ["no/a.onnx cannot be written", "no folder no"]),

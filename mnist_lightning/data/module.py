@@ -82,7 +82,8 @@ class MNISTDataModule(LightningDataModule):
             7,000 for the test; ``canonical`` keeps MNIST's official 10,000 test images. Other
             named sets are split in the same shares, or keep their own test set. A folder has its
             own split: see ``test_fraction``.
-        val_fraction: share of the non-test images for validation.
+        val_fraction: share of the non-test images for validation. With 0 there is no validation:
+            all of them are trained on, also those of a folder ``val``.
         test_fraction: share of a folder's images for the test, if it has no ``test`` folder. From a
             folder, the same share of each class is taken for the test and for validation.
         split_seed: the only seed that the split depends on.
@@ -147,7 +148,7 @@ class MNISTDataModule(LightningDataModule):
         if not isinstance(augment, Augment):  # plain, as checkpoints and YAML files have it
             augment = Augment(**augment)
         for option, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-            if not 0 < fraction < 1:
+            if not (0 < fraction < 1 or (fraction == 0 and option == "val_fraction")):
                 raise ValueError(f"{option} must lie between 0 and 1, got {fraction}")
         if not 0 < train_fraction <= 1:
             raise ValueError(f"train_fraction must lie between 0 and 1, got {train_fraction}")
@@ -292,7 +293,7 @@ class MNISTDataModule(LightningDataModule):
             len(pool.labels), pool.official_test, self.split, self.val_fraction, self.split_seed
         )
         for part, indices in (("train", train), ("validate", val), ("test", test)):
-            if not len(indices):
+            if not len(indices) and not (part == "validate" and self.val_fraction == 0):
                 raise ValueError(
                     f"val_fraction {self.val_fraction} of {len(train) + len(val):,} images leaves"
                     f" none to {part} on; the study uses 0.2"
@@ -321,6 +322,8 @@ class MNISTDataModule(LightningDataModule):
             ("val", val, ["fit", "validate", "predict"]),
             ("test", test, ["test"]),
         ):
+            if part == "val" and self.val_fraction == 0:
+                continue
             if stage in stages and not len(rows):
                 raise ValueError(
                     f"{self.data_dir} leaves no images for {part}: put more images into each class,"
@@ -362,9 +365,11 @@ class MNISTDataModule(LightningDataModule):
         }
         rest = rows[""] if len(rows[""]) else rows["train"]
         for part, fraction in (("test", self.test_fraction), ("val", self.val_fraction)):
-            if not len(rows[part]):
+            if not len(rows[part]) and fraction > 0:
                 cut = split_stratified(labels[rest], fraction, generator)
                 rows[part], rest = rest[cut], rest[~cut]
+        if self.val_fraction == 0:
+            rest, rows["val"] = torch.cat([rest, rows["val"]]), rows["val"][:0]
         return rest, rows["val"], rows["test"]
 
     @property
@@ -422,13 +427,20 @@ class MNISTDataModule(LightningDataModule):
         train_set = self.train_set.with_numbers() if self.augment else self.train_set
         return self._loader(train_set, self.batch_size, sampler)
 
-    def val_dataloader(self) -> DataLoader:
-        return self._eval_loader(self.val_set)
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        if len(self.val_set):
+            return self._eval_loader(self.val_set)
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            return []  # Lightning then trains without a validation
+        raise ValueError(
+            "there are no validation images: with val_fraction 0 all of them are trained on. Use"
+            " test, or predict with the paths of other images"
+        )
 
     def test_dataloader(self) -> DataLoader:
         return self._eval_loader(self.test_set)
 
-    def predict_dataloader(self) -> DataLoader:
+    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
         if self.predict_dir is None:
             return self.val_dataloader()
         spec = self.spec

@@ -23,6 +23,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from mnist_lightning.console import command
 from mnist_lightning.data.preparation import prepare
 from mnist_lightning.models.classifier import Classifier
+from mnist_lightning.models.ensemble import Ensemble
 from mnist_lightning.nets import ACTIVATIONS, AffineMap
 from mnist_lightning.spec import DIGITS, DataSpec
 
@@ -95,7 +96,7 @@ def answer(module: Classifier, image: Tensor) -> tuple[list[float], list[list[fl
     """The probabilities for one image, and the activations of each hidden layer.
 
     Args:
-        module: the model; one without layers of hidden units has no activations here.
+        module: the model; an ensemble, or one without hidden units, has no activations here.
         image: uint8, a batch of one, as ``Classifier.predict`` takes it.
     """
     hidden: list[list[float]] = []
@@ -104,9 +105,12 @@ def answer(module: Classifier, image: Tensor) -> tuple[list[float], list[list[fl
         if values.ndim == 2:  # units, not the channels of an image
             hidden.append(values[0].tolist())
 
-    hooks = [m.register_forward_hook(note) for m in module.modules() if type(m) in _NAMES]
+    layers = () if isinstance(module, Ensemble) else module.modules()
+    hooks = [m.register_forward_hook(note) for m in layers if type(m) in _NAMES]
     try:
-        return module.predict(image).probabilities[0].tolist(), hidden
+        probabilities = module.predict(image).probabilities[0].tolist()
+        # with tta the network is called nine times: first with the image itself
+        return probabilities, hidden[: len(hidden) // 9] if module.tta else hidden
     finally:
         for hook in hooks:
             hook.remove()
@@ -127,6 +131,10 @@ class Layers:
     def __init__(self, module: Classifier) -> None:
         self._weights: list[np.ndarray] = []
         self._count = 0
+        if isinstance(module, Ensemble):
+            raise _unknown("an ensemble")
+        if module.tta:
+            raise _unknown("tta, the mean over shifted images")
         for method in ("forward", "predict"):
             if getattr(type(module), method) is not getattr(Classifier, method):
                 raise _unknown(f"a {method} of its own")

@@ -24,6 +24,7 @@ from werkzeug.wrappers import Request, Response
 from mnist_lightning.console import PROGRAM
 from mnist_lightning.deploy.options import make_parser, parse
 from mnist_lightning.files import reason
+from mnist_lightning.runs.ensembles import as_one
 from mnist_lightning.runs.folder import LOGS, find_checkpoint
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: an option is wrong, the checkpoint cannot be used, or no port is free.
     """
-    given = _parse(argv)
+    given = _parse(as_one(argv))
     find_checkpoint(given.ckpt_path, Path(LOGS))  # before PyTorch is imported, which takes seconds
     from mnist_lightning.deploy.trained import Trained
     from mnist_lightning.models.classifier import Classifier

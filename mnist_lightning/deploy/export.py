@@ -19,6 +19,7 @@ from mnist_lightning.deploy.formats import FORMATS, Answers, Export
 from mnist_lightning.deploy.options import make_parser, parse
 from mnist_lightning.files import first_line, write_bytes
 from mnist_lightning.quiet import quiet
+from mnist_lightning.runs.ensembles import as_one
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ BATCH_SIZES = (1, 7, 64, 256)
 _COMPARED = max(BATCH_SIZES)  # images
 _TOLERATED = 1e-4  # difference of a probability
 _CALIBRATING = 256  # training images, for the ranges of int8
-_SCORED = 2000  # validation images, for the accuracy of int8
+_SCORED = 2000  # images, for the accuracy of int8
 
 
 class Images(NamedTuple):
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
             or its answers are not PyTorch's.
         ModuleNotFoundError: a package of the extra ``export`` is missing.
     """
-    given = _parse(argv)
+    given = _parse(as_one(argv))
     # PyTorch takes seconds: help and errors do not wait for it
     from mnist_lightning.runs.folder import LOGS, RunFolder, find_checkpoint
 
@@ -172,7 +173,7 @@ def _without_remarks() -> Iterator[None]:
 
 
 def _images(trained: "Trained") -> Images:
-    """Validation images of the run, or random ones if its data are not there."""
+    """Validation images of the run, else training images; random ones if its data are not there."""
     import torch
 
     try:
@@ -187,9 +188,17 @@ def _images(trained: "Trained") -> Images:
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         return Images(f"{_COMPARED} random images", images, None)
-    images, _ = _spread(data.val_set, _COMPARED)
-    what = f"{min(_COMPARED, len(data.val_set))} validation images"
+    part, kind = _known(data)
+    images, _ = _spread(part, _COMPARED)
+    what = f"{min(_COMPARED, len(part))} {kind} images"
     return Images(what, images, data)
+
+
+def _known(data: "MNISTDataModule") -> "tuple[ImageSet, str]":
+    """The validation images, or the training images of a training without validation."""
+    if len(data.val_set):
+        return data.val_set, "validation"
+    return data.train_set, "training"
 
 
 def _spread(part: "ImageSet", count: int) -> "tuple[Tensor, Tensor]":
@@ -216,8 +225,9 @@ def _quantized(content: bytes, data: "MNISTDataModule") -> bytes:
 
 
 def _accuracies(before: Answers, after: Answers, data: "MNISTDataModule") -> str:
-    count = min(_SCORED, len(data.val_set))
-    images, labels = _spread(data.val_set, count)
+    part, kind = _known(data)
+    count = min(_SCORED, len(part))
+    images, labels = _spread(part, count)
 
     def accuracy(answers: Answers) -> float:
         right = 0
@@ -226,7 +236,7 @@ def _accuracies(before: Answers, after: Answers, data: "MNISTDataModule") -> str
         return right / count
 
     return (
-        f"int8: accuracy {accuracy(after):.4f} on {count:,} validation images, before"
+        f"int8: accuracy {accuracy(after):.4f} on {count:,} {kind} images, before"
         f" {accuracy(before):.4f}"
     )
 

@@ -12,6 +12,7 @@ from mnist_lightning.deploy.trained import Trained
 from mnist_lightning.files import read_json
 from mnist_lightning.models import own
 from mnist_lightning.models.classifier import Classifier
+from mnist_lightning.nets import mean_over_shifts
 from mnist_lightning.provenance import provenance
 from mnist_lightning.runs import checkpoints
 from mnist_lightning.runs.folder import RunFolder
@@ -33,6 +34,7 @@ class Network(nn.Module):
     std: Tensor
     rows: Tensor
     columns: Tensor
+    black: Tensor
 
     def __init__(self, trained: Trained, images: Tensor) -> None:
         super().__init__()
@@ -49,6 +51,9 @@ class Network(nn.Module):
         ):
             self.register_buffer(name, _resize(now, then))
         self.resizes = tuple(size) != (spec.height, spec.width)
+        self.tta = model.tta if isinstance(model, Classifier) else 0
+        if self.tta:
+            self.register_buffer("black", torch.tensor(spec.black)[:, None, None])
         self.answers_probabilities = False
         self.eval().requires_grad_(False)
         if not isinstance(model, Classifier):
@@ -63,6 +68,8 @@ class Network(nn.Module):
         pixels = (images.float() / 255 - self.mean) / self.std
         if self.resizes:
             pixels = self.rows @ pixels @ self.columns.T
+        if self.tta:
+            return mean_over_shifts(self.net, pixels, self.tta, self.black)
         return self.net(pixels)
 
     def weights(self) -> dict[str, Tensor]:

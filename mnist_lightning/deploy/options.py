@@ -25,7 +25,8 @@ def make_parser(command: str, description: str, **settings: Any) -> argparse.Arg
     parser.add_argument(
         "--ckpt_path",
         metavar="RUN",
-        help="a checkpoint: a file, the folder of a run, or the name of a run",
+        help="a checkpoint: a file, the folder of a run, or the name of a run; several answer"
+        " together, as an ensemble",
     )
     parser.add_argument("--model", metavar="CLASS", help="the class of a model of your own")
     parser.add_argument(

@@ -28,6 +28,7 @@ from mnist_lightning.runs.folder import RunFolder
 
 FOLDER = "pictures"
 _MOST_CLASSES = 100  # of a confusion matrix that is drawn
+WITHOUT_VALIDATION = "pictures show training images and weights: the others need validation images"
 _MOST_WEIGHTS = 100  # units or filters
 # An answer costs about a third of a training step for an image. With one answer for 50 images that
 # were trained on, the pictures take less than 1 % of a long training; and few take no time at all.
@@ -47,14 +48,14 @@ def answers_after(trained: int) -> int:
 def validation_answers(
     model: LightningModule, data: LightningDataModule, most: int | None = None
 ) -> Answers | None:
-    """The answers for validation images; None if the data or the model are of another kind.
+    """The answers for validation images; None without any, or for another kind of data or model.
 
     Args:
         model: of any class.
         data: of any class, after ``setup``.
         most: number of images; by default all.
     """
-    if not isinstance(data, MNISTDataModule):
+    if not isinstance(data, MNISTDataModule) or not len(data.val_set):
         return None
     try:
         return answer(model, data, data.val_set, most)

@@ -21,6 +21,7 @@ from mnist_lightning.data.augmentation import Augment, uniform
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.data.preparation import prepare
 from mnist_lightning.insight import drawing
+from mnist_lightning.models import own
 from mnist_lightning.spec import DataSpec
 
 # takes images from 0 to 1, the numbers of the images, a seed and the strength
@@ -80,8 +81,8 @@ def noisy(images: Tensor, numbers: Tensor, seed: int, strength: float) -> Tensor
     noise = torch.empty(images.shape)
     # a generator takes the lower 32 bits of a seed: the image's draw mixes both numbers
     seeds = (uniform(numbers, seed, 0)["erase"] * 2**32).long().tolist()
-    for place, own in zip(noise, seeds, strict=True):
-        torch.randn(place.shape, generator=torch.Generator().manual_seed(own), out=place)
+    for place, seed in zip(noise, seeds, strict=True):
+        torch.randn(place.shape, generator=torch.Generator().manual_seed(seed), out=place)
     return (images + strength * noise.to(images.device)).clamp(0, 1)
 
 
@@ -157,7 +158,7 @@ def accuracy(
         images, numbers = images.to(place.device), rows.to(place.device)
         by_number = None if change is None else partial(change, numbers=numbers)
         pixels = prepare(images, data.spec, by_number)
-        scores = model(pixels.to(place.dtype))
+        scores = own.scores(model, pixels.to(place.dtype))
         if not isinstance(scores, Tensor) or scores.shape != (len(rows), len(data.spec.classes)):
             raise ValueError(
                 f"robustness needs a score for each of {len(data.spec.classes)} classes, and"

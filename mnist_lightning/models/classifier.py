@@ -30,6 +30,7 @@ from mnist_lightning.models.optimization import (
     make_optimizer,
     make_schedule,
 )
+from mnist_lightning.nets import mean_over_shifts
 from mnist_lightning.spec import DataSpec
 from mnist_lightning.training import resuming
 from mnist_lightning.training.execution import Execution
@@ -87,6 +88,10 @@ class Classifier(LightningModule):
             against the labels of the images with the first share.
         class_weights: weights of the classes in the training loss. ``auto``: inverse to the number
             of training images, with mean 1.
+        tta: test-time augmentation. If positive, validation, test and predictions answer with the
+            mean of the probabilities over nine images: the image itself, and shifted by so many
+            pixels up, down, to the sides and to the corners. An evaluation takes nine times as
+            long; the training stays the same.
         **former: options of earlier versions, which their checkpoints contain. They have no effect.
 
     ``label_smoothing``, ``mixup`` and ``class_weights`` change the loss of training alone, not that
@@ -117,6 +122,7 @@ class Classifier(LightningModule):
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         class_weights: ClassWeights = "none",
+        tta: int = 0,
         **former: Any,
     ) -> None:
         super().__init__()
@@ -161,6 +167,8 @@ class Classifier(LightningModule):
             )
         self._weights_for: tuple[Tensor, Tensor] | None = None
         self.spec = DataSpec.of(spec)
+        self.tta = tta
+        self._check_tta()
         if type(self) is not Classifier:
             frame = cast(FrameType, cast(FrameType, inspect.currentframe()).f_back)
             collected = collect_init_args(frame, [], classes=(Classifier,))
@@ -178,9 +186,34 @@ class Classifier(LightningModule):
                 self.hparams["spec"] = self.spec.plain()
         self.epoch_metrics = EpochMetrics(len(self.spec.classes))
 
+    def _check_tta(self) -> None:
+        side = min(self.spec.height, self.spec.width)
+        if type(self.tta) is not int or not 0 <= self.tta < side:
+            raise ValueError(
+                f"tta must be a whole number of pixels, from 0 to {side - 1}, got {self.tta}"
+            )
+        steps = ("loss", "validation_step", "test_step", "predict_step")
+        changed = [name for name in steps if self._has_own(name)]
+        if self.tta and changed:
+            raise ValueError(
+                f"tta averages the probabilities of shifted images; {type(self).__name__} has a"
+                f" {changed[0]} of its own, which may not be of probabilities: leave tta out"
+            )
+
     def forward(self, images: Tensor) -> Tensor:
         """``(b, channels, height, width)`` -> class scores ``(b, classes)``."""
         return self.net(images)
+
+    def eval_scores(self, images: Tensor) -> Tensor:
+        """Class scores of an evaluation: those of ``forward``, or with ``tta`` of shifted images.
+
+        Args:
+            images: as for ``forward``.
+        """
+        if not self.tta:
+            return self(images)
+        black = images.new_tensor(self.spec.black)[:, None, None]
+        return mean_over_shifts(self, images, self.tta, black)
 
     def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of the mini-batch, a scalar. Cross entropy, unless a subclass overrides it."""
@@ -255,17 +288,17 @@ class Classifier(LightningModule):
         return getattr(type(self), method) is not getattr(Classifier, method)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.score("val", self(batch[0]), batch[1])
+        self.score("val", self.eval_scores(batch[0]), batch[1])
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class probabilities, ``(b, classes)``, for callbacks that evaluate single images."""
-        scores = self(batch[0])
+        scores = self.eval_scores(batch[0])
         self.score("test", scores, batch[1])
         return scores.softmax(1)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class probabilities, ``(b, classes)``."""
-        return self(batch[0]).softmax(1)
+        return self.eval_scores(batch[0]).softmax(1)
 
     @torch.inference_mode()
     def predict(self, images: Tensor | Sequence[str | os.PathLike[str]]) -> "Predictions":
@@ -293,7 +326,7 @@ class Classifier(LightningModule):
         was_training = self.training
         self.eval()
         parts = [
-            self(prepare(part.to(self.device), self.spec)).float().softmax(1).cpu()
+            self.eval_scores(prepare(part.to(self.device), self.spec)).float().softmax(1).cpu()
             for part in images.split(_PREDICTED_AT_ONCE)
         ]
         self.train(was_training)

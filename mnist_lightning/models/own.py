@@ -152,6 +152,16 @@ def logs_as_ours(model: LightningModule) -> bool:
     return all(getattr(type(model), name) is getattr(Classifier, name, None) for name in steps)
 
 
+def scores(model: LightningModule, images: Tensor) -> Any:
+    """What a model answers to images in an evaluation, as far as it is a ``Classifier``.
+
+    Args:
+        model: of any class.
+        images: as its ``forward`` takes them.
+    """
+    return model.eval_scores(images) if isinstance(model, Classifier) else model(images)
+
+
 def describe(data: LightningDataModule) -> str:
     """Describes the data in one line; call it after ``setup``."""
     return data.describe() if isinstance(data, MNISTDataModule) else f"data: {type(data).__name__}"

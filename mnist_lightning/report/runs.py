@@ -119,8 +119,14 @@ def in_words(runs: Sequence[RunResult]) -> list[str]:
     said = []
     ranked = [run for run in runs if run.best is not None]
     ranked.sort(key=lambda run: -float(run.best["val/acc"]))  # type: ignore[index]
+    for run in runs:
+        if run.settings.get("data.val_fraction") == 0:
+            said.append(
+                f"**{run.name}** ({run.model}) was trained on the validation images too, for"
+                f" {len(run.curves)} epochs: it has no validation accuracy. {_tested(run)}"
+            )
     if not ranked:
-        return ["No epoch with a validation has finished yet."]
+        return said or ["No epoch with a validation has finished yet."]
     best = ranked[0]
     epoch = best.best
     assert epoch is not None
@@ -129,16 +135,18 @@ def in_words(runs: Sequence[RunResult]) -> list[str]:
         f"**{best.name}** ({which}) reached a validation accuracy of"
         f" **{epoch['val/acc']:.4f}** in epoch {epoch['epoch']:.0f} of {len(best.curves)}."
     )
-    if best.test:
-        low, high = _interval(best.test)
-        said.append(
-            f"On {best.test['images']:,} test images it is right in **{best.test['test/acc']:.4f}**"
-            f" (95 % interval {low:.4f} to {high:.4f}, Wilson)."
-        )
-    else:
-        hint = command("test", "--ckpt_path", short(best.path))
-        said.append(f"It has not been tested yet: {hint}")
-    return [*said, *_gap(best, epoch)]
+    return [*said, _tested(best), *_gap(best, epoch)]
+
+
+def _tested(run: RunResult) -> str:
+    if not run.test:
+        hint = command("test", "--ckpt_path", short(run.path))
+        return f"It has not been tested yet: {hint}"
+    low, high = _interval(run.test)
+    return (
+        f"On {run.test['images']:,} test images it is right in **{run.test['test/acc']:.4f}**"
+        f" (95 % interval {low:.4f} to {high:.4f}, Wilson)."
+    )
 
 
 def _gap(run: RunResult, epoch: pd.Series) -> list[str]:

@@ -8,8 +8,7 @@ import contextlib
 import inspect
 import os
 import re
-import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,8 +17,10 @@ from jsonargparse import ArgumentParser
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 
+from mnist_lightning.classes import imported
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.files import check_archive, first_line, is_plain, write_torch
+from mnist_lightning.models.ensemble import Ensemble
 from mnist_lightning.moved import update_checkpoint
 from mnist_lightning.runs.folder import LOGS, find_checkpoint
 from mnist_lightning.weights import check_tensors, load_data
@@ -172,8 +173,7 @@ def known_class(path: str, kind: type[Kind]) -> type[Kind]:
     Raises:
         ValueError: there is no such class, or it has another base.
     """
-    module, _, name = path.rpartition(".")
-    named = getattr(sys.modules.get(module), name, None)
+    named = imported(path)
     if not (isinstance(named, type) and issubclass(named, kind)):
         raise ValueError(f"its class {path} is not known here. {REMEDY}")
     return named
@@ -200,7 +200,8 @@ def data_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(
-    where: str | os.PathLike[str], model_class: type[LightningModule] | None = None
+    where: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    model_class: type[LightningModule] | None = None,
 ) -> LightningModule:
     """Loads a trained model, ready to predict: on the CPU, in evaluation mode.
 
@@ -210,13 +211,19 @@ def load(
     ``(b, 1, 28, 28)`` as ``MNISTDataModule.preprocess`` returns them.
 
     Args:
-        where: as for ``--ckpt_path``: a checkpoint file, the folder of a run, or its name.
+        where: as for ``--ckpt_path``: a checkpoint file, the folder of a run, or its name. Several
+            are loaded as an ``Ensemble``.
         model_class: the class of your own model. Without it, the class must be imported already:
             a checkpoint never causes an import.
 
     Raises:
-        ValueError: it is missing, damaged or contains code, or its class is not imported.
+        ValueError: it is missing, damaged or contains code, or its class is not imported; or
+            several cannot be an ensemble.
     """
+    if not isinstance(where, str | os.PathLike):
+        paths = [find_checkpoint(os.fspath(member), Path(LOGS)) for member in where]
+        check_same_data({path: read(path) for path in paths})
+        return Ensemble([load(path, model_class) for path in paths]).eval()
     path = find_checkpoint(os.fspath(where), Path(LOGS))
     checkpoint = read(path)
     named = str(checkpoint.get("model_class", ""))
@@ -266,6 +273,40 @@ def check_agrees(
             + _differences(requested, saved_data, "data")
             + _LEAVE_OUT
         )
+
+
+def check_same_data(read: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Refuses an ensemble of models that were trained on different data.
+
+    The training images of one could be the test images of another.
+
+    Args:
+        read: the checkpoints by their files, as ``read`` returns them.
+    """
+    facts = {path: _facts_of_data(checkpoint) for path, checkpoint in read.items()}
+    first = next(iter(facts), None)
+    for path, of_other in facts.items():
+        for name, value in facts[first].items() if first else ():
+            if value != (other := of_other.get(name)):
+                raise ValueError(
+                    f"{first} and {path} cannot be one ensemble: they were trained with {name}"
+                    f" {value} and {other}"
+                )
+
+
+def _facts_of_data(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which images a model was trained on, and how they were scaled."""
+    settings = dict(checkpoint.get("datamodule_hyper_parameters", {}))
+    kind = checkpoint.get("data_class", DATA_CLASS)
+    if kind != DATA_CLASS:
+        settings = {k: v for k, v in settings.items() if not k.endswith("batch_size")}
+        return {"data": kind, **settings}
+    facts = {name: settings.get(name) for name in BINDING_DATA}
+    if settings.get("source") == "folder":
+        # the folder and the checksum of its images
+        facts |= {"test_fraction": settings.get("test_fraction")}
+        facts |= dict(checkpoint.get(MNISTDataModule.__name__) or {})
+    return {"data": kind, **facts}
 
 
 def _differences(requested: dict[str, Any], saved: dict[str, Any], group: str) -> str:

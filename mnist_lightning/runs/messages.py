@@ -73,9 +73,9 @@ def retry_hint(run: RunFolder | None, lr: float, class_options: Sequence[str]) -
 
 def say_finished(trainer: Trainer, run: RunFolder, class_options: Sequence[str]) -> None:
     """Says the best epoch, and the commands that test it and show its curves."""
-    ours = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
-    best = next((c for c in ours if c.best_model_score is not None), None)
-    if best is None:
+    ours = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    best = next((c for c in ours if c.filename == "best"), None)
+    if best is None or not best.best_model_path:
         return
     file = Path(best.best_model_path)
     epoch = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
@@ -85,8 +85,8 @@ def say_finished(trainer: Trainer, run: RunFolder, class_options: Sequence[str])
     say(
         f"\nbest epoch   {epoch} of {trainer.current_epoch}"
         + (" (stopped early)" if stopped else "")
-        + f"\n{best.monitor:<12} {best.best_model_score:.4f}"
-        f"\ncheckpoint   {short(file)}"
+        + (f"\n{best.monitor:<12} {best.best_model_score:.4f}" if best.monitor else "")
+        + f"\ncheckpoint   {short(file)}"
         f"\ntest it      {console.command('test', '--ckpt_path', str(run), *class_options)}"
         f"\nsee it       {console.tensorboard(short(run.path.parent.parent))}"
     )

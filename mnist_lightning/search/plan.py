@@ -47,6 +47,7 @@ PLAIN = {
     "label_smoothing": 0.0,
     "mixup": 0.0,
     "class_weights": "none",
+    "tta": 0,
     "dropout": 0.0,
     "batch_norm": False,
     "activation": "relu",
@@ -163,6 +164,11 @@ class Search:
                 raise ValueError("second_round is {best: k, max_epochs: n}; not after optuna")
             for option, value in self.second_round.items():
                 check_count(f"second_round.{option}", value)
+        if self.data.get("val_fraction") == 0:
+            raise ValueError(
+                "a search compares its trials on validation images, and --data.val_fraction 0"
+                " leaves none: give a share above 0"
+            )
         self._check_parameters()
 
     def _check_strategy(self) -> None:

@@ -139,6 +139,8 @@ def _obstacle(trainer: Trainer) -> str | None:
         return f"the training has {trainer.world_size} processes"
     if reason := altered(module, MODULE_NAMES - {"validation_step"} - _VALIDATION_HOOKS):
         return reason
+    if module.tta:
+        return "tta shifts the validation images"
     if "mixup" in module.loss_options:
         return "mixup mixes images"
     data: Any = getattr(trainer, "datamodule", None)
@@ -151,7 +153,10 @@ def _obstacle(trainer: Trainer) -> str | None:
     loader, sets = own_loader(trainer), (data.train_set, data.val_set)
     if loader is None or loader.dataset is not data.train_set:
         return "the training images do not come from the data module's own loader"
-    if any(type(images) is not ImageSet or images[0][0].is_floating_point() for images in sets):
+    if any(
+        type(images) is not ImageSet or (len(images) and images[0][0].is_floating_point())
+        for images in sets
+    ):
         return "the images are not of type uint8"
     if type(trainer.strategy) is not SingleDeviceStrategy:
         return f"{type(trainer.strategy).__name__} may act on each mini-batch"
@@ -190,7 +195,8 @@ class _Pass:
         self.trainer, self.prefix = trainer, prefix
         self.data = cast(MNISTDataModule, trainer.datamodule)  # type: ignore[attr-defined]
         self.train_set = self.data.train_set
-        self.val_set = self.data.val_set if trainer.enable_validation else None
+        validates = trainer.enable_validation and len(self.data.val_set) > 0
+        self.val_set = self.data.val_set if validates else None
         self.images = len(self.train_set) + (len(self.val_set) if self.val_set else 0)
         self.size = min(self.data.batch_size, len(self.train_set))
         """Images in a whole mini-batch of the training."""
