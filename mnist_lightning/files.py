@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 JSON_BYTES = 2**27  # far more than any search writes
+MOST_CLASSES = 10_000  # of images; their names are in each checkpoint
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -166,7 +167,12 @@ def first_line(error: Exception) -> str:
 
 
 def is_plain(value: Any, depth: int = 3) -> bool:
-    """Whether it is small and made of mappings, lists and simple values, like settings."""
+    """Whether it is small and made of mappings, lists and simple values, like settings.
+
+    A list of names, like those of the classes, may be longer than other lists.
+    """
+    if isinstance(value, list | tuple) and 100 <= len(value) <= MOST_CLASSES:
+        return depth > 0 and all(isinstance(part, str) and len(part) < 5000 for part in value)
     if isinstance(value, Mapping | list | tuple):
         parts = value.values() if isinstance(value, Mapping) else value
         if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):

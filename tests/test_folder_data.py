@@ -220,6 +220,19 @@ def test_from_a_folder_to_predictions(
     ]
 
 
+def test_more_than_a_hundred_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their names are in the checkpoint, which every command reads back."""
+    monkeypatch.chdir(tmp_path)
+    for n in range(120):
+        for m in range(5):
+            photo(tmp_path / "many" / f"{n:03}" / f"{m}.png", (n, n, n), 5 * n + m, 8)
+    options = "--config shallow --data.source folder --data.data_dir many --trainer.max_epochs 1"
+    assert main(["fit", *options.split()]) == 0
+    assert main(["test", "--ckpt_path", "shallow"]) == 0
+    answers = mnist_lightning.load("shallow").predict([tmp_path / "many" / "117" / "0.png"])
+    assert answers.probabilities.shape == (1, 120)
+
+
 def test_another_folder_is_tested_by_the_names_of_its_classes(
     fruit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

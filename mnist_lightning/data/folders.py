@@ -22,11 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mnist_lightning.data.photos import FORMATS, MOST_PIXELS, decode
-from mnist_lightning.files import printable, write_json
+from mnist_lightning.files import MOST_CLASSES, printable, write_json
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 PARTS = ("train", "val", "test")
-MOST_CLASSES = 10_000
 _SAMPLE = 200  # files whose headers say whether the images are gray or colour
 _AT_ONCE = 16  # files that a thread reads in one go: handing over each small one takes half as long
 _NAMED = 3  # of many files with the same fault, so many are named
