@@ -21,8 +21,17 @@ from mnist_lightning.models.multilayer import DeepNetwork, ShallowNetwork
 from mnist_lightning.report import analysis, figures
 from mnist_lightning.report.analysis import SearchResult, read
 from mnist_lightning.report.findings import in_short, in_words, results_table
+from mnist_lightning.report.page import Content, _page, _table_files
 from mnist_lightning.report.published import PUBLISHED
-from mnist_lightning.report.sections import Table, _published_rows, _test, _training, lead
+from mnist_lightning.report.sections import (
+    Block,
+    Table,
+    _panels,
+    _published_rows,
+    _test,
+    _training,
+    lead,
+)
 from mnist_lightning.search import plan
 from mnist_lightning.search.command import run
 from mnist_lightning.search.plan import Search
@@ -512,6 +521,8 @@ def test_the_study_is_compared_where_its_own_grid_was_run(repeated, changes, rep
     assert len(analysis.comparable([other])) == repeats
     words = " ".join(in_words([other]))
     assert ("the study" in words) == repeats
+    assert ("published" in " ".join(in_short([other]))) == repeats
+    assert ("95 % of repetitions" in lead([other]).caption) == repeats
     assert ("**The best of other:**" in words) == (not repeats)
 
 
@@ -613,7 +624,7 @@ def test_the_top_of_a_report_on_ones_own_searches(searched):
     winner = search.configurations.iloc[0]
     assert _figures_in(best) == [round(winner["acc"], 4), round(winner["sd"], 4)]
     assert analysis.setting_text(dict(winner[list(SPACE)])) in best
-    top = analysis.most_important(search)
+    top = analysis.by_importance(search)[0]
     assert matters.split(":** ")[1].startswith(f"{top} explains ")
     (record,) = search.tests
     assert f"**On the 180 test images**, it is right in {record['test/acc']:.4f}" in test
@@ -655,6 +666,30 @@ def test_four_groups_have_the_ends_of_the_values():
     assert labels[-1].endswith(f" to {analysis.value_text(rates[-1])}")
     edges = np.quantile(rates, [0, 0.25, 0.5, 0.75, 1])
     assert [label.split(" to ")[1] for label in labels] == [f"{edge:.3g}" for edge in edges[1:]]
+
+
+@pytest.mark.parametrize(("axes", "drawn"), [(2, 2), (4, 12), (5, 5)])
+def test_many_parameters_are_not_drawn_by_all_the_others(axes, drawn):
+    names = ["lr", "batch_size", "hidden_units", "momentum", "dropout"][:axes]
+    search = made_up(
+        {name: [1, 2] for name in names},
+        lambda seed, **values: 0.5 + values["lr"] / 10 + sum(values.values()) / 1000,
+    )
+    (block,) = _panels(search)
+    assert len(block.drawings) == drawn
+    by_lr = [drawing for drawing in block.drawings if drawing.name.endswith("_by_lr")]
+    assert len(by_lr) == axes - 1
+
+
+def test_the_page_has_the_first_thousand_rows_and_the_file_all():
+    table = Table("t", "T", pd.DataFrame({"n": range(1001)}), "Note.")
+    assert table.page_note == "Note. The first 1,000 of 1,001; all are in tables/t.csv."
+    content = Content("", "", None, [], [], [Block("", "", [table])], [], [])
+    page = _page(content)
+    assert '<td class="n">999</td>' in page
+    assert '<td class="n">1000</td>' not in page
+    ((_, csv), _) = _table_files(content.blocks)
+    assert csv.splitlines()[-1] == "1000"
 
 
 # The mistakes of a test
@@ -708,6 +743,7 @@ def test_the_page_needs_no_other_file(report):
     outside = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"', page)
     assert not outside
     assert "@import" not in page
+    assert len(page) <= 1_000_000
     drawn = len(list((report / "figures").glob("*.svg")))
     assert page.count("<svg") == drawn + 1  # the first also for a phone
     assert page.count('role="img" aria-label="') == page.count("<svg")
@@ -1035,8 +1071,9 @@ def test_a_search_that_is_named_in_the_address_is_opened(opened):
 def test_without_javascript_the_page_is_whole(report, opened):
     page = opened(report / "index.html", 390, 844, java_script_enabled=False)
     assert page.locator(".lead .said p").count() == 3
-    for summary in page.locator("details:not([open]) > summary").all():
-        summary.click()
+    closed = page.locator("details:not([open]) > summary:visible")
+    while closed.count():
+        closed.first.click()
     assert page.locator("#small_all tbody tr:visible").count() == 12
     assert page.locator("button, input").count() == 0
     drawn = len(list((report / "figures").glob("*.svg")))

@@ -327,13 +327,13 @@ def spans(search: SearchResult) -> pd.Series:
     return (means.max() - means.min()).sort_values(ascending=False)
 
 
-def most_important(search: SearchResult) -> str:
-    """The axis that matters most, by the best measure that the search allows."""
+def by_importance(search: SearchResult) -> list[str]:
+    """The axes, the most important first, by the best measure that the search allows."""
     shares = variance_shares(search)
     shares = importance(search) if shares.empty else shares
     if shares.empty or shares.isna().any():
         shares = spans(search)
-    return next(name for name in shares.index if name in search.axes)  # not a pair of them
+    return [name for name in shares.index if name in search.axes]  # no pairs of them
 
 
 def _distribution(column: pd.Series) -> Any:

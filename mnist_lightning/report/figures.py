@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from PIL import Image
 
 from mnist_lightning.report.analysis import MANY, groups, value_text
 
@@ -418,10 +419,10 @@ def mistakes(
             axes = figure.add_subplot(lines, columns, i + 1)
             pixels = np.frombuffer(zlib.decompress(base64.b64decode(mistake["pixels"])), np.uint8)
             image = pixels.reshape(mistake.get("shape", (28, 28))).squeeze()
-            if image.ndim == 3:
-                axes.imshow(image.transpose(1, 2, 0), interpolation="none")
-            else:
-                axes.imshow(image, cmap="gray_r", vmin=0, vmax=255, interpolation="none")
+            image = image.transpose(1, 2, 0) if image.ndim == 3 else image
+            # as many pixels as are seen at this size
+            small = Image.fromarray(image).reduce(max(1, max(image.shape) // 28))
+            axes.imshow(small, cmap="gray_r", vmin=0, vmax=255, interpolation="none")
             sure = f"{100 * mistake['probability']:.0f} %"
             label, predicted = (
                 classes[mistake[kind]] if classes else mistake[kind]

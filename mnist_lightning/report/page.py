@@ -135,7 +135,9 @@ def _of_runs(folders: Sequence[Path], say: Callable[[str], None]) -> Content:
         say(f"{part.name}: {part.model}, {part.summary}")
     return Content(
         "What was trained",
-        "; ".join(f"{part.name}: {part.model}, {part.summary}" for part in by_run),
+        f"{by_run[0].name}: {by_run[0].model}, {by_run[0].summary}"
+        if len(by_run) == 1
+        else f"{len(by_run)} runs",
         runs.lead(trained),
         runs.in_words(trained),
         by_run,
@@ -167,7 +169,7 @@ def _page(content: Content) -> str:
     )
     environment.filters["bold"] = _bold
     template = environment.get_template("page.html")
-    return template.render(content=content, provenance=provenance())
+    return template.render(content=content, provenance=provenance(), most_rows=sections.MOST_ROWS)
 
 
 def _bold(text: str) -> Any:

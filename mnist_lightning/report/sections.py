@@ -42,6 +42,9 @@ HEADINGS = {
 }
 
 
+MOST_ROWS = 1000  # of a table on the page: a page of a megabyte still opens at once
+
+
 @dataclass
 class Table:
     """A table, on the page and in files of its own.
@@ -78,6 +81,14 @@ class Table:
             [(_text(name, value), value) for name, value in zip(columns, row, strict=True)]
             for row in self.frame.astype(object).itertuples(index=False, name=None)
         ]
+
+    @property
+    def page_note(self) -> str:
+        """The note, and which rows the page leaves out."""
+        if len(self.frame) <= MOST_ROWS:
+            return self.note
+        more = f"The first {MOST_ROWS:,} of {len(self.frame):,}; all are in tables/{self.name}.csv."
+        return f"{self.note} {more}".strip()
 
     @property
     def numeric(self) -> list[bool]:
@@ -237,14 +248,14 @@ def lead(searches: Sequence[SearchResult]) -> Drawing | None:
     rows = _published_rows(analysis.comparable(finished))
     if len(rows):
         text = (
-            "Logarithmic scale, lower is better. Band: 95 % of repetitions, by chance. Line: ±"
-            " standard deviation over seeds."
+            "Logarithmic scale, lower is better. Band: where 95 % of repetitions fall by chance."
+            " Line: ± standard deviation over seeds."
         )
         if rows["label"].str.endswith("*").any():
             text += " * Other setting here."
     elif len(finished) == 1 and finished[0].axes:
         (search,) = finished
-        axis = analysis.most_important(search)
+        axis = analysis.by_importance(search)[0]
         text = (
             f"Logarithmic scale, lower is better, by {figures.label(axis)}: the parameter that"
             f" matters most in {search.name}."
@@ -417,10 +428,12 @@ def _ranking(search: SearchResult) -> list[Block]:
 
 def _panels(search: SearchResult) -> list[Block]:
     across = [axis for axis in search.axes if axis != "max_epochs"]
+    # of five axes and more, the colours are those of the most important one
+    colours = search.axes if len(search.axes) < 5 else analysis.by_importance(search)
     drawings = []
     for x in across:
-        others = [axis for axis in search.axes if axis != x]
-        for colour in others:
+        others = [axis for axis in colours if axis != x]
+        for colour in others if len(search.axes) < 5 else others[:1]:
             drawings.append(
                 Drawing(
                     f"{search.name}_{x}_by_{colour}",
@@ -464,6 +477,8 @@ def _correlations(search: SearchResult) -> Part:
         "Correlation with the validation accuracy",
         frame.reset_index(drop=True),
     )
+    if len(frame) == 1:
+        return [table], []  # one number needs no figure
     drawing = Drawing(
         f"{search.name}_correlations",
         "Pearson's correlations among the parameters and with the validation accuracy.",
