@@ -17,6 +17,7 @@ from conftest import trainer
 
 from mnist_lightning import EarlyStopping, MNISTDataModule
 from mnist_lightning.__main__ import main
+from mnist_lightning.configs import read_config
 from mnist_lightning.models.multilayer import DeepNetwork, ShallowNetwork
 from mnist_lightning.report import analysis, figures
 from mnist_lightning.report.analysis import SearchResult, read
@@ -542,6 +543,18 @@ def test_the_study_of_two_layers_has_its_own_training(fixed, repeats):
     assert analysis.repeats_the_study(search) == repeats
 
 
+def test_of_the_shipped_searches_the_study_s_four_grids_repeat_it():
+    repeating = set()
+    for file in (STUDY.parents[1] / "configs" / "search").glob("*.yaml"):
+        about = {"fixed": {}, **read_config(file)}
+        if isinstance(about["strategy"], str):
+            about["strategy"] = {"name": about["strategy"]}
+        about["data"] = {"name": "MNIST", **about["data"]}
+        if analysis.repeats_the_study(SearchResult(file, about, pd.DataFrame(), [])):
+            repeating.add(file.stem)
+    assert repeating == {"shallow_grid", "deep2_grid", "deep3_grid", "resnet18_regimes"}
+
+
 def test_beside_the_study_a_search_of_ones_own_comes_first_and_is_not_compared(repeated):
     """Its digits have other accuracies for the very settings that were published."""
     data = {**repeated.about["data"], "source": "digits"}
@@ -591,7 +604,7 @@ def test_the_sentences_of_the_study_have_its_numbers(repeated):
     assert agree < judged  # the formula has other correlations
     agreement, best, matters = in_short([repeated])
     assert agreement.startswith(f"**{agree} of {judged} published figures are reproduced within")
-    assert f"with n=3 seeds each; those that are not: {judged - agree} in figure 2.4." in agreement
+    assert f"noise** (n=3); those that are not: {judged - agree} in figure 2.4." in agreement
     winner = repeated.configurations.iloc[0]
     assert _figures_in(best) == [round(winner["acc"], 4), round(winner["sd"], 4)]
     assert "ShallowNetwork" in best

@@ -525,7 +525,7 @@ def repeats_the_study(search: SearchResult) -> bool:
     return any(
         model == search.model
         and all(set(axis) <= set(values.get(name, ())) for name, axis in grid.items())
-        # no further layer or axis, nor another optimizer; a ResNet's setting is a note of its own
+        # nothing else, like a layer or an optimizer; of a ResNet, the report notes the setting
         and set(fixed if model == "ResNet18" else ()) >= values.keys() - grid.keys()
         for model, grid in GRIDS
     )

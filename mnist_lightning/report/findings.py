@@ -41,11 +41,11 @@ def in_short(searches: Sequence[SearchResult]) -> list[str]:
     finished = [search for search in searches if not search.complete.empty]
     if not finished:
         return []
-    largest = max(finished, key=lambda search: len(search.configurations))
+    compared = analysis.comparable(finished)
+    largest = max(compared or finished, key=lambda search: len(search.configurations))
     matters = _what_matters(largest) or [
         f"**What matters most** cannot be said: {largest.name} varies nothing."
     ]
-    compared = analysis.comparable(finished)
     if compared:
         return [_agree(analysis.against_the_study(compared)), _best_of_each(finished), *matters]
     best = _best_of_each(finished, True) if len(finished) > 1 else _best(finished[0])
@@ -71,7 +71,7 @@ def _agree(against: pd.DataFrame) -> str:
     )
     return (
         f"**{len(judged) - len(disagree)} of {len(judged)} published figures are reproduced within"
-        f" noise**, with n={' to '.join(map(str, sorted({seeds[0], seeds[-1]})))} seeds each"
+        f" noise** (n={' to '.join(map(str, sorted({seeds[0], seeds[-1]})))})"
         + (f"; those that are not: {where}." if where else ".")
     )
 

@@ -42,7 +42,7 @@ HEADINGS = {
 }
 
 
-MOST_ROWS = 1000  # of a table on the page: a page of a megabyte still opens at once
+MOST_ROWS = 1000  # of a table on the page, which stays below a megabyte for each search
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Table:
 
     @property
     def large(self) -> bool:
-        """Whether the page can sort and filter it, and folds it."""
+        """Whether the page can sort and filter it."""
         return len(self.frame) > 10
 
     @property
