@@ -17,12 +17,22 @@ from conftest import trainer
 
 from mnist_lightning import EarlyStopping, MNISTDataModule
 from mnist_lightning.__main__ import main
+from mnist_lightning.configs import read_config
 from mnist_lightning.models.multilayer import DeepNetwork, ShallowNetwork
-from mnist_lightning.report import analysis
+from mnist_lightning.report import analysis, figures
 from mnist_lightning.report.analysis import SearchResult, read
-from mnist_lightning.report.findings import in_words, results_table
+from mnist_lightning.report.findings import in_short, in_words, results_table
+from mnist_lightning.report.page import Content, _page, _table_files
 from mnist_lightning.report.published import PUBLISHED
-from mnist_lightning.report.sections import Table, _test, _training
+from mnist_lightning.report.sections import (
+    Block,
+    Table,
+    _panels,
+    _published_rows,
+    _test,
+    _training,
+    lead,
+)
 from mnist_lightning.search import plan
 from mnist_lightning.search.command import run
 from mnist_lightning.search.plan import Search
@@ -494,6 +504,9 @@ def test_a_test_of_another_setting_is_not_judged(repeated):
         ({"space": {"lr": [0.1, 0.01], "hidden_units": [50, 100]}}, False),
         ({"space": {"lr": [0.3, 0.1, 0.01, 0.001, 0.0001]}}, True),  # it has grown
         ({"model": "DeepNetwork"}, False),
+        ({"strategy": {"name": "random", "n": 384, "seed": 0}}, False),
+        ({"space": {"momentum": [0.0, 0.9]}}, False),  # another axis
+        ({"fixed": {"optimizer": "adam"}}, False),  # another training
     ],
 )
 def test_the_study_is_compared_where_its_own_grid_was_run(repeated, changes, repeats):
@@ -509,7 +522,37 @@ def test_the_study_is_compared_where_its_own_grid_was_run(repeated, changes, rep
     assert len(analysis.comparable([other])) == repeats
     words = " ".join(in_words([other]))
     assert ("the study" in words) == repeats
+    assert ("published" in " ".join(in_short([other]))) == repeats
+    assert ("95 % of repetitions" in lead([other]).caption) == repeats
     assert ("**The best of other:**" in words) == (not repeats)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "repeats"),
+    [
+        ({"batch_size": 32, "lr": 0.01, "max_epochs": 25}, True),
+        ({"batch_size": 32, "lr": 0.1, "max_epochs": 25}, False),
+        ({"batch_size": 32, "lr": 0.01}, False),
+        ({"batch_size": 32, "lr": 0.01, "max_epochs": 25, "hidden_units.3": 10}, False),
+    ],
+)
+def test_the_study_of_two_layers_has_its_own_training(fixed, repeats):
+    widths = [10, 20, 128, 256, 512, 1024, 2048]
+    space = {"hidden_units.1": widths, "hidden_units.2": widths}
+    search = made_up(space, lambda seed, **_: 0.97, model="DeepNetwork", fixed=fixed)
+    assert analysis.repeats_the_study(search) == repeats
+
+
+def test_of_the_shipped_searches_the_study_s_four_grids_repeat_it():
+    repeating = set()
+    for file in (STUDY.parents[1] / "configs" / "search").glob("*.yaml"):
+        about = {"fixed": {}, **read_config(file)}
+        if isinstance(about["strategy"], str):
+            about["strategy"] = {"name": about["strategy"]}
+        about["data"] = {"name": "MNIST", **about["data"]}
+        if analysis.repeats_the_study(SearchResult(file, about, pd.DataFrame(), [])):
+            repeating.add(file.stem)
+    assert repeating == {"shallow_grid", "deep2_grid", "deep3_grid", "resnet18_regimes"}
 
 
 def test_beside_the_study_a_search_of_ones_own_comes_first_and_is_not_compared(repeated):
@@ -547,6 +590,87 @@ def test_what_matters_most_is_said_whatever_was_searched():
     ]
 
 
+# The three sentences and the figure at the top
+
+
+def _figures_in(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\b0\.\d{4}\b", text)]
+
+
+def test_the_sentences_of_the_study_have_its_numbers(repeated):
+    against = analysis.against_the_study([repeated])
+    agree = int((against["within"] == True).sum())  # noqa: E712
+    judged = int(against["within"].notna().sum())
+    assert agree < judged  # the formula has other correlations
+    agreement, best, matters = in_short([repeated])
+    assert agreement.startswith(f"**{agree} of {judged} published figures are reproduced within")
+    assert f"noise** (n=3); those that are not: {judged - agree} in figure 2.4." in agreement
+    winner = repeated.configurations.iloc[0]
+    assert _figures_in(best) == [round(winner["acc"], 4), round(winner["sd"], 4)]
+    assert "ShallowNetwork" in best
+    assert "(n=3)" in best
+    share = analysis.variance_shares(repeated)
+    assert f"{share.index[0]} explains {100 * share.iloc[0]:.0f} %" in matters
+
+
+def test_the_figure_of_the_study_has_each_published_model_beside_ours(repeated):
+    rows = _published_rows([repeated])
+    theirs = [p for p in PUBLISHED if p.where == "table 2.1, best five"]
+    assert rows["published"].tolist() == [p.value for p in theirs]
+    assert np.allclose(rows["acc"], [p.value + 0.001 for p in theirs])
+    assert rows["label"].iloc[0] == "batch_size 8, max_epochs 50"  # in which the five differ
+    figure = figures.compared(rows, figures.WIDE)
+    axes = figure.axes[0]
+    assert axes.get_xscale() == "log"
+    drawn = [line for line in axes.lines if len(line.get_xdata())]  # the legend's have no data
+    dots = [line.get_xdata()[0] for line in drawn if line.get_marker() == "o"]
+    assert dots == pytest.approx((100 * (1 - rows["acc"])).tolist())
+    bands = [line.get_xdata() for line in drawn if line.get_linewidth() == 6]
+    for band, row in zip(bands, rows.itertuples(), strict=True):
+        ends = 100 * (1 - row.published - row.noise), 100 * (1 - row.published + row.noise)
+        assert sorted(band) == pytest.approx(sorted(ends))
+
+
+def test_the_top_of_a_report_on_ones_own_searches(searched):
+    (search,) = read(searched)
+    best, matters, test = in_short([search])
+    winner = search.configurations.iloc[0]
+    assert _figures_in(best) == [round(winner["acc"], 4), round(winner["sd"], 4)]
+    assert analysis.setting_text(dict(winner[list(SPACE)])) in best
+    top = analysis.by_importance(search)[0]
+    assert matters.split(":** ")[1].startswith(f"{top} explains ")
+    (record,) = search.tests
+    assert f"**On the 180 test images**, it is right in {record['test/acc']:.4f}" in test
+    drawn = lead([search])
+    assert f"by {figures.label(top)}: the parameter that matters most" in drawn.caption
+    axes = drawn.figure.axes[0]
+    best_of_each = search.first_round.groupby(top)["acc"].max()
+    assert axes.lines[-1].get_ydata() == pytest.approx(100 * (1 - best_of_each).to_numpy())
+    # of several: the best configurations of each, by its name
+    other = SearchResult(Path("other"), search.about, search.trials, [])
+    sentences = in_short([search, other])
+    assert len(sentences) == 3
+    assert sentences[0].startswith("**The best on validation:** ShallowNetwork 0.")
+    texts = [text.get_text() for text in lead([search, other]).figure.axes[0].texts]
+    assert texts == ["small", "other"]
+
+
+def test_the_top_of_a_report_without_anything_to_compare():
+    alone = made_up({"lr": [0.1]}, lambda lr, seed: 0.9)
+    best, matters, test = in_short([alone])
+    assert best == "**The best on validation** is lr 0.1, with 0.9000 (n=1)."
+    assert matters == "**What matters most** cannot be said: made_up varies nothing."
+    assert test.startswith("**Not tested yet:** ")
+    assert lead([alone]) is not None
+    none = SearchResult(Path("none"), alone.about, alone.trials.assign(state="FAIL"), [])
+    assert in_short([none]) == []
+    assert lead([none]) is None
+
+
+def test_a_perfect_accuracy_has_its_place_on_a_scale_without_zero():
+    assert figures.errors(pd.Series([1.0, 0.98])).tolist() == pytest.approx([0.01, 2.0])
+
+
 def test_four_groups_have_the_ends_of_the_values():
     """The first began a thousandth below the smallest, at less than a learning rate can be."""
     rates = [0.00101 * 1.5**n for n in range(12)]
@@ -555,6 +679,30 @@ def test_four_groups_have_the_ends_of_the_values():
     assert labels[-1].endswith(f" to {analysis.value_text(rates[-1])}")
     edges = np.quantile(rates, [0, 0.25, 0.5, 0.75, 1])
     assert [label.split(" to ")[1] for label in labels] == [f"{edge:.3g}" for edge in edges[1:]]
+
+
+@pytest.mark.parametrize(("axes", "drawn"), [(2, 2), (4, 12), (5, 5)])
+def test_many_parameters_are_not_drawn_by_all_the_others(axes, drawn):
+    names = ["lr", "batch_size", "hidden_units", "momentum", "dropout"][:axes]
+    search = made_up(
+        {name: [1, 2] for name in names},
+        lambda seed, **values: 0.5 + values["lr"] / 10 + sum(values.values()) / 1000,
+    )
+    (block,) = _panels(search)
+    assert len(block.drawings) == drawn
+    by_lr = [drawing for drawing in block.drawings if drawing.name.endswith("_by_lr")]
+    assert len(by_lr) == axes - 1
+
+
+def test_the_page_has_the_first_thousand_rows_and_the_file_all():
+    table = Table("t", "T", pd.DataFrame({"n": range(1001)}), "Note.")
+    assert table.page_note == "Note. The first 1,000 of 1,001; all are in tables/t.csv."
+    content = Content("", "", None, [], [], [Block("", "", [table])], [], [])
+    page = _page(content)
+    assert '<td class="n">999</td>' in page
+    assert '<td class="n">1000</td>' not in page
+    ((_, csv), _) = _table_files(content.blocks)
+    assert csv.splitlines()[-1] == "1000"
 
 
 # The mistakes of a test
@@ -608,7 +756,9 @@ def test_the_page_needs_no_other_file(report):
     outside = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"', page)
     assert not outside
     assert "@import" not in page
-    assert page.count("<svg") == len(list((report / "figures").glob("*.svg")))
+    assert len(page) <= 1_000_000
+    drawn = len(list((report / "figures").glob("*.svg")))
+    assert page.count("<svg") == drawn + 1  # the first also for a phone
     assert page.count('role="img" aria-label="') == page.count("<svg")
     ids = re.findall(r'<(?:h2|h3|section|table|input)[^>]* id="([^"]*)"', page)
     assert len(ids) == len(set(ids))
@@ -773,61 +923,182 @@ def test_the_readme_has_the_table_that_the_program_writes():
     assert all(f"\n- {text}\n" in words for text in in_words(searches))
 
 
+@pytest.mark.skipif(not STUDY.is_dir(), reason="no results are committed")
+def test_the_committed_page_is_at_most_a_megabyte_for_each_search():
+    page = (STUDY / "index.html").read_text()
+    parts = re.split(r'<summary><h2 id="', page)
+    assert len(parts) > 8
+    assert max(len(part.encode()) for part in parts) <= 1_000_000
+    for name, text in ((part.partition('"')[0], part) for part in parts):
+        if (STUDY / name / "search.json").is_file():
+            assert text.count("<svg") > 2, name
+    top = parts[0].partition('<p class="tools">')[0].partition("<main>")[2]
+    sentences = re.findall("<p>(.*?)</p>", top)
+    assert [re.sub("</?strong>", "**", text) for text in sentences] == in_short(read(STUDY))
+    assert len(sentences) == 3
+
+
 # In a browser
 
 
-@pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_in_a_browser(report, width, scheme):
+@pytest.fixture
+def opened(report):
+    """Opens a page in Chromium: its tab, after each test checked for errors and requests."""
     sync_api = pytest.importorskip("playwright.sync_api")
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if not program:
         pytest.skip("needs Chromium")
+    said: list[str] = []
+    asked: list[str] = []
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        said: list[str] = []
-        asked: list[str] = []
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto((report / "index.html").as_uri())
-        # nothing is wider than the window: no sideways scrolling
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        # all figures are there, and large enough to be read
-        figures = page.locator("figure svg")
-        assert figures.count() == len(list((report / "figures").glob("*.svg")))
-        for box in (figures.nth(i).bounding_box() for i in range(figures.count())):
-            assert box["width"] >= min(300, width - 40)
-        # text and its ground differ enough (WCAG: 4.5)
-        assert page.evaluate(_CONTRAST) >= 4.5
-        # sort by keyboard: descending, then ascending
-        page.locator("details summary").first.click()
-        head = page.locator("#small_all th", has_text="validation accuracy")
-        cells = page.locator("#small_all tbody tr")
-        column = page.locator("#small_all th").all_inner_texts().index("validation accuracy")
 
-        def values() -> list[float]:
-            rows = (row for row in cells.all() if row.is_visible())
-            return [float(row.locator("td").nth(column).inner_text()) for row in rows]
+        def open_page(file: Path, width: int, height: int, scheme: str = "light", **settings):
+            page = browser.new_page(
+                viewport={"width": width, "height": height}, color_scheme=scheme, **settings
+            )
+            page.on("console", lambda message: said.append(message.text))
+            page.on("pageerror", lambda error: said.append(str(error)))
+            page.on("request", lambda request: asked.append(request.url))
+            page.goto(file.as_uri())
+            return page
 
-        head.locator("button").focus()
-        page.keyboard.press("Enter")
-        assert head.get_attribute("aria-sort") == "descending"
-        assert values() == sorted(values(), reverse=True)
-        page.keyboard.press("Enter")
-        assert head.get_attribute("aria-sort") == "ascending"
-        assert values() == sorted(values())
-        # filter
-        page.get_by_label("Show rows").fill("0.01 32")
-        assert len(values()) == 2
-        assert page.locator("output").inner_text() == "2 of 12 rows"
+        yield open_page
         browser.close()
     assert said == []
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
 
 
+SCREENS = [(1280, 800), (390, 844)]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("size", SCREENS)
+@pytest.mark.parametrize("of", ["own", "study"])
+def test_the_first_screen_is_a_picture_and_three_sentences(report, opened, size, of):
+    page = opened((report if of == "own" else STUDY) / "index.html", *size)
+    picture = page.locator(".lead svg:visible")
+    assert picture.count() == 1
+    sentences = page.locator(".lead .said p")
+    assert sentences.count() == 3
+    boxes = [picture.bounding_box(), *(sentences.nth(i).bounding_box() for i in range(3))]
+    for box in boxes:
+        assert box["y"] >= 0
+        assert box["y"] + box["height"] <= size[1]
+    assert boxes[0]["width"] >= min(700, size[0] - 40)
+    # its text can be read
+    assert page.evaluate(_SMALLEST_TEXT) >= 9.5
+    # what is below is folded, but for the only search, of which all figures are
+    assert page.locator("figure svg:visible").count() == 1
+    assert ("published" in picture.text_content()) == (of == "study")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SCREENS)
+@pytest.mark.parametrize("of", ["own", "study"])
+def test_everything_can_be_opened_and_read(report, opened, size, scheme, of):
+    folder = report if of == "own" else STUDY
+    page = opened(folder / "index.html", *size, scheme)
+    page.get_by_role("button", name="Open all").click()
+    assert page.locator("details:not([open])").count() == 0
+    # nothing is wider than the window: no sideways scrolling
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    figures = page.locator(".figures svg")
+    widths = figures.evaluate_all("all => all.map(one => one.getBoundingClientRect().width)")
+    assert len(widths) == page.content().count("<svg") - 2
+    assert min(widths) >= min(300, size[0] - 60)
+    # text and its ground differ enough (WCAG: 4.5), and the picture has the ground's colours
+    assert page.evaluate(_CONTRAST) >= 4.5
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert light == (scheme == "light")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("size", SCREENS)
+def test_a_table_sorts_and_filters_by_column(report, opened, size):
+    page = opened(report / "index.html", *size)
+    page.get_by_role("button", name="Open all").click()
+    heads = page.locator("#small_all thead tr:first-child th")
+    names = heads.all_inner_texts()
+    rows = page.locator("#small_all tbody tr:visible")
+
+    def values(name: str) -> list[float]:
+        at = names.index(name)
+        return [float(row.locator("td").nth(at).inner_text()) for row in rows.all()]
+
+    head = heads.nth(names.index("validation accuracy"))
+    head.locator("button").focus()
+    page.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "descending"
+    assert values("validation accuracy") == sorted(values("validation accuracy"), reverse=True)
+    page.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "ascending"
+    everything = values("validation accuracy")
+    assert everything == sorted(everything)
+    assert len(everything) == 12
+
+    def ask(name: str, text: str) -> None:
+        page.locator("#small_all").get_by_label(f"Filter by {name}", exact=True).fill(text)
+
+    ask("lr", "0.01")  # not 0.1, nor 0.001
+    assert values("lr") == [0.01] * 4
+    ask("batch size", "32")
+    assert set(zip(values("lr"), values("batch size"), strict=True)) == {(0.01, 32)}
+    assert page.locator("#small_all output").inner_text() == "2 of 12 rows"
+    ask("batch size", "")
+    ask("lr", "")
+    middle = sorted(everything)[6]
+    for sign, count in ((">=", 6), ("<", 6)):
+        ask("validation accuracy", f"{sign} {middle}")
+        wanted = [v for v in everything if (v >= middle if sign == ">=" else v < middle)]
+        assert values("validation accuracy") == wanted
+        assert abs(len(wanted) - count) <= 3
+    ask("validation accuracy", "")
+    assert values("validation accuracy") == everything
+    assert page.locator("#small_all output").inner_text() == ""
+
+
+@pytest.mark.browser
+def test_the_head_of_a_long_table_stays_in_sight(opened):
+    page = opened(STUDY / "index.html", 1280, 800)
+    page.get_by_role("button", name="Open all").click()
+    scroll = page.locator(".scroll", has=page.locator("#shallow_grid_all"))
+    scroll.evaluate("box => { box.scrollIntoView(); box.scrollTop = 4000; }")
+    assert scroll.evaluate("box => box.scrollTop") == 4000
+    top = scroll.bounding_box()["y"]
+    head = page.locator("#shallow_grid_all thead").bounding_box()
+    assert abs(head["y"] - top) <= 1
+    assert page.locator("#shallow_grid_all tbody tr").first.bounding_box()["y"] < top
+
+
+@pytest.mark.browser
+def test_a_search_that_is_named_in_the_address_is_opened(opened):
+    page = opened(STUDY / "index.html", 1280, 800)
+    page.goto((STUDY / "index.html").as_uri() + "#shallow_wide")
+    assert page.locator("details[open] > summary").count() > 1
+    assert "shallow_wide" in page.locator("main > details[open] > summary").inner_text()
+
+
+@pytest.mark.browser
+def test_without_javascript_the_page_is_whole(report, opened):
+    page = opened(report / "index.html", 390, 844, java_script_enabled=False)
+    assert page.locator(".lead .said p").count() == 3
+    closed = page.locator("details:not([open]) > summary:visible")
+    while closed.count():
+        closed.first.click()
+    assert page.locator("#small_all tbody tr:visible").count() == 12
+    assert page.locator("button, input").count() == 0
+    drawn = len(list((report / "figures").glob("*.svg")))
+    assert page.locator("figure svg:visible").count() == drawn
+
+
+_SMALLEST_TEXT = """() => {
+  const svg = [...document.querySelectorAll(".lead svg")].find(one => one.checkVisibility());
+  const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+  const texts = [...svg.querySelectorAll("text")].filter(text => text.textContent.trim());
+  return scale * Math.min(...texts.map(text => parseFloat(getComputedStyle(text).fontSize)));
+}"""
 _CONTRAST = """() => {
   const light = css => {
     const [r, g, b] = css.match(/[\\d.]+/g).map(Number).map(v => v / 255)

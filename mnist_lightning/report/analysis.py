@@ -321,6 +321,21 @@ def importance(search: SearchResult) -> pd.Series:
     return pd.Series(optuna.importance.get_param_importances(study, evaluator=evaluator))
 
 
+def spans(search: SearchResult) -> pd.Series:
+    """How far the mean accuracies of each axis's values are apart, the widest first."""
+    means = marginals(search).groupby("axis", sort=False)["mean"]
+    return (means.max() - means.min()).sort_values(ascending=False)
+
+
+def by_importance(search: SearchResult) -> list[str]:
+    """The axes, the most important first, by the best measure that the search allows."""
+    shares = variance_shares(search)
+    shares = importance(search) if shares.empty else shares
+    if shares.empty or shares.isna().any():
+        shares = spans(search)
+    return [name for name in shares.index if name in search.axes]  # no pairs of them
+
+
 def _distribution(column: pd.Series) -> Any:
     """The values of a parameter as Optuna has them: categories, or a range where they are many."""
     if column.nunique() <= MANY:
@@ -502,14 +517,17 @@ def spread(search: SearchResult, acc: float) -> float | None:
 
 
 def repeats_the_study(search: SearchResult) -> bool:
-    """Whether a search covers one of the study's own grids, on its images."""
-    values = {name: [value] for name, value in search.about["fixed"].items()}
-    values |= {name: axis for name, axis in search.about["space"].items() if isinstance(axis, list)}
-    grids = [grid for model, grid in GRIDS if model == search.model]
-    return _on_its_images(search) and any(
-        all(set(axis) <= set(values.get(name, ())) for name, axis in grid.items())
-        and layer_axes(values) == layer_axes(grid)  # no further layer
-        for grid in grids
+    """Whether a search is one of the study's own grids, on its images; it may have grown."""
+    if search.about["strategy"]["name"] != "grid" or not _on_its_images(search):
+        return False
+    fixed = {name: [value] for name, value in search.about["fixed"].items()}
+    values = {**fixed, **search.about["space"]}
+    return any(
+        model == search.model
+        and all(set(axis) <= set(values.get(name, ())) for name, axis in grid.items())
+        # nothing else, like a layer or an optimizer; of a ResNet, the report notes the setting
+        and set(fixed if model == "ResNet18" else ()) >= values.keys() - grid.keys()
+        for model, grid in GRIDS
     )
 
 

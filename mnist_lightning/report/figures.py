@@ -1,8 +1,10 @@
 """The figures of a report, from numbers that ``analysis`` has computed.
 
-Only ``panel`` computes something itself: the means that its lines join. All figures but the images
-of ``mistakes`` have one size, so that a page can arrange them in columns. Text and axes are drawn
-in one colour (``INK``), which the page replaces by its own text colour.
+Accuracies are drawn as errors in percent on a logarithmic scale: near 1, where they crowd, a
+linear scale would show nothing. Only ``panel`` and ``by_value`` compute something themselves: the
+means, or the best, that their lines join. All figures have one size, so that a page can arrange
+them in columns, but the images of ``mistakes`` and those at the top of a page. Text and axes are
+drawn in one colour (``INK``), which the page replaces by its own text colour.
 """
 
 import base64
@@ -16,13 +18,16 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from PIL import Image
 
 from mnist_lightning.report.analysis import MANY, groups, value_text
 
 INK = "#1a1b1c"
 SIZE = (3.8, 2.9)  # inches
+WIDE, NARROW = 7.8, 3.6  # inches: of the figure at the top of a page, for a screen and a phone
 # about equally light, legible on white and on black; the markers help without colour
 COLOURS = (
     "#4477dd",
@@ -63,6 +68,7 @@ LABELS = {
     "hidden_units.3": "units, layer 3",
     "acc": "validation accuracy",
     "gap": "validation loss − training loss",
+    "error": "validation error (%)",
     "size": "weights and biases",
 }
 
@@ -85,13 +91,24 @@ def svg(figure: Figure, alt: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(
-        r'<g id="[^"]*">', "<g>", text
-    )  # the ids are not unique on a page with several figures
+    # the ids are not unique on a page with several figures
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub("<[^>]*>", _compact, text)
+    text = re.sub(r">\s+<", "><", text)
     quoted = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return text.replace("<svg", f'<svg role="img" aria-label="{quoted}"', 1)
+    start = f'<svg role="img" aria-label="{quoted}" font-family="sans-serif"'
+    return text.replace("<svg", start, 1)
+
+
+def _compact(tag: re.Match[str]) -> str:
+    """An SVG tag without what nobody sees: most of Matplotlib's bytes are such."""
+    text = re.sub(r"\s+", " ", tag[0])
+    text = text.replace("base64, ", "base64,")
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+    text = re.sub(r' transform="rotate\(-?0 [^"]*"', "", text)
+    return re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.4g}", text)
 
 
 def png(figure: Figure) -> bytes:
@@ -102,9 +119,11 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _axes(title: str = "", x: str = "", y: str = "") -> tuple[Figure, Axes]:
+def _axes(
+    title: str = "", x: str = "", y: str = "", size: tuple[float, float] = SIZE
+) -> tuple[Figure, Axes]:
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         axes.set_title(title, fontsize=8.5)
         axes.set_xlabel(x)
@@ -117,8 +136,39 @@ def _legend(axes: Axes, title: str | None = None, **where: Any) -> None:
         axes.legend(title=title, **where)
 
 
-def panel(configurations: pd.DataFrame, x: str, colour: str | None, y: str = "acc") -> Figure:
+def errors(accuracies: Any) -> Any:
+    """In percent; at least 0.01, since a logarithmic scale has no zero."""
+    return (100 * (1 - accuracies)).clip(lower=0.01)
+
+
+def _errors_on(axes: Axes, which: str, lowest: float = 0.0) -> None:
+    """A logarithmic scale for errors in percent on x or y, with ticks that a reader can name.
+
+    Args:
+        axes: to change.
+        which: ``x`` or ``y``.
+        lowest: error on the scale; what reaches beyond it, like an interval that includes no error
+            at all, is cut off.
+    """
+    axes.set(**{f"{which}scale": "log"})
+    axis: Axis = getattr(axes, f"{which}axis")
+    low, high = sorted(axis.get_view_interval())
+    low = max(low, lowest)
+    axes.set(**{f"{which}lim": (low, high)})
+    if high > 10 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    elif high > 2 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+    else:
+        axis.set_major_locator(MaxNLocator(4))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
+
+
+def panel(configurations: pd.DataFrame, x: str, colour: str | None, y: str = "error") -> Figure:
     """One column against a parameter, coloured by another parameter; lines join the means."""
+    configurations = configurations.assign(error=errors(configurations["acc"]))
     figure, axes = _axes("", label(x), label(y))
     by = groups(configurations[colour]) if colour else groups(pd.Series("", configurations.index))
     many = configurations[x].nunique() > MANY
@@ -128,7 +178,7 @@ def panel(configurations: pd.DataFrame, x: str, colour: str | None, y: str = "ac
         chosen = by == shade
         at, values = places[chosen], configurations[y][chosen]
         # side by side: the last colour would hide the others
-        shift = 0 if many else 0.6 * ((i + 0.5) / len(shades) - 0.5)
+        shift = 0 if many else 0.4 * ((i + 0.5) / len(shades) - 0.5)
         axes.plot(
             at + shift,
             values,
@@ -149,9 +199,13 @@ def panel(configurations: pd.DataFrame, x: str, colour: str | None, y: str = "ac
     else:
         names = groups(configurations[x]).cat.categories
         axes.set_xticks(range(len(names)), names)
-    if y == "gap":  # a few networks have very large gaps
+    if y == "error":
+        _errors_on(axes, "y")
+    else:  # a few networks have very large gaps
         axes.set_yscale("symlog", linthresh=0.1)
         axes.margins(y=0.08)
+        if axes.get_ylim()[1] < 1:
+            axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: value_text(float(v))))
     if colour:
         _legend_above(axes, label(colour), shades)
@@ -175,6 +229,8 @@ def _legend_above(axes: Axes, title: str, names: Sequence[Any]) -> None:
 def _log_if_wide(axes: Axes, values: pd.Series) -> None:
     if values.min() > 0 and values.max() >= 8 * values.min():
         axes.set_xscale("log")
+        if values.max() < 100 * values.min():  # powers of ten would be one or two
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: value_text(float(v))))
         axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -182,13 +238,14 @@ def _log_if_wide(axes: Axes, values: pd.Series) -> None:
 def heat(table: pd.DataFrame, title: str, digits: int = 3, diverging: bool = False) -> Figure:
     """A table as a heat map, with the number in each cell."""
     figure, axes = _axes(title)
-    values = table.to_numpy(float)
+    values = table.to_numpy(float, copy=True)
     if diverging:
         low, high = -1.0, 1.0
+        np.fill_diagonal(values, np.nan)  # of correlations: each one's with itself
     else:
         low, high = np.nanmin(values), np.nanmax(values)
     shades = matplotlib.colormaps["RdBu_r" if diverging else "viridis"]
-    axes.imshow(values, cmap=shades, vmin=low, vmax=high, aspect="auto")
+    axes.imshow(values, cmap=shades, vmin=low, vmax=high, aspect="auto", interpolation="none")
     axes.grid(False)
     axes.set_xticks(range(table.shape[1]), [label(str(name)) for name in table.columns])
     axes.set_yticks(range(table.shape[0]), [label(str(name)) for name in table.index])
@@ -220,14 +277,18 @@ def heat(table: pd.DataFrame, title: str, digits: int = 3, diverging: bool = Fal
 
 
 def marginal(rows: pd.DataFrame, axis: str) -> Figure:
-    """Mean, median and best accuracy at each value of a parameter."""
-    figure, axes = _axes("", label(axis), label("acc"))
-    for i, name in enumerate(("best", "median", "mean")):
-        axes.plot(range(len(rows)), rows[name], f"{MARKERS[i]}-", color=COLOURS[2 * i], label=name)
+    """Error of the mean, median and best configuration at each value of a parameter."""
+    figure, axes = _axes("", label(axis), label("error"))
+    alone = (rows["configurations"] == 1).all()  # all three are the same
+    for i, name in enumerate(("best",) if alone else ("best", "median", "mean")):
+        shown = errors(rows[name])
+        axes.plot(range(len(rows)), shown, f"{MARKERS[i]}-", color=COLOURS[2 * i], label=name)
+    _errors_on(axes, "y")
     axes.set_xticks(range(len(rows)), rows["value"])
     if len(str(rows["value"].iloc[0])) > 9:
         axes.tick_params(axis="x", rotation=15)
-    _legend(axes)
+    if not alone:
+        _legend(axes)
     return figure
 
 
@@ -240,7 +301,15 @@ def bars(shares: pd.Series, title: str, x: str) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, max(shares) * 1.18)
     for place, share in zip(range(len(shares))[::-1], shares, strict=True):
-        axes.text(share, place, f" {share:.2f}", va="center", fontsize=7.5, color=INK)
+        axes.annotate(
+            f"{share:.2f}",
+            (share, place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7.5,
+            color=INK,
+        )
     return figure
 
 
@@ -269,25 +338,28 @@ def curves(trial: Mapping[str, Any], stop: Mapping[str, Any], title: str) -> Fig
     return figure
 
 
-def epochs(series: Mapping[str, pd.Series], title: str, errors: bool = False) -> Figure:
+def epochs(
+    series: Mapping[str, pd.Series],
+    title: str,
+    accuracies: bool = False,
+    size: tuple[float, float] = SIZE,
+) -> Figure:
     """A line for each training, by epoch.
 
     Args:
         series: for each training its values, by epoch.
         title: of the figure.
-        errors: if True, the values are accuracies, and shown is what they miss.
+        accuracies: if True, the values are accuracies, and shown are the errors.
+        size: of the figure, in inches.
     """
-    figure, axes = _axes(title, "epoch")
+    figure, axes = _axes(title, "epoch", size=size)
     for i, (name, values) in enumerate(series.items()):
-        shown = (1 - values).clip(lower=1e-5) if errors else values
+        shown = errors(values) if accuracies else values
         marker = MARKERS[i // len(COLOURS) % len(MARKERS)]
         style = marker if len(shown) == 1 else "-" if i < len(COLOURS) else f"{marker}-"
         axes.plot(shown.index, shown, style, color=COLOURS[i % len(COLOURS)], label=name)
-    if errors:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    if accuracies:
+        _errors_on(axes, "y")
     else:
         axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -296,29 +368,27 @@ def epochs(series: Mapping[str, pd.Series], title: str, errors: bool = False) ->
     return figure
 
 
-def scatter(x: pd.Series, y: pd.Series, colour: pd.Series | None, titles: Sequence[str]) -> Figure:
-    """One number against another, a marker for each configuration.
-
-    Args:
-        x: a number for each configuration.
-        y: another one.
-        colour: a category for each configuration, or ``None``.
-        titles: of the figure, of x, of y, of the colours.
-    """
-    title, x_title, y_title, colour_title = titles
-    figure, axes = _axes(title, x_title, y_title)
-    shades = list(colour.cat.categories) if colour is not None else [None]
+def scatter(
+    x: pd.Series, accuracies: pd.Series, colour: pd.Series, x_title: str, colour_title: str
+) -> Figure:
+    """The error against a number, a marker for each configuration, coloured by a category."""
+    figure, axes = _axes("", x_title, label("error"))
+    shades = list(colour.cat.categories)
     for i, shade in enumerate(shades):
-        chosen = slice(None) if colour is None else colour == shade
+        chosen = colour == shade
         shape: Any = {"color": COLOURS[i % len(COLOURS)], "markeredgewidth": 0}
         axes.plot(
-            x[chosen], y[chosen], MARKERS[i % len(MARKERS)], alpha=0.6, rasterized=True, **shape
+            x[chosen],
+            errors(accuracies[chosen]),
+            MARKERS[i % len(MARKERS)],
+            alpha=0.6,
+            rasterized=True,
+            **shape,
         )
-        if shade is not None:
-            axes.plot([], [], MARKERS[i % len(MARKERS)], label=str(shade), **shape)
+        axes.plot([], [], MARKERS[i % len(MARKERS)], label=str(shade), **shape)
     _log_if_wide(axes, x)
-    if colour is not None:
-        _legend_above(axes, colour_title, shades)
+    _errors_on(axes, "y")
+    _legend_above(axes, colour_title, shades)
     return figure
 
 
@@ -349,10 +419,10 @@ def mistakes(
             axes = figure.add_subplot(lines, columns, i + 1)
             pixels = np.frombuffer(zlib.decompress(base64.b64decode(mistake["pixels"])), np.uint8)
             image = pixels.reshape(mistake.get("shape", (28, 28))).squeeze()
-            if image.ndim == 3:
-                axes.imshow(image.transpose(1, 2, 0))
-            else:
-                axes.imshow(image, cmap="gray_r", vmin=0, vmax=255)
+            image = image.transpose(1, 2, 0) if image.ndim == 3 else image
+            # as many pixels as are seen at this size
+            small = Image.fromarray(image).reduce(max(1, max(image.shape) // 28))
+            axes.imshow(small, cmap="gray_r", vmin=0, vmax=255, interpolation="none")
             sure = f"{100 * mistake['probability']:.0f} %"
             label, predicted = (
                 classes[mistake[kind]] if classes else mistake[kind]
@@ -360,4 +430,103 @@ def mistakes(
             )
             axes.set_title(f"{label} → {predicted}\n{sure}", fontsize=7.5)
             axes.set_axis_off()
+    return figure
+
+
+def compared(rows: pd.DataFrame, width: float) -> Figure:
+    """Errors as dots with intervals, one row for each model, in groups.
+
+    Args:
+        rows: ``group``, ``label``, ``acc``, ``sd`` (of the accuracy over seeds, or missing), and
+            where there is one the ``published`` accuracy with its ``noise``: so far from it an
+            accuracy may be by chance.
+        width: of the figure, in inches. Without the labels where it is narrow.
+    """
+    narrow = width < SIZE[0]
+    step = 0.105 if narrow else 0.185
+    groups = list(dict.fromkeys(rows["group"]))
+    lines = len(rows) + 1.5 * len(groups)
+    figure, axes = _axes("", label("error"), size=(width, step * lines + 0.85))
+    at, names, place = [], [], 0.0
+    for group in groups:
+        axes.text(
+            0.0,
+            place,
+            group,
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            weight="bold",
+            size=7.5 if narrow else 8.5,
+            color=INK,
+            in_layout=False,  # it may be wider than the axes' own share
+        )
+        place += 1
+        for row in rows[rows["group"] == group].itertuples():
+            at.append(place)
+            names.append(row.label)
+            _dot(axes, row, place, 6 if narrow else 8)
+            place += 1
+        place += 0.5
+    axes.set_ylim(place - 0.3, -0.9)
+    _errors_on(axes, "x", errors(rows["acc"]).min() / 2)
+    axes.set_yticks(at, [""] * len(at) if narrow else names)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    if rows["published"].notna().any():
+        axes.plot([], [], "-", color=COLOURS[-1], alpha=0.35, linewidth=6, label="chance, 95 %")
+        axes.plot([], [], "|", color=INK, markersize=8, markeredgewidth=1.5, label="published")
+        axes.plot([], [], "o", color=COLOURS[0], markersize=6, label="repeated, ± sd")
+        with matplotlib.rc_context(STYLE):
+            figure.legend(loc="outside upper center", ncols=3, columnspacing=1.2)
+    return figure
+
+
+def _dot(axes: Axes, row: Any, place: float, size: float) -> None:
+    if row.published is not None and np.isfinite(row.published):
+        ends = errors(pd.Series([row.published + row.noise, row.published - row.noise]))
+        axes.plot(ends, [place] * 2, "-", color=COLOURS[-1], alpha=0.35, linewidth=0.75 * size)
+        x = errors(pd.Series([row.published]))
+        axes.plot(x, [place], "|", color=INK, markersize=size, markeredgewidth=1.5)
+    if row.sd is not None and np.isfinite(row.sd):
+        ends = errors(pd.Series([row.acc + row.sd, row.acc - row.sd]))
+        axes.plot(ends, [place] * 2, "-", color=COLOURS[0], linewidth=1.5)
+    axes.plot(errors(pd.Series([row.acc])), [place], "o", color=COLOURS[0], markersize=size - 2)
+
+
+def by_value(configurations: pd.DataFrame, axis: str, width: float) -> Figure:
+    """The error of each configuration at each value of a parameter; a line joins the best.
+
+    Args:
+        configurations: with ``acc``, and ``sd`` over the seeds or missing.
+        axis: the parameter.
+        width: of the figure, in inches.
+    """
+    figure, axes = _axes("", label(axis), label("error"), size=(width, 0.35 * width + 2.1))
+    many = configurations[axis].nunique() > MANY and configurations[axis].dtype != object
+    values = groups(configurations[axis])
+    places = configurations[axis] if many else values.cat.codes
+    axes.plot(
+        places,
+        errors(configurations["acc"]),
+        "o",
+        color=COLOURS[-1],
+        alpha=0.5,
+        markersize=4,
+        markeredgewidth=0,
+        label="each configuration",
+    )
+    best = configurations.loc[configurations["acc"].groupby(values, observed=True).idxmax()]
+    ends = [errors(best["acc"] + best["sd"]), errors(best["acc"] - best["sd"])]
+    at = places[best.index]
+    axes.vlines(at, *ends, color=COLOURS[0], linewidth=1.5)
+    name = "best of each quarter of the values" if many else "best of each value"
+    name += ", ± sd" if best["sd"].notna().any() else ""
+    axes.plot(at, errors(best["acc"]), "o-", color=COLOURS[0], markersize=6, label=name)
+    if many:
+        _log_if_wide(axes, configurations[axis])
+    else:
+        axes.set_xticks(range(len(values.cat.categories)), values.cat.categories)
+    _errors_on(axes, "y", errors(configurations["acc"]).min() / 2)
+    with matplotlib.rc_context(STYLE):
+        figure.legend(loc="outside upper center", ncols=2)
     return figure

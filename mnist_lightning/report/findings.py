@@ -26,10 +26,94 @@ def in_words(searches: Sequence[SearchResult]) -> list[str]:
     said += _agreement(against)
     for search in searches:
         said += _lessons(search)
-    said += [*_depth(searches), *_costs(searches), *_verdicts(compared, against)]
+    said += [*_depth(searches, compared), *_costs(searches), *_verdicts(compared, against)]
     if compared:
         said += _not_measured(against)
     return said
+
+
+def in_short(searches: Sequence[SearchResult]) -> list[str]:
+    """The three sentences at the top of the page; none where no trial has finished.
+
+    Where one of the study's own grids was run: how many of its figures agree, the best of each
+    model, and what matters most. For other searches: the best, what matters most, and the test.
+    """
+    finished = [search for search in searches if not search.complete.empty]
+    if not finished:
+        return []
+    compared = analysis.comparable(finished)
+    largest = max(compared or finished, key=lambda search: len(search.configurations))
+    matters = _what_matters(largest) or [
+        f"**What matters most** cannot be said: {largest.name} varies nothing."
+    ]
+    if compared:
+        return [_agree(analysis.against_the_study(compared)), _best_of_each(finished), *matters]
+    best = _best_of_each(finished, True) if len(finished) > 1 else _best(finished[0])
+    return [best, *matters, _tested(max(finished, key=_accuracy))]
+
+
+def _accuracy(search: SearchResult) -> float:
+    """Of its best configuration."""
+    return float(search.configurations["acc"].iloc[0])
+
+
+def _agree(against: pd.DataFrame) -> str:
+    judged = against[against["within"].notna()]
+    if judged.empty:
+        return (
+            f"**{against['repeated'].notna().sum()} of {len(against)} published figures** were"
+            " measured again; the noise of none is known yet."
+        )
+    disagree = judged[judged["within"] == False]  # noqa: E712
+    seeds = sorted({int(n) for n in judged["n"]})
+    where = " and ".join(
+        f"{len(rows)} in {where}" for where, rows in disagree.groupby("where", sort=False)
+    )
+    return (
+        f"**{len(judged) - len(disagree)} of {len(judged)} published figures are reproduced within"
+        f" noise** (n={' to '.join(map(str, sorted({seeds[0], seeds[-1]})))})"
+        + (f"; those that are not: {where}." if where else ".")
+    )
+
+
+def _best_of_each(searches: Sequence[SearchResult], named: bool = False) -> str:
+    """The best of each model on each data set, with the name of its search or without."""
+    best: dict[tuple[str, str], SearchResult] = {}
+    for search in searches:
+        data = search.about["data"]
+        key = search.model, data["name"] if data["source"] == "mnist" else data["source"]
+        best[key] = max(best.get(key, search), search, key=_accuracy)
+    best = dict(sorted(best.items(), key=lambda item: -_accuracy(item[1])))
+    models = [model for model, _ in best]
+    texts = [
+        f"{model}{f' on {data}' if models.count(model) > 1 else ''}"
+        f" {_with_spread(search.configurations.iloc[0])}{f' in {search.name}' if named else ''}"
+        for (model, data), search in best.items()
+    ]
+    return f"**The best on validation:** {', '.join(texts)}."
+
+
+def _with_spread(configuration: pd.Series) -> str:
+    """An accuracy with its standard deviation and its number of seeds."""
+    n = int(configuration["n"])
+    spread = f" ± {configuration['sd']:.4f}" if n > 1 else ""
+    return f"{configuration['acc']:.4f}{spread} (n={n})"
+
+
+def _best(search: SearchResult) -> str:
+    best = search.configurations.iloc[0]
+    setting = analysis.setting_text(dict(best[search.axes or search.params]))
+    return f"**The best on validation** is {setting}, with {_with_spread(best)}."
+
+
+def _tested(search: SearchResult) -> str:
+    test = analysis.tested(search)
+    if test is None:
+        return f"**Not tested yet:** the winner of {search.name} has not seen the test images."
+    return (
+        f"**On the {test['images']:,} test images**, it is right in {test['acc']:.4f} (95 %"
+        f" interval {test['low']:.4f} to {test['high']:.4f}, Wilson)."
+    )
 
 
 def _agreement(against: pd.DataFrame) -> list[str]:
@@ -127,8 +211,7 @@ def _what_matters(search: SearchResult) -> list[str]:
         return [f"**What matters most in {search.name}:** {text}."]
     if not search.axes:
         return []
-    means = analysis.marginals(search).groupby("axis", sort=False)["mean"]
-    spans = (means.max() - means.min()).sort_values(ascending=False)
+    spans = analysis.spans(search)
     return [
         f"**What matters most in {search.name}:** {spans.index[0]}: between its best and its worst"
         f" value the mean accuracy differs by {spans.iloc[0]:.4f}."
@@ -251,7 +334,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _depth(searches: Sequence[SearchResult]) -> list[str]:
+def _depth(searches: Sequence[SearchResult], compared: Sequence[SearchResult]) -> list[str]:
     """Whether further layers helped."""
     by_layers: dict[int, Any] = {}
     for search in searches:
@@ -277,7 +360,7 @@ def _depth(searches: Sequence[SearchResult]) -> list[str]:
             headline = "Depth brings no improvement here"
     return [
         f"**{headline}.** The best on validation: {words}. They also differ in learning"
-        " rate, mini-batch and epochs, as in the study."
+        f" rate, mini-batch and epochs{', as in the study' if compared else ''}."
     ]
 
 

@@ -19,7 +19,7 @@ from mnist_lightning.provenance import provenance
 from mnist_lightning.report import analysis, figures, findings, runs, sections
 from mnist_lightning.report.analysis import SearchResult
 from mnist_lightning.report.published import COUNTERPARTS
-from mnist_lightning.report.sections import Block, Section, counts_text
+from mnist_lightning.report.sections import Block, Drawing, Section, counts_text
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,21 @@ class Content:
 
     Args:
         title: of the page.
+        subject: what it is about, in one line.
+        lead: the figure at its top, if there is something to draw.
+        sentences: beside that figure; **bold** as in Markdown.
         sections: one for each search or run.
         overall: what is said of all of them together.
-        findings: sentences; **bold** as in Markdown.
+        findings: further sentences.
         origins: for each search or run, where its results come from.
         unfinished: names of searches whose trials have not all finished.
         studied: searches that can be compared with the study.
     """
 
     title: str
+    subject: str
+    lead: Drawing | None
+    sentences: Sequence[str]
     sections: Sequence[Section]
     overall: Sequence[Block]
     findings: Sequence[str]
@@ -47,6 +53,11 @@ class Content:
     @property
     def blocks(self) -> list[Block]:
         return [*self.overall, *(block for section in self.sections for block in section.blocks)]
+
+    @property
+    def drawings(self) -> list[Drawing]:
+        lead = [self.lead] if self.lead else []
+        return [*lead, *(drawing for block in self.blocks for drawing in block.drawings)]
 
 
 def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print) -> None:
@@ -68,7 +79,7 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
     content = _of_runs(of_runs, say) if of_runs else _of_searches(folders, say)
     files: list[tuple[str, str | bytes]] = [
         *_table_files(content.blocks),
-        *_figure_files(content.blocks),
+        *_figure_files(content.drawings),
         ("index.html", _page(content)),
         ("README.md", _readme(content)),
     ]
@@ -97,7 +108,10 @@ def _of_searches(folders: Sequence[Path], say: Callable[[str], None]) -> Content
         by_search.append(sections.section(search))
         say(f"{search.name}: {sum(len(b.drawings) for b in by_search[-1].blocks)} figures")
     return Content(
-        "What the searches found",
+        "What the search found" if len(searches) == 1 else "What the searches found",
+        _subject(searches),
+        sections.lead(searches),
+        findings.in_short(searches),
         by_search,
         overall,
         findings.in_words(searches),
@@ -107,6 +121,13 @@ def _of_searches(folders: Sequence[Path], say: Callable[[str], None]) -> Content
     )
 
 
+def _subject(searches: Sequence[SearchResult]) -> str:
+    if len(searches) == 1:
+        return f"{searches[0].name}: {searches[0].model}, {counts_text(searches[0])}"
+    trials = sum(len(search.complete) for search in searches)
+    return f"{len(searches)} searches, {trials:,} finished trials"
+
+
 def _of_runs(folders: Sequence[Path], say: Callable[[str], None]) -> Content:
     trained = runs.read(folders)
     by_run = [runs.section(run) for run in trained]
@@ -114,9 +135,14 @@ def _of_runs(folders: Sequence[Path], say: Callable[[str], None]) -> Content:
         say(f"{part.name}: {part.model}, {part.summary}")
     return Content(
         "What was trained",
+        f"{by_run[0].name}: {by_run[0].model}, {by_run[0].summary}"
+        if len(by_run) == 1
+        else f"{len(by_run)} runs",
+        runs.lead(trained),
+        runs.in_words(trained),
         by_run,
         runs.overall(trained),
-        runs.in_words(trained),
+        (),
         [(run.name, run.origins[-1]) for run in trained if run.origins],
     )
 
@@ -128,8 +154,8 @@ def _table_files(blocks: Sequence[Block]) -> Iterator[tuple[str, str]]:
         yield f"tables/{table.name}.md", table.markdown() + "\n"
 
 
-def _figure_files(blocks: Sequence[Block]) -> Iterator[tuple[str, str | bytes]]:
-    for drawing in (drawing for block in blocks for drawing in block.drawings):
+def _figure_files(drawings: Sequence[Drawing]) -> Iterator[tuple[str, str | bytes]]:
+    for drawing in drawings:
         yield f"figures/{drawing.name}.svg", drawing.svg
         yield f"figures/{drawing.name}.png", figures.png(drawing.figure)
 
@@ -143,7 +169,7 @@ def _page(content: Content) -> str:
     )
     environment.filters["bold"] = _bold
     template = environment.get_template("page.html")
-    return template.render(content=content, provenance=provenance())
+    return template.render(content=content, provenance=provenance(), most_rows=sections.MOST_ROWS)
 
 
 def _bold(text: str) -> Any:
@@ -166,7 +192,7 @@ def _readme(content: Content) -> str:
     for section in content.sections:
         lines.append(f"- `{section.name}`: {section.model}, {section.summary}")
     lines += ["", "## In words", ""]
-    lines += [f"- {text}" for text in content.findings]
+    lines += [f"- {text}" for text in content.findings or content.sentences]
     for block in content.overall:
         lines += ["", f"## {block.title}", "", block.text]
         for table in block.tables:

@@ -130,7 +130,9 @@ PUBLISHED = [
 
 _WIDTHS = [10, 20, 256, 512, 1024]
 
-# What the study searched. A search that covers one of these grids repeats the study.
+_OF_DEEP: dict[str, list[Any]] = {"batch_size": [32], "lr": [0.01]}
+
+# What the study searched. A grid over one of these repeats the study.
 GRIDS: list[tuple[str, Mapping[str, list[Any]]]] = [
     (
         "ShallowNetwork",
@@ -141,8 +143,18 @@ GRIDS: list[tuple[str, Mapping[str, list[Any]]]] = [
             "hidden_units": [10, 25, 50, 100],
         },
     ),
-    ("DeepNetwork", {f"hidden_units.{i}": [*_WIDTHS, 128, 2048] for i in (1, 2)}),
-    ("DeepNetwork", {f"hidden_units.{i}": _WIDTHS for i in (1, 2, 3)}),
+    (
+        "DeepNetwork",
+        {
+            **_OF_DEEP,
+            "max_epochs": [25],
+            **{f"hidden_units.{i}": [*_WIDTHS, 128, 2048] for i in (1, 2)},
+        },
+    ),
+    (
+        "DeepNetwork",
+        {**_OF_DEEP, "max_epochs": [10], **{f"hidden_units.{i}": _WIDTHS for i in (1, 2, 3)}},
+    ),
     ("ResNet18", {"regime": ["scratch", "finetune", "freeze"]}),
 ]
 

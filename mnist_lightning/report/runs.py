@@ -167,16 +167,14 @@ def _interval(test: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def overall(runs: Sequence[RunResult]) -> list[Block]:
-    """The curves of all runs, their results, and the settings that differ."""
-    drawn = [run for run in runs if not run.curves.empty and "epoch" in run.curves]
+    """The losses of all runs, their results, and the settings that differ."""
     drawings = [
-        Drawing(f"runs_{name}", caption, figures.epochs(series, title, errors))
-        for name, column, title, errors, caption in (
-            ("accuracy", "val/acc", "validation error", True, _ACCURACY),
-            ("val_loss", "val/loss", "validation loss", False, _VALIDATION),
-            ("train_loss", "train/loss", "training loss", False, _TRAINING),
+        Drawing(f"runs_{name}", caption, figures.epochs(series, title))
+        for name, column, title, caption in (
+            ("val_loss", "val/loss", "validation loss", _VALIDATION),
+            ("train_loss", "train/loss", "training loss", _TRAINING),
         )
-        if (series := _series(drawn, column))
+        if (series := _series(runs, column))
     ]
     tables = [Table("runs", "The best epoch of each run", _results(runs))]
     if (different := _different(runs)) is not None:
@@ -184,11 +182,22 @@ def overall(runs: Sequence[RunResult]) -> list[Block]:
     if (changed := _robustness(runs)) is not None:
         title = "Accuracy on changed test images, mean over the strengths of each change"
         tables.append(Table("robustness", title, changed))
-    curves = [Block("Learning curves", drawings=drawings)] if drawings else []
-    return [*curves, Block("Results", tables=tables)]
+    curves = [Block("Losses", drawings=drawings)] if drawings else []
+    return [Block("Results", tables=tables), *curves]
 
 
-_ACCURACY = "The share of wrong answers on the validation images, on a logarithmic scale."
+def lead(runs: Sequence[RunResult]) -> Drawing | None:
+    """The figure at the top of the page: the validation errors of all runs, by epoch."""
+    if not (series := _series(runs, "val/acc")):
+        return None
+    wide, narrow = (
+        figures.epochs(series, "validation error (%)", True, (width, 0.35 * width + 2.1))
+        for width in (figures.WIDE, figures.NARROW)
+    )
+    return Drawing("runs_accuracy", _ACCURACY, wide, narrow=narrow)
+
+
+_ACCURACY = "Wrong answers on the validation images, on a logarithmic scale: lower is better."
 _VALIDATION = "The mean loss of the validation images."
 _TRAINING = "The mean loss of the mini-batches of each epoch, each before its update."
 
@@ -197,7 +206,7 @@ def _series(runs: Sequence[RunResult], column: str) -> dict[str, pd.Series]:
     return {
         run.name: pd.Series(run.curves[column].to_numpy(), run.curves["epoch"]).dropna()
         for run in runs
-        if column in run.curves
+        if not run.curves.empty and {column, "epoch"} <= set(run.curves)
     }
 
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from mnist_lightning.report import analysis, figures
 from mnist_lightning.report.analysis import SearchResult, setting_text, value_text
+from mnist_lightning.report.published import PUBLISHED
 from mnist_lightning.runs import evaluations
 
 # Digits after the point, by column; other columns are shown as they are.
@@ -41,6 +42,9 @@ HEADINGS = {
 }
 
 
+MOST_ROWS = 1000  # of a table on the page, which stays below a megabyte for each search
+
+
 @dataclass
 class Table:
     """A table, on the page and in files of its own.
@@ -50,14 +54,17 @@ class Table:
         title: shown above it.
         frame: its rows.
         note: shown below it.
-        large: whether the page can sort and filter it.
     """
 
     name: str
     title: str
     frame: pd.DataFrame
     note: str = ""
-    large: bool = False
+
+    @property
+    def large(self) -> bool:
+        """Whether the page can sort and filter it."""
+        return len(self.frame) > 10
 
     @property
     def headings(self) -> list[str]:
@@ -74,6 +81,14 @@ class Table:
             [(_text(name, value), value) for name, value in zip(columns, row, strict=True)]
             for row in self.frame.astype(object).itertuples(index=False, name=None)
         ]
+
+    @property
+    def page_note(self) -> str:
+        """The note, and which rows the page leaves out."""
+        if len(self.frame) <= MOST_ROWS:
+            return self.note
+        more = f"The first {MOST_ROWS:,} of {len(self.frame):,}; all are in tables/{self.name}.csv."
+        return f"{self.note} {more}".strip()
 
     @property
     def numeric(self) -> list[bool]:
@@ -105,16 +120,29 @@ def _text(column: str, value: Any) -> str:
 
 @dataclass
 class Drawing:
-    """A figure, on the page and in files of its own."""
+    """A figure, on the page and in files of its own.
+
+    Args:
+        name: of its files.
+        caption: shown below it.
+        figure: itself.
+        wide: whether it needs the width of the page.
+        narrow: the same for a phone, on the page alone.
+    """
 
     name: str
     caption: str
     figure: Figure
     wide: bool = False
+    narrow: Figure | None = None
 
     @cached_property
     def svg(self) -> str:
         return figures.svg(self.figure, self.caption)
+
+    @cached_property
+    def narrow_svg(self) -> str:
+        return figures.svg(self.narrow, self.caption) if self.narrow else ""
 
 
 @dataclass
@@ -207,6 +235,91 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def lead(searches: Sequence[SearchResult]) -> Drawing | None:
+    """The figure at the top of the page, if a trial has finished.
+
+    The published figures beside the repeated ones where one of the study's own grids was run. Of
+    another search: what each value of the parameter that matters most reaches. Of several, or of
+    one that varies nothing: the best configurations of each.
+    """
+    finished = [search for search in searches if not search.complete.empty]
+    rows = _published_rows(analysis.comparable(finished))
+    if len(rows):
+        text = (
+            "Logarithmic scale, lower is better. Band: where 95 % of repetitions fall by chance."
+            " Line: ± standard deviation over seeds."
+        )
+        if rows["label"].str.endswith("*").any():
+            text += " * Other setting here."
+    elif len(finished) == 1 and finished[0].axes:
+        (search,) = finished
+        axis = analysis.by_importance(search)[0]
+        text = (
+            f"Logarithmic scale, lower is better, by {figures.label(axis)}: the parameter that"
+            f" matters most in {search.name}."
+        )
+        return Drawing(
+            "lead",
+            text,
+            figures.by_value(search.first_round, axis, figures.WIDE),
+            narrow=figures.by_value(search.first_round, axis, figures.NARROW),
+        )
+    elif finished:
+        rows = _best_rows(finished)
+        text = (
+            "The best configurations of each search; logarithmic scale, lower is better. Line: ±"
+            " standard deviation over seeds."
+        )
+    else:
+        return None
+    return Drawing(
+        "lead",
+        text,
+        figures.compared(rows, figures.WIDE),
+        narrow=figures.compared(rows, figures.NARROW),
+    )
+
+
+def _published_rows(compared: Sequence[SearchResult]) -> pd.DataFrame:
+    """The published validation accuracies above 0.9 that were measured again."""
+    if not compared:
+        return pd.DataFrame()
+    against = analysis.against_the_study(compared)
+    chosen = (against["metric"] == "val_acc") & (against["published"] > 0.9)
+    rows = against[chosen & against["repeated"].notna()]
+    labels = pd.Series("", rows.index)
+    for _, index in rows.groupby("where", sort=False).groups.items():
+        labels[index] = _differences([PUBLISHED[i].params for i in index])
+    another = rows["note"].str.startswith("ours: ")
+    return rows.assign(
+        group=rows["model"] + ", " + rows["where"],
+        label=labels.where(~another, labels + " *"),
+        acc=rows["repeated"],
+    )
+
+
+def _best_rows(searches: Sequence[SearchResult]) -> pd.DataFrame:
+    """The best configurations of each search, about twenty in all."""
+    rows = []
+    for search in searches:
+        best = search.configurations.head(max(1, min(5, 20 // len(searches))))
+        frame = best[["acc", "sd"]].assign(group=search.name, published=None, noise=None)
+        rows.append(frame.assign(label=_differences(best[search.params].to_dict("records"))))
+    return pd.concat(rows, ignore_index=True)
+
+
+def _differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each of some settings, what the others do not have in common with it."""
+    varied = {k for k in settings[0] if len({setting[k] for setting in settings}) > 1}
+    layers = analysis.layer_axes(settings[0])
+    if varied & set(layers):
+        varied |= set(layers)  # 1024-10-1024 is read as one
+    if not varied:
+        return [setting_text(setting) for setting in settings]
+    texts = [setting_text({k: v for k, v in each.items() if k in varied}) for each in settings]
+    return [text.removeprefix("hidden_units ") for text in texts]
 
 
 def overall(searches: Sequence[SearchResult]) -> list[Block]:
@@ -305,11 +418,9 @@ def _ranking(search: SearchResult) -> list[Block]:
         if len(of) > 10:
             worst = _shown(of.tail(5), search)
             tables.append(Table(f"{name}_worst{end}", f"Worst five{which}", worst))
-    everything = Table(
-        f"{name}_all", f"All {len(configurations)}", _shown(configurations, search), large=True
-    )
     if len(configurations) > 5:
-        tables.append(everything)
+        everything = _shown(configurations, search)
+        tables.append(Table(f"{name}_all", f"All {len(configurations)}", everything))
     if (search.trials["state"] == "FAIL").any():
         tables.append(_failed(search))
     return [Block("The best and the worst", text, tables)]
@@ -317,19 +428,22 @@ def _ranking(search: SearchResult) -> list[Block]:
 
 def _panels(search: SearchResult) -> list[Block]:
     across = [axis for axis in search.axes if axis != "max_epochs"]
+    # of five axes and more, the colours are those of the most important one
+    colours = search.axes if len(search.axes) < 5 else analysis.by_importance(search)
     drawings = []
     for x in across:
-        others = [axis for axis in search.axes if axis != x]
-        for colour in others:
+        others = [axis for axis in colours if axis != x]
+        for colour in others if len(search.axes) < 5 else others[:1]:
             drawings.append(
                 Drawing(
                     f"{search.name}_{x}_by_{colour}",
-                    f"Validation accuracy against {figures.label(x)}, coloured by"
+                    f"Validation error against {figures.label(x)}, coloured by"
                     f" {figures.label(colour)}; lines join the means.",
                     figures.panel(search.first_round, x, colour),
                 )
             )
-    return [Block("Accuracy against each parameter", "", [], drawings)] if drawings else []
+    text = "Errors in percent, on a logarithmic scale: lower is better."
+    return [Block("Error against each parameter", text, [], drawings)] if drawings else []
 
 
 def _dependence(search: SearchResult) -> list[Block]:
@@ -363,6 +477,8 @@ def _correlations(search: SearchResult) -> Part:
         "Correlation with the validation accuracy",
         frame.reset_index(drop=True),
     )
+    if len(frame) == 1:
+        return [table], []  # one number needs no figure
     drawing = Drawing(
         f"{search.name}_correlations",
         "Pearson's correlations among the parameters and with the validation accuracy.",
@@ -417,7 +533,7 @@ def _marginals(search: SearchResult) -> Part:
     drawings = [
         Drawing(
             f"{search.name}_marginal_{axis}",
-            f"Best, median and mean accuracy for each value of {figures.label(axis)}.",
+            f"Validation error for each value of {figures.label(axis)}, lower is better.",
             figures.marginal(marginals[marginals["axis"] == axis], axis),
         )
         for axis in search.axes
@@ -443,13 +559,14 @@ def _accuracy_by_total_lr(search: SearchResult) -> Part:
     first = search.first_round
     drawing = Drawing(
         f"{search.name}_total_lr",
-        "Accuracy against learning rate times epochs over mini-batch size: the total learning rate"
-        " of a training, for each training image.",
+        "Validation error against learning rate times epochs over mini-batch size: the total"
+        " learning rate of a training, for each training image.",
         figures.scatter(
             analysis.total_lr(first),
             first["acc"],
             analysis.groups(first["lr"]),
-            ("", "lr · epochs / mini-batch size", figures.label("acc"), "learning rate"),
+            "lr · epochs / mini-batch size",
+            "learning rate",
         ),
     )
     return [], [drawing]
