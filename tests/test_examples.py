@@ -181,8 +181,8 @@ def test_the_search_finds_what_matters(execute: Any, tmp_path: Path) -> None:
     # "the three curves are almost one": the way explains the accuracy, far better than the rate
     wide = results[results["hidden_units"] == 100]
     way = (wide["lr"] / wide["batch_size"]).corr(wide["val_acc"], method="spearman")
-    assert way > wide["lr"].corr(wide["val_acc"], method="spearman")
-    assert way > 0.9
+    assert way > wide["lr"].corr(wide["val_acc"], method="spearman") + 0.1
+    assert way > 0.85
     (test,) = json.loads((folder / "test.json").read_text())
     assert test["test/acc"] > (0.96 if is_mnist() else 0.88)
     assert f"the winner on the test images        {test['test/acc']:.4f} ±" in shown
