@@ -25,6 +25,8 @@ DIGITS = {
     **dict.fromkeys(("sd", "test"), 4),
     **dict.fromkeys(("difference", "noise", "val_loss", "train_loss", "gap", "cost"), 4),
     **dict.fromkeys(("published_test", "low", "high", "short_of_best"), 4),
+    **dict.fromkeys(("macro_F1", "unchanged", "shift", "rotation", "scale"), 4),
+    **dict.fromkeys(("blur", "contrast", "thickness"), 4),
     **dict.fromkeys(("seconds", "epochs", "trials", "networks"), 0),
     "share_of_cost": 3,
 }
