@@ -157,6 +157,7 @@ def test_frozen_layers_are_computed_once(capsys: pytest.CaptureFixture) -> None:
 # ---- the commands
 
 
+@pytest.mark.pictures
 def test_the_run_has_the_trainings_columns_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
 ) -> None:

@@ -68,6 +68,8 @@ def test_whatever_was_asked_has_a_row() -> None:
             for way in ("shift 2, rotate 10", "crop 4, flip")
             for key in ("processor_seconds",)
         },
+        ("frozen/seconds/freeze, once", "frozen/seconds/freeze, each epoch"): "1.8 x",
+        ("frozen/seconds/probe, once", "frozen/seconds/probe, each epoch"): "20 x",
         ("fit/seconds/start, fit", "fit/seconds/start, import"): "its 1.1 x plus 0.5 s",
     }
     for comparison in run.COMPARISONS:  # nothing measured: shown, not left out

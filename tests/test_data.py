@@ -918,6 +918,7 @@ def test_a_folder_of_pictures_is_read_in_the_order_of_names(three: Tensor, tmp_p
             MNISTDataModule(predict_dir=str(empty)).predict_files()
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept():
     """Counts the page faults of a buffer that is allocated repeatedly, in a separate process."""
     if platform.libc_ver()[0] != "glibc":

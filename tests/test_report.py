@@ -826,6 +826,7 @@ def test_a_half_finished_search_says_so(searched, tmp_path, capsys):
     assert "No trial has finished yet" in (tmp_path / "out" / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_report_needs_no_torch(searched, tmp_path):
     code = (
         "from mnist_lightning.__main__ import main; import sys;"

@@ -794,9 +794,8 @@ def test_the_second_round_starts_from_the_best_of_the_first(folder: Path) -> Non
 def test_refining_closes_in(folder: Path) -> None:
     axes = {"lr": [0.001, 0.01, 0.1], "hidden_units": [5, 20]}
     fixed = {"max_epochs": 1, "batch_size": 64}
-    records = run(
-        small(space=axes, fixed=fixed, strategy={"name": "refine", "rounds": 2}), folder, workers=1
-    )
+    strategy = {"name": "refine", "rounds": 2}
+    records = run(small(space=axes, fixed=fixed, strategy=strategy), folder, workers=0)
     assert [r["round"] for r in records].count(0) == 6
     best = max((r for r in records if r["round"] == 0), key=lambda r: r["val_acc"])
     finer = space.refine(axes, best["params"])
@@ -1271,6 +1270,7 @@ def test_the_values_of_a_large_grid_are_all_checked(folder: Path) -> None:
         small(space=axes, fixed={"max_epochs": 1}).check()
 
 
+@pytest.mark.slow
 def test_flags_win_over_the_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = "search --config shallow_grid --data.source digits --workers 1 --name mine"
     argv += " --space.batch_size [64] --space.max_epochs [1] --space.lr [1e-1] --seeds [3]"

@@ -281,9 +281,8 @@ class Hungry(ShallowNetwork):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize(
-    ("limit", "largest"), [(100, 64), pytest.param(10**6, 1294, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("limit", "largest"), [(100, 64), (10**6, 1294)])
 def test_batch_size(limit: int, largest: int, digits: MNISTDataModule) -> None:
     """The largest that fits, as Lightning finds it; at most all training images."""
     model = Hungry(10, lr=0.1)
