@@ -72,7 +72,7 @@ def fit_words(config: Path, weights: Path, pictures: Path) -> list[str]:
         pytest.param(
             path,
             id=path.stem,
-            marks=[pytest.mark.slow] * ("resnet" in path.stem and path.stem != "resnet18_freeze"),
+            marks=[pytest.mark.slow] * ("resnet" in path.stem),
         )
         for path in CONFIGS
     ],

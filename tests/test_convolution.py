@@ -103,6 +103,7 @@ def small() -> ConvNetwork:
     return ConvNetwork([8, 16], dropout=0.1, lr=0.01)
 
 
+@pytest.mark.slow
 def test_trains(digits: MNISTDataModule) -> None:
     """Every weight changes, and the digits are recognised."""
     pl.seed_everything(0, verbose=False)

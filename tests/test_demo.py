@@ -431,6 +431,7 @@ def test_bad_files_and_addresses(capsys: pytest.CaptureFixture[str], tmp_path: P
     )
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_passed_over_and_said(tmp_path: Path) -> None:
     file = checkpoint(ShallowNetwork(5), tmp_path)
     with demo.listen(demo.LOOPBACK, 0) as taken:

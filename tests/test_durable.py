@@ -231,7 +231,7 @@ MODELS: dict[str, tuple[list[str], int]] = {
 @pytest.mark.parametrize(
     "model",
     [
-        pytest.param(name, marks=[] if name in ("fused", "adam", "dropout") else pytest.mark.slow)
+        pytest.param(name, marks=[] if name in ("fused", "dropout") else pytest.mark.slow)
         for name in MODELS
     ],
 )

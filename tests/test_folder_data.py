@@ -350,6 +350,7 @@ def test_a_loaded_model_predicts(
         model.predict(["none.png"])
 
 
+@pytest.mark.slow
 def test_a_search_over_a_folder(
     fruit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,7 +138,10 @@ CASES: dict[str, tuple[Callable[[], Classifier], dict[str, Any], dict[str, Any]]
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n == "ResNet18")) for n in CASES],
+)
 def test_the_same_training(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights and metrics have the same bits, also in half and double precision."""
     make, freezing, settings = CASES[case]

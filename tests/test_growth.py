@@ -224,7 +224,7 @@ def test_an_interrupted_sampling_draws_its_own_from_its_own_space(
     assert of_run(asked, tmp_path / "alone")[2] == records[2]
 
 
-@pytest.mark.parametrize("strategy", ["grid", "refine"])
+@pytest.mark.parametrize("strategy", ["grid", pytest.param("refine", marks=pytest.mark.slow)])
 def test_later_rounds_follow_from_the_grown_first(strategy: str, tmp_path: Path) -> None:
     plan = {"strategy": {"name": strategy}, "second_round": {"best": 1, "max_epochs": 3}}
     if strategy == "refine":
@@ -329,6 +329,7 @@ def test_a_damaged_history_is_named(larger: Path, tmp_path: Path, earlier: Any) 
         run(search(**LARGER), folder, workers=0)
 
 
+@pytest.mark.slow
 def test_a_report_tells_that_it_grew(larger: Path, tmp_path: Path) -> None:
     assert main(["report", str(larger), "--out", str(tmp_path / "report")]) == 0
     report = (tmp_path / "report" / "README.md").read_text()

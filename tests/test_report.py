@@ -869,7 +869,11 @@ def test_a_word_in_a_result_cannot_become_part_of_the_page(searched, tmp_path):
         (["nowhere"], "nowhere is not the folder of a search"),
         ([], "of which search or run?"),
         (["{searched}", "--colour"], "no option --colour"),
-        (["{searched}", "--out", "{searched}/search.json"], "cannot be written"),
+        pytest.param(
+            ["{searched}", "--out", "{searched}/search.json"],
+            "cannot be written",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_mistakes_get_one_line(searched, argv, said, capsys):

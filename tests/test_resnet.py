@@ -437,6 +437,7 @@ def test_the_stem_for_small_images() -> None:
     assert sum(p.numel() for p in ours.parameters()) == 11_170_371
 
 
+@pytest.mark.slow
 def test_weights_from_a_run_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

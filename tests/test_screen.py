@@ -147,6 +147,7 @@ def test_the_live_line_counts_mini_batches_and_leaves_nothing(terminal: tuple[Pa
     assert best == f"best epoch   {best_epochs(folder)[-1]} of 4"
 
 
+@pytest.mark.slow
 def test_the_hints_of_a_training_work_where_nothing_is_activated(
     terminal: tuple[Path, str], there: Path
 ) -> None:
@@ -509,6 +510,7 @@ def test_what_the_parser_knows_is_no_typo(command: str, monkeypatch: pytest.Monk
             words._check_options(command, [f"{group}.nonsense"], read_request([]))
 
 
+@pytest.mark.slow
 def test_a_start_imports_no_scipy_signal_and_leaves_it_usable(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom mnist_lightning.__main__ import main\n"

@@ -387,6 +387,7 @@ def test_a_deleted_trial_is_trained_again(
         assert without_time(of(folder)) == without_time(of(finished))
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_same_bits_as_one(finished: Path, folder: Path) -> None:
     run(small(), folder, workers=2)
     assert without_time(of(folder)) == without_time(of(finished))
@@ -1100,6 +1101,7 @@ def test_a_search_where_all_fails_says_so(folder: Path, capsys: pytest.CaptureFi
     assert not (folder / "checkpoints" / "best.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_command_where_all_fails_exits_with_1(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
