@@ -81,8 +81,8 @@ def noisy(images: Tensor, numbers: Tensor, seed: int, strength: float) -> Tensor
     noise = torch.empty(images.shape)
     # a generator takes the lower 32 bits of a seed: the image's draw mixes both numbers
     seeds = (uniform(numbers, seed, 0)["erase"] * 2**32).long().tolist()
-    for place, seed in zip(noise, seeds, strict=True):
-        torch.randn(place.shape, generator=torch.Generator().manual_seed(seed), out=place)
+    for place, drawn in zip(noise, seeds, strict=True):
+        torch.randn(place.shape, generator=torch.Generator().manual_seed(drawn), out=place)
     return (images + strength * noise.to(images.device)).clamp(0, 1)
 
 
