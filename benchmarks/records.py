@@ -36,7 +36,7 @@ import lightning.pytorch as pl
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from run import FOLDER, duration
+from run import FOLDER, duration, spread
 
 from mnist_lightning.catalog import shipped_configs
 from mnist_lightning.configs import read_config
@@ -211,13 +211,6 @@ def save(results: dict[str, Any], part: str, name: str) -> None:
     write_json(RESULTS, results)
 
 
-def mean_and_spread(values: Iterable[float]) -> str:
-    """Mean, standard deviation of the seeds and their number."""
-    values = list(values)
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread} (n={len(values)})"
-
-
 def tables(results: dict[str, Any]) -> str:
     """The tables of records.md, out of the results alone."""
     lines = ["| config | parameters | epochs | training | start-up | test accuracy | must | aim |"]
@@ -230,7 +223,7 @@ def tables(results: dict[str, Any]) -> str:
         seconds, start = (statistics.mean(row[key] for row in rows) for key in ("seconds", "start"))
         lines.append(
             f"| `{name}` | {rows[0]['parameters']:,} | {rows[0]['epochs']} | {duration(seconds)}"
-            f" | {duration(start)} | {mean_and_spread(test)} | {must}: {marks[0]}"
+            f" | {duration(start)} | {spread(test)} | {must}: {marks[0]}"
             f" | {aim}: {marks[1]} |"
         )
     ensembles = {
@@ -254,7 +247,7 @@ def tables(results: dict[str, Any]) -> str:
             change = statistics.mean(values) - statistics.mean(usual)
             first = what == "as it is"
             lines.append(
-                f"| `{name}` | {what if first else f'without {what}'} | {mean_and_spread(values)}"
+                f"| `{name}` | {what if first else f'without {what}'} | {spread(values)}"
                 f" | {'' if first else f'{change:+.4f}'} |"
             )
     lines += ["", "| project | training | validation accuracy, last epoch |", "|---|---|---|"]
@@ -297,11 +290,14 @@ def picture(curves: dict[str, Any]) -> Figure:
 BEGIN, END = "<!-- tables -->\n", "<!-- end -->\n"
 
 
-def write(results: dict[str, Any]) -> None:
-    text = TABLES.read_text()
+def into(text: str, results: dict[str, Any]) -> str:
+    """The text of records.md with the tables of these results between its marks."""
     before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    write_text(TABLES, f"{before}{BEGIN}{tables(results)}{END}{after}")
+    return f"{before}{BEGIN}{tables(results)}{END}{rest.partition(END)[2]}"
+
+
+def write(results: dict[str, Any]) -> None:
+    write_text(TABLES, into(TABLES.read_text(), results))
     if results.get("curve"):
         picture(results["curve"]).savefig(PICTURE, dpi=110)
 

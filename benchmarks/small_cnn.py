@@ -15,7 +15,8 @@ after the other; as one network of grouped convolutions; by `torch.func.vmap`. A
 with a thread each.
 
 Each way is a process of its own, and the ways alternate. A figure is the median over all steps but
-each run's first five.
+each run's first five: of mini-batches of other sizes for an image, of a pair of processes for the
+images of one.
 """
 
 import copy
@@ -262,7 +263,7 @@ WAYS: dict[str, Callable[..., list[float]]] = {
     "four, grouped": grouped,
     "four, vmap": vmapped,
 }
-PAIR = "two processes, a thread each"
+PAIR = "pair"
 
 
 def start(way: str, name: str, steps: int, bf16: bool, threads: int) -> "subprocess.Popen[str]":
@@ -286,7 +287,7 @@ def measured(way: str, name: str, steps: int, bf16: bool) -> list[float]:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    steps, rounds = (20, 1) if quick else (60, 3)
+    steps, rounds = (20, 1) if quick else (40, 2)
     seconds: dict[str, list[float]] = {}
     for name in NETWORKS:
         for bf16 in (False, True):
@@ -294,8 +295,9 @@ def measure(quick: bool) -> dict[str, Any]:
             ways = {way: partial(measured, way, name, steps, bf16) for way in names}
             for way, runs in alternate(ways, rounds).items():
                 key = f"{name}, {'bf16' if bf16 else 'fp32'}, {way}"
-                seconds[key] = [step for run in runs for step in run]
-    return {"images": {"mini-batch": BATCH, "networks": MEMBERS}, "seconds": seconds}
+                images = int(way.split()[1]) if way.startswith("batch") else 1
+                seconds[key] = [step / images for run in runs for step in run]
+    return {"images": BATCH, "seconds": seconds}
 
 
 if __name__ == "__main__":
