@@ -36,7 +36,7 @@ import lightning.pytorch as pl
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from run import FOLDER, duration, spread
+from run import FOLDER, duration, markdown, spread
 
 from mnist_lightning.catalog import shipped_configs
 from mnist_lightning.configs import read_config
@@ -45,7 +45,8 @@ from mnist_lightning.provenance import provenance
 from mnist_lightning.runs import evaluations
 
 RESULTS = FOLDER / "results" / "records.json"
-TABLES, PICTURE = FOLDER / "records.md", FOLDER / "records.png"
+README = FOLDER.parent / "README.md"
+PAGE, PICTURE = FOLDER / "records.md", FOLDER / "records.png"
 MARK = "MEASURED "
 SEEDS = {"cnn_best": 3}
 USUAL_SEEDS = 5
@@ -211,53 +212,67 @@ def save(results: dict[str, Any], part: str, name: str) -> None:
     write_json(RESULTS, results)
 
 
-def tables(results: dict[str, Any]) -> str:
-    """The tables of records.md, out of the results alone."""
-    lines = ["| config | parameters | epochs | training | start-up | test accuracy | must | aim |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+def summary(results: dict[str, Any]) -> list[str]:
+    """The table of the project's README."""
+    rows = []
+    for name, found in results["records"].items():
+        what = config(name).read_text().splitlines()[1].removeprefix("# ").partition(":")[0]
+        seeds = found["seeds"]
+        seconds = statistics.mean(row["seconds"] for row in seeds)
+        test = spread([row["test"] for row in seeds])
+        rows.append((f"`{name}`", what, f"{seeds[0]['parameters']:,}", duration(seconds), test))
+    rows.sort(key=lambda row: row[-1])
+    return markdown(("config", "what", "parameters", "training, two cores", "test accuracy"), rows)
+
+
+def each_record(results: dict[str, Any]) -> list[str]:
+    rows = []
     for name, (must, aim) in ASKED.items():
-        if not (rows := results.get("records", {}).get(name, {}).get("seeds")):
+        if name not in results["records"]:
+            rows.append((f"`{name}`", *[""] * 4, "not measured", str(must), str(aim)))
             continue
-        test = [row["test"] for row in rows]
-        marks = ["yes" if statistics.mean(test) >= least else "no" for least in (must, aim)]
-        seconds, start = (statistics.mean(row[key] for row in rows) for key in ("seconds", "start"))
-        lines.append(
-            f"| `{name}` | {rows[0]['parameters']:,} | {rows[0]['epochs']} | {duration(seconds)}"
-            f" | {duration(start)} | {spread(test)} | {must}: {marks[0]}"
-            f" | {aim}: {marks[1]} |"
+        seeds = results["records"][name]["seeds"]
+        test = [row["test"] for row in seeds]
+        seconds, start = (
+            statistics.mean(row[key] for row in seeds) for key in ("seconds", "start")
         )
-    ensembles = {
-        name: rows
-        for name, rows in results.get("records", {}).items()
-        if "ensemble" in rows and name in ASKED
-    }
-    lines += ["", "| ensemble of | its members' mean | its best member | ensemble |"]
-    lines += ["|---|---|---|---|"]
-    for name, rows in ensembles.items():
-        test = [row["test"] for row in rows["seeds"]]
-        lines.append(
-            f"| the {len(test)} seeds of `{name}` | {statistics.mean(test):.4f}"
-            f" | {max(test):.4f} | {rows['ensemble']:.4f} |"
-        )
-    lines += ["", "| config | changed | validation accuracy | difference |", "|---|---|---|---|"]
+        met = ("yes" if statistics.mean(test) >= least else "**no**" for least in (must, aim))
+        facts = f"{seeds[0]['parameters']:,}", str(seeds[0]["epochs"])
+        goals = (f"{goal}: {mark}" for goal, mark in zip((must, aim), met, strict=True))
+        rows.append((f"`{name}`", *facts, duration(seconds), duration(start), spread(test), *goals))
+    header = ("config", "parameters", "epochs", "training", "start-up", "test accuracy")
+    return markdown((*header, "must", "aim"), rows)
+
+
+def ensembles(results: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, found in results["records"].items():
+        if "ensemble" in found:
+            test = [row["test"] for row in found["seeds"]]
+            figures = statistics.mean(test), max(test), found["ensemble"]
+            rows.append((f"the {len(test)} seeds of `{name}`", *(f"{x:.4f}" for x in figures)))
+    return markdown(("ensemble of", "its members' mean", "its best member", "ensemble"), rows)
+
+
+def each_ingredient(results: dict[str, Any]) -> list[str]:
+    rows = []
     for name, ways in results.get("adds", {}).items():
-        usual = [row["val"] for row in ways["as it is"]]
-        for what, found in ways.items():
-            values = [row["val"] for row in found]
-            change = statistics.mean(values) - statistics.mean(usual)
-            first = what == "as it is"
-            lines.append(
-                f"| `{name}` | {what if first else f'without {what}'} | {spread(values)}"
-                f" | {'' if first else f'{change:+.4f}'} |"
-            )
-    lines += ["", "| project | training | validation accuracy, last epoch |", "|---|---|---|"]
-    for name, epochs in sorted(
-        results.get("curve", {}).items(), key=lambda item: item[1][-1]["seconds"]
-    ):
-        what = OTHERS.get(name, f"`{name}`")
-        last = epochs[-1]
-        lines.append(f"| {what} | {duration(last['seconds'])} | {last['accuracy']:.4f} |")
-    return "\n".join(lines) + "\n"
+        values = {what: [row["val"] for row in found] for what, found in ways.items()}
+        usual = statistics.mean(values["as it is"])
+        rows.append((f"`{name}`", "as it is", spread(values.pop("as it is")), ""))
+        for what, found in values.items():
+            change = f"{statistics.mean(found) - usual:+.4f}"
+            rows.append((f"`{name}`", f"without {what}", spread(found), change))
+    return markdown(("config", "changed", "validation accuracy", "difference"), rows)
+
+
+def each_curve(results: dict[str, Any]) -> list[str]:
+    curves = {name: epochs[-1] for name, epochs in results.get("curve", {}).items()}
+    rows = [
+        (OTHERS.get(name, f"`{name}`"), duration(last["seconds"]), f"{last['accuracy']:.4f}")
+        for name, last in sorted(curves.items(), key=lambda item: item[1]["seconds"])
+    ]
+    return markdown(("training", "seconds", "validation accuracy after the last epoch"), rows)
 
 
 def picture(curves: dict[str, Any]) -> Figure:
@@ -287,17 +302,25 @@ def picture(curves: dict[str, Any]) -> Figure:
     return figure
 
 
-BEGIN, END = "<!-- tables -->\n", "<!-- end -->\n"
+def into(text: str, mark: str, table: list[str]) -> str:
+    """The text with another table between its marks."""
+    begin, end = f"<!-- {mark} -->\n", f"<!-- {mark} end -->\n"
+    before, _, rest = text.partition(begin)
+    lines = "".join(f"{line}\n" for line in table)
+    return f"{before}{begin}{lines}{end}{rest.partition(end)[2]}"
 
 
-def into(text: str, results: dict[str, Any]) -> str:
-    """The text of records.md with the tables of these results between its marks."""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}{tables(results)}{END}{rest.partition(END)[2]}"
+def written(results: dict[str, Any]) -> dict[Path, str]:
+    """The files that contain results, with these."""
+    text = PAGE.read_text()
+    for table in (each_record, ensembles, each_ingredient, each_curve):
+        text = into(text, table.__name__, table(results))
+    return {PAGE: text, README: into(README.read_text(), "records", summary(results))}
 
 
 def write(results: dict[str, Any]) -> None:
-    write_text(TABLES, into(TABLES.read_text(), results))
+    for file, text in written(results).items():
+        write_text(file, text)
     if results.get("curve"):
         picture(results["curve"]).savefig(PICTURE, dpi=110)
 
