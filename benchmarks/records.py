@@ -61,7 +61,8 @@ ASKED = {
 }
 # without an ingredient: the flags that take it away
 WITHOUT = {
-    "shift and rotation": "--data.augment.shift 0 --data.augment.rotate 0 --data.augment.scale 0",
+    "shift and rotation": "--data.augment.shift 0 --data.augment.rotate 0",
+    "bending (elastic)": "--data.augment.elastic 0",
     "label smoothing": "--model.label_smoothing 0",
     "one_cycle (a constant rate)": "--model.schedule constant",
     "weight decay": "--model.weight_decay 0",
@@ -173,7 +174,7 @@ def adds(name: str, results: dict[str, Any]) -> None:
     ways = {"as it is": ""} | {
         what: flags
         for what, flags in WITHOUT.items()
-        if any(flag.split(".")[-1] in settings for flag in flags.split() if flag[:2] == "--")
+        if f'"{flags.split()[0].rpartition(".")[2]}"' in settings
     }
     for what, flags in ways.items():
         found = rows.setdefault(what, [])
