@@ -242,7 +242,22 @@ def each_record(results: dict[str, Any]) -> list[str]:
         goals = (f"{goal}: {mark}" for goal, mark in zip((must, aim), met, strict=True))
         rows.append((f"`{name}`", *facts, duration(seconds), duration(start), spread(test), *goals))
     header = ("config", "parameters", "epochs", "training", "start-up", "test accuracy")
-    return markdown((*header, "must", "aim"), rows)
+    return [*markdown((*header, "must", "aim"), rows), "", *origins(results, "records")]
+
+
+def origins(results: dict[str, Any], part: str) -> list[str]:
+    """A line for each name: where and when it was measured, and how busy the machine was."""
+    lines = []
+    for name in results.get(part, {}):
+        facts = results["provenance"][f"{part}/{name}"]
+        code, machine, versions = facts["code"], facts["machine"], facts["versions"]
+        commit = code.get("commit", "unknown")[:10] + ", modified" * code.get("modified", False)
+        lines.append(
+            f"- `{name}`: {machine['cpu']}, {machine['cores']} cores, load {facts['load']:.1f} at"
+            f" the end; torch {versions['torch']}, lightning {versions['lightning']};"
+            f" commit {commit}; {facts['time'][:10]}"
+        )
+    return lines
 
 
 def ensembles(results: dict[str, Any]) -> list[str]:
@@ -264,7 +279,8 @@ def each_ingredient(results: dict[str, Any]) -> list[str]:
         for what, found in values.items():
             change = f"{statistics.mean(found) - usual:+.4f}"
             rows.append((f"`{name}`", f"without {what}", spread(found), change))
-    return markdown(("config", "changed", "validation accuracy", "difference"), rows)
+    header = ("config", "changed", "validation accuracy", "difference")
+    return [*markdown(header, rows), "", *origins(results, "adds")]
 
 
 def each_curve(results: dict[str, Any]) -> list[str]:
@@ -273,7 +289,8 @@ def each_curve(results: dict[str, Any]) -> list[str]:
         (OTHERS.get(name, f"`{name}`"), duration(last["seconds"]), f"{last['accuracy']:.4f}")
         for name, last in sorted(curves.items(), key=lambda item: item[1]["seconds"])
     ]
-    return markdown(("training", "seconds", "validation accuracy after the last epoch"), rows)
+    header = ("training", "seconds", "validation accuracy after the last epoch")
+    return [*markdown(header, rows), "", *origins(results, "curve")]
 
 
 def picture(curves: dict[str, Any]) -> Figure:
