@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -206,9 +207,15 @@ def config(name: str) -> Path:
     return next(file for file in files if file.stem == name)
 
 
+@cache
+def started() -> dict[str, Any]:
+    """Where the results come from; called before any is written, which git calls a modification."""
+    return provenance(threads=torch.get_num_threads())
+
+
 def save(results: dict[str, Any], part: str, name: str) -> None:
     """Writes all results, with where those of this part and name come from."""
-    where = provenance(load=os.getloadavg()[0], threads=torch.get_num_threads())
+    where = started() | {"load": os.getloadavg()[0]}
     results.setdefault("provenance", {})[f"{part}/{name}"] = where
     write_json(RESULTS, results)
 
@@ -348,6 +355,7 @@ def main() -> None:
     parser.add_argument("part", choices=("records", "adds", "curve", "table"))
     parser.add_argument("--only", nargs="*", metavar="NAME")
     given = parser.parse_args()
+    started()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     names: Iterable[str] = ASKED
     if given.part == "curve":
