@@ -68,7 +68,7 @@ def fit_words(config: Path, weights: Path, pictures: Path) -> list[str]:
     return words.split()
 
 
-# several ResNets take a while; one record runs in the fast tests
+# ResNets take a while, and records are like the others
 @pytest.mark.pictures
 @pytest.mark.parametrize(
     "config",
@@ -76,7 +76,7 @@ def fit_words(config: Path, weights: Path, pictures: Path) -> list[str]:
         pytest.param(
             path,
             id=path.stem,
-            marks=[pytest.mark.slow] * ("resnet" in path.stem or path in RECORDS[1:]),
+            marks=[pytest.mark.slow] * ("resnet" in path.stem or path in RECORDS),
         )
         for path in [*CONFIGS, *RECORDS]
     ],
