@@ -29,7 +29,10 @@ from mnist_lightning.provenance import provenance
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"
 BEGIN, END = "<!-- results -->\n", "<!-- end -->\n"
-PARTS = ("fit", "batches", "resnet", "growth", "command", "augment", "frozen", "grid", "stem")
+PARTS = (
+    *("fit", "batches", "resnet", "growth"),
+    *("command", "augment", "small_cnn", "frozen", "grid", "stem"),
+)
 QUICK = PARTS[:4]  # the others take minutes with --quick too: --quick --only grid
 
 Results = dict[str, dict[str, Any]]
@@ -143,6 +146,38 @@ COMPARISONS = [
         )
         for net, percent in (("ResNet-18", 10), ("small CNN", 15))
         for augment in ("shift 2, rotate 10", "crop 4, flip")
+    ),
+    *(
+        Comparison(
+            f"the network of `{net}`, {precision}: a step of `fit`",
+            f"small_cnn/seconds/{net}, {precision}, ours",
+            "its convolutions and linear layers alone",
+            f"small_cnn/seconds/{net}, {precision}, floor",
+            "1.3 times that",
+            times(1 / 1.3),
+        )
+        for net in ("conv", "cnn_15s")
+        for precision in ("fp32", "bf16")
+    ),
+    *(
+        Comparison(
+            f"the network of `cnn_15s`, {precision}: {what}",
+            f"small_cnn/seconds/cnn_15s, {precision}, {ours}",
+            against,
+            f"small_cnn/seconds/cnn_15s, {precision}, {theirs}",
+        )
+        for precision in ("fp32", "bf16")
+        for what, ours, against, theirs in (
+            ("bare step, channels_last", "bare", "contiguous", "contiguous"),
+            ("bare step", "bare", "compiled", "compiled"),
+            *(
+                (f"an image in batches of {size}", f"batch {size}", "of 128", "batch 128")
+                for size in (32, 64, 256, 512)
+            ),
+            ("four networks, grouped", "four, grouped", "one by one", "four, one by one"),
+            ("four networks, vmap", "four, vmap", "one by one", "four, one by one"),
+            ("a step, two processes with a thread each", "pair", "one with two", "bare"),
+        )
     ),
     *(
         Comparison(

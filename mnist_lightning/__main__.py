@@ -35,7 +35,7 @@ COMMANDS = {
         "inspect",
         "print the layers of a model, and draw what a checkpoint learned",
     ),
-    "configs": ("catalog", "main", "list the shipped configurations and searches, with results"),
+    "configs": ("catalog", "main", "list the shipped configurations, records and searches"),
     "doctor": ("doctor", "main", "check the installation: versions, data, GPU, disk, memory"),
     "completion": ("completion", "main", "print the completion script for bash, zsh or fish"),
 }

@@ -4,18 +4,37 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mnist_lightning.console import suggest
 
-# folder of the shipped files: (what they are, the command that uses them)
-KINDS = {".": ("configurations", "fit"), "search": ("searches", "search")}
+
+class Kind(NamedTuple):
+    """A folder of shipped files."""
+
+    title: str
+    folder: str
+    command: str
+    """It takes the files after ``--config``."""
 
 
-def shipped_configs(folder: str = ".") -> list[Path]:
-    """The shipped configurations: inside the installed package, or next to it in a checkout."""
+KINDS = (
+    Kind("configurations", ".", "fit"),
+    Kind("records", "records", "fit"),
+    Kind("searches", "search", "search"),
+)
+
+
+def shipped_configs(command: str = "fit") -> list[Path]:
+    """The shipped files for a command."""
+    return [file for kind in KINDS if kind.command == command for file in _files(kind)]
+
+
+def _files(kind: Kind) -> list[Path]:
+    """Inside the installed package, or next to it in a checkout."""
     package = Path(__file__).parent
     root = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
-    return sorted((root / folder).glob("*.yaml")) if root else []
+    return sorted((root / kind.folder).glob("*.yaml")) if root else []
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="mnist-lightning configs",
-        description="List the shipped configurations and searches, or print one of them.",
+        description="List the shipped configurations, records and searches, or print one of them.",
         exit_on_error=False,
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="print this one")
@@ -34,9 +53,9 @@ def main(argv: Sequence[str]) -> int:
     if unknown:
         raise ValueError(f"configs: {unknown[0]}? It takes one NAME")
     if given.name is None:
-        print("\n\n".join(_listed(folder) for folder in KINDS))
+        print("\n\n".join(map(_listed, KINDS)))
         return 0
-    files = {file.stem: file for folder in KINDS for file in shipped_configs(folder)}
+    files = {file.stem: file for kind in KINDS for file in _files(kind)}
     name = given.name.removesuffix(".yaml")
     if name not in files:
         raise ValueError(f"no shipped configuration {given.name!r}; {suggest(name, files)}")
@@ -46,12 +65,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _listed(folder: str) -> str:
+def _listed(kind: Kind) -> str:
     """A line for each file: its name, and the second line of the comment at its top."""
-    files = shipped_configs(folder)
+    files = _files(kind)
     width = max((len(file.stem) for file in files), default=0)
-    what, command = KINDS[folder]
-    lines = [f"{what}, for mnist-lightning {command} --config NAME:"]
+    lines = [f"{kind.title}, for mnist-lightning {kind.command} --config NAME:"]
     for file in files:
         with file.open() as opened:
             summary = opened.readlines()[1].removeprefix("# ").rstrip()

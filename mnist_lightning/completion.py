@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mnist_lightning.catalog import KINDS, shipped_configs
+from mnist_lightning.catalog import shipped_configs
 
 # What each shell runs once. If there are no candidates, it offers files, as for other programs.
 SCRIPTS = {
@@ -101,7 +101,7 @@ def candidates(argv: Sequence[str]) -> list[str]:
     if before[-1].startswith("-") and (values := _values(before[0], before[-1])):
         return _fitting(values, current)
     if before[0] == "configs":
-        named = [file.stem for folder in KINDS for file in shipped_configs(folder)]
+        named = [file.stem for by in ("fit", "search") for file in shipped_configs(by)]
         return _fitting(named, current)
     if before[0] == "completion":
         return _fitting(list(SCRIPTS), current)
@@ -116,8 +116,8 @@ def _fitting(names: list[str], start: str) -> list[str]:
 
 def _values(command: str, option: str) -> list[str]:
     if option in ("-c", "--config"):
-        folder = next((folder for folder, (_, by) in KINDS.items() if by == command), ".")
-        files = [*shipped_configs(folder), *Path().glob("*.yaml")]
+        shipped = shipped_configs("search" if command == "search" else "fit")
+        files = [*shipped, *Path().glob("*.yaml")]
         return sorted({file.name for file in files})
     if option == "--ckpt_path":
         return _runs(Path("lightning_logs"))

@@ -20,15 +20,19 @@ from mnist_lightning.files import read_bytes
 _CONFIG_BYTES, _CONFIG_VALUES = 2**18, 20_000
 
 
-def find_config(name: str, folder: str = ".") -> Path:
+def find_config(name: str, command: str = "fit") -> Path:
     """Finds a configuration by its path, or by its name: in the working directory, then shipped.
+
+    Args:
+        name: with or without ``.yaml``.
+        command: only the shipped files for it are known by name.
 
     Raises:
         ValueError: there is no such file, or it is not YAML with settings.
     """
     files = [Path(name)]
     if os.sep not in name:
-        shipped = {file.name: file for file in shipped_configs(folder)}
+        shipped = {file.name: file for file in shipped_configs(command)}
         files += [
             Path(f"{name}.yaml"),
             *(shipped[n] for n in (name, f"{name}.yaml") if n in shipped),
@@ -36,7 +40,7 @@ def find_config(name: str, folder: str = ".") -> Path:
     for file in files:
         if file.exists() and not file.is_dir():  # _checked refuses a pipe
             return _checked(file)
-    names = [file.name for file in shipped_configs(folder)]
+    names = [file.name for file in shipped_configs(command)]
     raise ValueError(f"--config {name}: no such file; {suggest(name, names)}")
 
 
@@ -228,13 +232,13 @@ def _within(path: str, folder: Path) -> bool:
 class ConfigByName(ActionConfigFile):
     """``--config``: a file, or the name of a shipped configuration."""
 
-    folder = "."
+    command = "fit"
 
     def __call__(self, parser, cfg, values, option_string=None):  # type: ignore[no-untyped-def]
-        super().__call__(parser, cfg, str(find_config(values, self.folder)), option_string)
+        super().__call__(parser, cfg, str(find_config(values, self.command)), option_string)
 
 
 class SearchByName(ConfigByName):
     """``--config`` for searches: a file, or the name of a shipped search."""
 
-    folder = "search"
+    command = "search"

@@ -14,10 +14,11 @@ from scipy import stats
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
+from torchvision.transforms.v2 import functional as vision_v2
 
 from mnist_lightning import Classifier, Execution, MNISTDataModule, Perceptron, ShallowNetwork
 from mnist_lightning.__main__ import main
-from mnist_lightning.data.augmentation import Augment, uniform
+from mnist_lightning.data.augmentation import Augment, points, uniform
 from mnist_lightning.data.sampling import EpochSampler
 from mnist_lightning.search.command import read, run
 
@@ -85,6 +86,28 @@ def test_a_shear_moves_each_row_by_its_distance_from_the_middle(images: Tensor) 
         torch.testing.assert_close(difference, torch.full((16,), middle), atol=1e-4, rtol=0)
 
 
+def test_a_bend_is_torchvisions_elastic_transform(images: Tensor) -> None:
+    augment = Augment(elastic=2)
+    bends = augment.bends(points(NUMBERS, 0, 0), 24, 32).float()
+    bent = augment(images, NUMBERS, 0, 0)
+    for image, bend, ours in zip(images, bends, bent, strict=True):
+        theirs = vision_v2.elastic(image, bend[None])
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_a_bend_moves_its_points_by_their_draws() -> None:
+    drawn = torch.full((1, 2, 5, 5), 0.5).double()
+    drawn[0, 0, 2, 4], drawn[0, 1, 0, 0] = 1.0, 0.25  # at the right, and at the upper left
+    bend = Augment(elastic=2).bends(drawn, 25, 33)[0]
+    width, height = 2 / 33, 2 / 25  # of a pixel, if a side goes from -1 to 1
+    assert bend[12, 32].tolist() == pytest.approx([2 * width, 0])
+    assert bend[0, 0].tolist() == pytest.approx([0, -1 * height])
+    assert bend[24, 0].tolist() == pytest.approx([0, 0])  # other points stay
+    along = bend[12, 24:, 0] / width
+    assert (along.diff() > 0).all()  # smoothly between them
+    assert along.max() == pytest.approx(2)
+
+
 def test_a_flip_is_a_mirror_image_of_half_of_them(images: Tensor) -> None:
     flipped = Augment(flip=True)(images, NUMBERS, 0, 0)
     turned = [torch.allclose(f, i.flip(2), atol=1e-5) for f, i in zip(flipped, images, strict=True)]
@@ -125,7 +148,7 @@ def test_colours_are_torchvisions(images: Tensor, name: str) -> None:
         torch.testing.assert_close(changed[i], theirs(images[i], factor), atol=2e-4, rtol=0)
 
 
-ALL = Augment(2, 10, 0.1, 5, True, 2, 4, 0.2, 0.2, 0.2)
+ALL = Augment(2, 10, 0.1, 5, True, 2, 4, 0.2, 0.2, 0.2, 1.5)
 
 
 def test_a_draw_depends_on_nothing_but_seed_epoch_and_image(images: Tensor) -> None:

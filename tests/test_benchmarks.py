@@ -6,6 +6,7 @@ from typing import Any
 
 import folders
 import pytest
+import records
 import rounding
 import run
 import torch
@@ -68,6 +69,10 @@ def test_whatever_was_asked_has_a_row() -> None:
             for way in ("shift 2, rotate 10", "crop 4, flip")
             for key in ("processor_seconds",)
         },
+        **{
+            (f"small_cnn/seconds/{net}, ours", f"small_cnn/seconds/{net}, floor"): "1.3 times that"
+            for net in ("conv, fp32", "conv, bf16", "cnn_15s, fp32", "cnn_15s, bf16")
+        },
         ("frozen/seconds/freeze, once", "frozen/seconds/freeze, each epoch"): "1.8 x",
         ("frozen/seconds/probe, once", "frozen/seconds/probe, each epoch"): "20 x",
         ("fit/seconds/start, fit", "fit/seconds/start, import"): "its 1.1 x plus 0.5 s",
@@ -101,6 +106,11 @@ def test_the_committed_table_of_other_libraries_is_that_of_the_committed_results
     table = folders.table(json.loads(folders.RESULTS.read_text()))
     readme = (FOLDER / "README.md").read_text()
     assert readme == folders.into_readme(readme, table)
+
+
+def test_the_committed_records_are_those_of_the_committed_results() -> None:
+    for file, text in records.written(json.loads(records.RESULTS.read_text())).items():
+        assert file.read_text() == text
 
 
 def test_lines_are_counted_without_docstring_and_empty_lines(tmp_path: Path) -> None:

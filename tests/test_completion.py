@@ -158,12 +158,12 @@ CASES = [
     ("fit --trainer.max_", FIT),
     ("fit --model.hid", ["--model.hidden_units"]),
     ("fit --execution.threads 2 --sav", ["--save_every_minutes"]),
-    ("fit --config sh", ["shallow.yaml"]),
-    ("fit -c m", ["mine.yaml"]),
+    ("fit --config sh", ["shallow.yaml", "shallow_best.yaml"]),
+    ("fit -c mi", ["mine.yaml"]),
     ("search --config shallow_w", ["shallow_wide.yaml"]),
     ("search --config m", ["mine.yaml"]),
-    ("fit --config=sh", ["--config=shallow.yaml"]),
-    ("fit --config = sh", ["shallow.yaml"]),  # what bash makes of the line before
+    ("fit --config=shallow.", ["--config=shallow.yaml"]),
+    ("fit --config = shallow.", ["shallow.yaml"]),  # what bash makes of the line before
     ("fit --data.split =", ["study", "canonical"]),
     ("fit --data.split=st", ["--data.split=study"]),
     ("fit --model Sh", ["ShallowNetwork"]),
@@ -189,19 +189,19 @@ def test_every_command_is_offered() -> None:
     assert candidates([""])[: len(COMMANDS)] == list(COMMANDS)
 
 
-# How each shell is asked what it would offer for: mnist-lightning fit --config sh<TAB>
+# How each shell is asked what it would offer for: mnist-lightning fit --config per<TAB>
 ASK = {
     "bash": """eval "$(mnist-lightning completion bash)"
 complete -p mnist-lightning >/dev/null || exit 1
-COMP_WORDS=(mnist-lightning fit --config sh) COMP_CWORD=3
+COMP_WORDS=(mnist-lightning fit --config per) COMP_CWORD=3
 _mnist_lightning mnist-lightning; printf '%s\n' "${COMPREPLY[@]}" """,
     "zsh": """compdef() { [[ $1 = _mnist_lightning ]] || exit 1; }
 compadd() { print -l ${(P)2}; }
 eval "$(mnist-lightning completion zsh)"
-words=(mnist-lightning fit --config sh) CURRENT=4
+words=(mnist-lightning fit --config per) CURRENT=4
 _mnist_lightning""",
     "fish": """mnist-lightning completion fish | source
-complete -C 'mnist-lightning fit --config sh'""",
+complete -C 'mnist-lightning fit --config per'""",
 }
 
 
@@ -223,7 +223,7 @@ def test_the_shells_offer_it(shell: str, folder: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert (done.stdout.split(), done.stderr) == (["shallow.yaml"], "")
+    assert (done.stdout.split(), done.stderr) == (["perceptron.yaml"], "")
 
 
 def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from mnist_lightning.report import analysis
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+RECORDS = sorted((ROOT / "configs" / "records").glob("*.yaml"))
 SEARCHES = sorted((ROOT / "configs" / "search").glob("*.yaml"))
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+@pytest.fixture(params=[*CONFIGS, *RECORDS], ids=lambda path: path.stem)
 def config(request: pytest.FixtureRequest) -> Path:
     return request.param
 
@@ -34,6 +36,8 @@ def test_comment_on_top_has_the_command(config: Path) -> None:
 
 def test_early_stopping_can_fire(config: Path) -> None:
     settings = yaml.safe_load(config.read_text())
+    if settings["data"].get("val_fraction") == 0:
+        return  # nothing to stop by: the number of epochs is fixed
     patience = settings.get("early_stopping", {}).get("patience", 10)
     assert patience < settings["trainer"]["max_epochs"]
 
@@ -64,7 +68,7 @@ def fit_words(config: Path, weights: Path, pictures: Path) -> list[str]:
     return words.split()
 
 
-# several ResNets take a while: one of them in the fast tests
+# ResNets take a while, and records are like the others
 @pytest.mark.pictures
 @pytest.mark.parametrize(
     "config",
@@ -72,9 +76,9 @@ def fit_words(config: Path, weights: Path, pictures: Path) -> list[str]:
         pytest.param(
             path,
             id=path.stem,
-            marks=[pytest.mark.slow] * ("resnet" in path.stem),
+            marks=[pytest.mark.slow] * ("resnet" in path.stem or path in RECORDS),
         )
-        for path in CONFIGS
+        for path in [*CONFIGS, *RECORDS]
     ],
 )
 def test_runs(
@@ -135,10 +139,30 @@ def test_every_file_is_listed(
     assert main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     listed = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
-    assert list(listed) == [file.stem for file in [*CONFIGS, *SEARCHES]]
-    for file in [*CONFIGS, *SEARCHES]:
+    assert list(listed) == [file.stem for file in [*CONFIGS, *RECORDS, *SEARCHES]]
+    for file in [*CONFIGS, *RECORDS, *SEARCHES]:
         assert listed[file.stem] == file.read_text().splitlines()[1].removeprefix("# ")
-        assert re.search(r"validation 0\.\d{4}|not measured here", listed[file.stem])
+        what = "test" if file in RECORDS else "validation"
+        assert re.search(rf"{what} 0\.\d{{4}}|not measured here", listed[file.stem])
+
+
+def test_records_say_what_was_measured() -> None:
+    """The committed results of ``benchmarks/records.py``, and the limits that a record has."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "records.json").read_text())
+    measured = {name: found["seeds"] for name, found in results["records"].items()}
+    for file in RECORDS:
+        if file.stem not in measured:
+            assert "not measured here" in file.read_text()
+            continue
+        rows = measured[file.stem]
+        tests = [row["test"] for row in rows]
+        said = f"test {mean(tests):.4f} ± {stdev(tests):.4f} (n={len(tests)})"
+        assert said in file.read_text().splitlines()[1]
+        assert [row["seed"] for row in rows] == list(range(len(rows)))  # none was left out
+        settings = yaml.safe_load(file.read_text())
+        assert {row["epochs"] for row in rows} == {settings["trainer"]["max_epochs"]}
+        limit = {"cnn_15s": 15, "cnn_minute": 60, "cnn_best": 1500}.get(file.stem)
+        assert limit is None or max(row["seconds"] for row in rows) <= limit
 
 
 def test_what_searches_reached_is_what_is_committed() -> None:
@@ -168,8 +192,8 @@ def test_a_file_here_overrides_one_that_is_shipped(
         ("shallow", "shallow.yaml"),
         ("deep2_grid", "deep2_grid"),
     ]
-    for name, folder in (("shallow.yaml", "."), ("deep2_grid", "search")):
-        assert find_config(name.removesuffix(".yaml"), folder) == Path(name)  # as the list says
+    for name, command in (("shallow.yaml", "fit"), ("deep2_grid", "search")):
+        assert find_config(name.removesuffix(".yaml"), command) == Path(name)  # as the list says
 
 
 @pytest.mark.parametrize("name", ["shallow", "shallow.yaml", "shallow_grid"])

@@ -4,12 +4,13 @@ A draw follows from the seed, the epoch and the number of the image alone: not f
 that the image is in, nor from earlier draws, nor from the number of processes. A resumed training
 therefore sees the same images as one that was never interrupted.
 
-All changes of position make one affine map for each image, and the pixels are interpolated once,
-on the device that trains.
+All changes of position make one map for each image, affine or bent, and the pixels are interpolated
+once, on the device that trains.
 """
 
 import math
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ _DRAWS = (
     " erase erase_x erase_y brightness contrast saturation"
 ).split()
 _PER_IMAGE = len(_DRAWS)
+_BEND = 5  # points a side, whose draws bend an image
+_MOVES = ("shift", "rotate", "scale", "shear", "elastic", "flip", "crop")
 _GRAY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as in torchvision and Pillow
 
 
@@ -41,6 +44,9 @@ class Augment:
         brightness: pixels are multiplied by ``1 - brightness`` to ``1 + brightness``.
         contrast: the differences from the image's mean are multiplied, likewise.
         saturation: of colour images, the differences from gray are multiplied, likewise.
+        elastic: bends the image: 5 x 5 points are moved by up to so many pixels in each direction,
+            and the pixels between them smoothly with them. (Simard et al. 2003, "Best practices
+            for convolutional neural networks", smooth a draw for each pixel instead.)
 
     Raises:
         ValueError: a negative number, or one that leaves nothing of an image.
@@ -56,6 +62,7 @@ class Augment:
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
+    elastic: float = 0.0
 
     def __post_init__(self) -> None:
         most = {"rotate": 180, "shear": 60, "brightness": 1, "contrast": 1, "saturation": 1}
@@ -69,7 +76,7 @@ class Augment:
     @property
     def moves(self) -> bool:
         """Whether positions change, and pixels are interpolated."""
-        return bool(self.shift or self.rotate or self.scale or self.shear or self.flip or self.crop)
+        return any(getattr(self, name) for name in _MOVES)
 
     def __bool__(self) -> bool:
         return any(getattr(self, field.name) for field in fields(self))
@@ -91,8 +98,12 @@ class Augment:
             return images
         draws = uniform(numbers, seed, epoch)
         if self.moves:
-            maps = self.maps(draws, images.shape[-2], images.shape[-1]).to(images.dtype)
-            images = F.grid_sample(images, _places(maps, *images.shape[-2:]), align_corners=False)
+            height, width = images.shape[-2:]
+            places = _places(self.maps(draws, height, width).to(images.dtype), height, width)
+            if self.elastic:
+                bends = self.bends(points(numbers, seed, epoch), height, width)
+                places = places + bends.to(images.dtype)
+            images = F.grid_sample(images, places, align_corners=False)
         return self._colours(self._erased(images, draws), draws)
 
     def maps(self, draws: dict[str, Tensor], height: int, width: int) -> Tensor:
@@ -133,6 +144,22 @@ class Augment:
             torch.stack([yx * (width / height), yy, moves[1] * (2 / height)], 1),
         ]
         return torch.stack(rows, 1)
+
+    def bends(self, draws: Tensor, height: int, width: int) -> Tensor:
+        """How far each pixel is moved, on the scale of ``affine_grid``.
+
+        Args:
+            draws: as ``points``.
+            height: of an image, in pixels.
+            width: likewise.
+
+        Returns:
+            float64, ``(b, height, width, 2)``.
+        """
+        pixels = draws.new_tensor([2 / width, 2 / height])[:, None, None]
+        moves = (2 * draws - 1) * self.elastic * pixels
+        rows, columns = (_between(size).to(moves) for size in (height, width))
+        return (rows @ moves @ columns.T).permute(0, 2, 3, 1)
 
     def _erased(self, images: Tensor, draws: dict[str, Tensor]) -> Tensor:
         if not self.erase:
@@ -187,6 +214,18 @@ def _places(maps: Tensor, height: int, width: int) -> Tensor:
     return (rows[..., None] + columns[:, :, None]).permute(0, 2, 3, 1)
 
 
+@cache
+def _between(pixels: int) -> Tensor:
+    """Bicubic interpolation from the points of a bend to the pixels of a side.
+
+    Returns:
+        float64, ``(pixels, _BEND)``; the first point and the last are those of the image.
+    """
+    units = torch.eye(_BEND, dtype=torch.float64)[None, :, None]
+    size = 1, pixels
+    return F.interpolate(units, size, mode="bicubic", align_corners=True)[0, :, 0].T
+
+
 def _gray(images: Tensor) -> Tensor:
     if images.shape[1] == 1:
         return images
@@ -201,12 +240,28 @@ def uniform(numbers: Tensor, seed: int, epoch: int) -> dict[str, Tensor]:
     2014, "Fast splittable pseudorandom number generators"), in whole numbers: the same bits on
     every device.
     """
-    start = _mix(torch.tensor([seed], device=numbers.device)) + epoch
-    rows = _mix(_mix(start) + numbers)[:, None] * _PER_IMAGE
-    columns = torch.arange(_PER_IMAGE, device=numbers.device)
-    bits = _mix(rows + columns) >> 11  # keeps the sign
-    values = (bits & (2**53 - 1)).double() / 2**53
+    values = _uniform(_images(numbers, seed, epoch), _PER_IMAGE)
     return dict(zip(_DRAWS, values.unbind(1), strict=True))
+
+
+def points(numbers: Tensor, seed: int, epoch: int) -> Tensor:
+    """The random numbers of ``Augment.elastic``, in [0, 1); float64, ``(b, 2, 5, 5)``.
+
+    They are hashed once more than those of ``uniform``, and so do not change them.
+    """
+    values = _uniform(_mix(_images(numbers, seed, epoch)), 2 * _BEND**2)
+    return values.view(-1, 2, _BEND, _BEND)
+
+
+def _images(numbers: Tensor, seed: int, epoch: int) -> Tensor:
+    start = _mix(torch.tensor([seed], device=numbers.device)) + epoch
+    return _mix(_mix(start) + numbers)
+
+
+def _uniform(images: Tensor, columns: int) -> Tensor:
+    places = images[:, None] * columns + torch.arange(columns, device=images.device)
+    bits = _mix(places) >> 11  # keeps the sign
+    return (bits & (2**53 - 1)).double() / 2**53
 
 
 def _mix(values: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ tables/        each table as CSV (all digits) and Markdown (rounded, as on the p
 figures/       each figure as PNG and SVG
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from mnist_lightning.console import short
 from mnist_lightning.files import csv_cell, write_bytes
 from mnist_lightning.provenance import provenance
 from mnist_lightning.report import analysis, figures, findings, runs, sections
@@ -72,6 +74,7 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
         ValueError: there is nothing to report on, or there are searches and runs; two searches have
             the same name; a file is damaged; or ``out`` cannot be written.
     """
+    _check_writable(out)  # before minutes of work
     found = [runs.run_folders(folder) for folder in folders]
     if any(found) and not all(found):
         raise ValueError("runs and searches have reports of their own: name either of them")
@@ -93,6 +96,15 @@ def write(folders: Sequence[Path], out: Path, say: Callable[[str], None] = print
     for name, text in files:
         write_bytes(out / name, text if isinstance(text, bytes) else text.encode())
     say(f"\nreport       {out / 'index.html'}\nin words     {out / 'README.md'}")
+
+
+def _check_writable(out: Path) -> None:
+    """Refuses a folder that cannot be written to, or made."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{out} cannot be written: {short(there)} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{out} cannot be written: permission denied")
 
 
 def _of_searches(folders: Sequence[Path], say: Callable[[str], None]) -> Content:
