@@ -23,12 +23,12 @@ the process to the first step.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -152,15 +152,16 @@ def records(name: str, results: dict[str, Any]) -> None:
     """Each seed of a record, and the ensemble of all, whose runs are kept until then."""
     rows = results.setdefault("records", {}).setdefault(name, {"seeds": []})
     folder = Path(tempfile.gettempdir()) / "records" / name
-    folder.mkdir(parents=True, exist_ok=True)
     for seed in range(len(rows["seeds"]), SEEDS.get(name, USUAL_SEEDS)):
-        found = fit(str(folder), name, seed)
-        version = folder / "lightning_logs" / name / f"version_{seed}"
-        found["test"] = tested(str(folder), version)
+        root = folder / str(seed)
+        shutil.rmtree(root, ignore_errors=True)  # of an interrupted training
+        root.mkdir(parents=True)
+        found = fit(str(root), name, seed)
+        found["test"] = tested(str(root), root / "lightning_logs" / name / "version_0")
         found["epochs"] = len(found["epochs"])
         rows["seeds"].append(found)
         save(results, "records", name)
-    runs = sorted((folder / "lightning_logs" / name).glob("version_*"))
+    runs = sorted(folder.glob(f"*/lightning_logs/{name}/version_0"))
     if "ensemble" not in rows and len(runs) == len(rows["seeds"]):
         rows["ensemble"] = tested(str(folder), *runs)
         save(results, "records", name)
@@ -203,8 +204,7 @@ def curve(name: str, results: dict[str, Any]) -> None:
 
 def config(name: str) -> Path:
     """The file of a shipped configuration."""
-    files = (*shipped_configs("records"), *shipped_configs())
-    return next(file for file in files if file.stem == name)
+    return next(file for file in shipped_configs() if file.stem == name)
 
 
 @cache
@@ -357,9 +357,10 @@ def main() -> None:
     given = parser.parse_args()
     started()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    names: Iterable[str] = ASKED
+    shipped = [file.stem for file in shipped_configs()]
+    names = [name for name in ASKED if name in shipped]
     if given.part == "curve":
-        names = (*OTHERS, *IN_CURVE, *ASKED)
+        names = [*OTHERS, *IN_CURVE, *names]
     parts = {"records": records, "adds": adds, "curve": curve}
     for name in given.only or names:
         if given.part in parts:
