@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "jsonargparse", "numpy")
 
 
@@ -30,7 +32,12 @@ def provenance(**facts: Any) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: _version(name) for name in PACKAGES},
         },
-        "machine": {"system": platform.platform(), "cpu": _cpu(), "cores": os.cpu_count()},
+        "machine": {
+            "system": platform.platform(),
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            **_gpu(),
+        },
     }
 
 
@@ -71,3 +78,10 @@ def _cpu() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
+
+
+def _gpu() -> dict[str, Any]:
+    """The name of the GPU that PyTorch uses first, if it can use one."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"gpu": torch.cuda.get_device_name()}
