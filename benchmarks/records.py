@@ -166,7 +166,7 @@ def gpu(name: str, results: dict[str, Any]) -> None:
 
 
 def _seeds(part: str, name: str, results: dict[str, Any], count: int, at_once: int) -> None:
-    """Trains and tests the seeds that are missing; their runs are kept until the ensemble's test."""
+    """Trains and tests the seeds that are missing; keeps the runs for the ensemble."""
     rows = results.setdefault(part, {}).setdefault(name, {"seeds": []})
     folder = Path(tempfile.gettempdir()) / part / name
 
