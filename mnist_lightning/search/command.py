@@ -323,7 +323,7 @@ def _parser() -> ArgumentParser:
     )
     others = {"name", "strategy", "data", "grown_from"}
     parser.add_class_arguments(Search, skip=others, instantiate=False)
-    others = {"batch_size", "eval_batch_size", "predict_dir"}
+    others = {"batch_size", "predict_dir"}
     parser.add_class_arguments(MNISTDataModule, "data", skip=others, instantiate=False)
     add("--folder", type=str | None, help="For the results (default: lightning_logs/search/NAME).")
     add("--workers", type=int | None, help="Processes (default: one for each core).")
