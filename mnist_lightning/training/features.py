@@ -255,23 +255,34 @@ class Features:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """The features of some images, by their numbers, as the network made them."""
-        return self.layout.shaped(self.values.index_select(0, rows))
+        return self.layout.shaped(self.values.index_select(0, rows.to(self.values.device)))
 
 
 class Store:
     """Room for the features of all images, in memory or in a file of the user's cache.
 
+    A GPU keeps them in its own memory only: it computes them faster than it could fetch them.
+
     Args:
         n: number of images.
         layout: of the features of one image.
+        device: that trains.
 
     Raises:
-        NoCache: neither has room.
+        NoCache: there is no room.
     """
 
-    def __init__(self, n: int, layout: Layout) -> None:
-        self.n, self.layout = n, layout
+    def __init__(self, n: int, layout: Layout, device: torch.device) -> None:
+        self.n, self.layout, self.device = n, layout, device
         self.bytes = n * layout.size * layout.dtype.itemsize
+        if device.type == "cuda":
+            self.in_memory, free = True, torch.cuda.mem_get_info(device)[0]
+            if self.bytes > free / 2:
+                raise NoCache(
+                    f"their output takes {_size(self.bytes)}, more than half of the GPU's free"
+                    f" memory ({_size(free)})"
+                )
+            return
         memory, disk = available_bytes(), 0.0
         self.in_memory = self.bytes <= memory / 2
         if self.in_memory:
@@ -287,7 +298,8 @@ class Store:
             )
 
     def __str__(self) -> str:
-        where = "in memory" if self.in_memory else f"in {cache_folder()}"
+        memory = "in the GPU's memory" if self.device.type == "cuda" else "in memory"
+        where = memory if self.in_memory else f"in {cache_folder()}"
         return f"{_size(self.bytes)} {where}"
 
     def fill(self, parts: Iterator[Tensor]) -> Tensor:
@@ -296,7 +308,8 @@ class Store:
         Args:
             parts: of consecutive images, as ``Layout.flat`` gives them.
         """
-        values = torch.empty(self.n, self.layout.size, dtype=self.layout.dtype)
+        shape = self.n, self.layout.size
+        values = torch.empty(shape, dtype=self.layout.dtype, device=self.device)
         done = 0
         for part in parts:
             values[done : done + len(part)] = part

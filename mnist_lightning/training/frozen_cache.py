@@ -113,7 +113,7 @@ def _start(trainer: Trainer, module: LightningModule, freezing: LayerFreezing) -
         return None
     train_set, val_set = first_pass.train_set, first_pass.val_set
     layout, seconds = first_pass.trial()
-    store = Store(first_pass.images, layout)
+    store = Store(first_pass.images, layout, trainer.strategy.root_device)
     if not store.in_memory and store.bytes / DISK_SPEED > seconds * first_pass.images:
         raise NoCache("reading their output from the disk may take longer than computing it")
     others = ((name, list(c.parameters())) for name, c in net.named_children())
@@ -220,9 +220,9 @@ class _Pass:
             return self.data.on_after_batch_transfer(batch, 0)[0]
 
     def features(self, pixels: Tensor) -> Tensor:
-        """What the layers make of a mini-batch, on the CPU."""
+        """What the layers make of a mini-batch."""
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            return self.prefix(pixels).cpu()
+            return self.prefix(pixels)
 
     def run(self, store: Store) -> Tensor:
         """Computes the features of all images, of the training first, or reads them from a file.
