@@ -41,7 +41,7 @@ import lightning.pytorch as pl
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from run import FOLDER, duration, markdown, spread
+from run import FOLDER, duration, markdown
 
 from mnist_lightning.catalog import shipped_configs
 from mnist_lightning.configs import read_config
@@ -240,6 +240,11 @@ def save(results: dict[str, Any], part: str, name: str) -> None:
     where = started() | {"load": os.getloadavg()[0]}
     results.setdefault("provenance", {})[f"{part}/{name}"] = where
     write_json(RESULTS, results)
+
+
+def spread(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation} (n={len(values)})"
 
 
 def summary(results: dict[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@ README = FOLDER / "README.md"
 BEGIN, END = "<!-- results -->\n", "<!-- end -->\n"
 PARTS = (
     *("fit", "batches", "resnet", "growth"),
-    *("command", "augment", "small_cnn", "frozen", "grid", "stem"),
+    *("command", "augment", "small_cnn", "frozen", "grid"),
 )
 QUICK = PARTS[:4]  # the others take minutes with --quick too: --quick --only grid
 
@@ -274,17 +274,9 @@ def table(results: Results) -> str:
                 (f"{point['x']:,}", duration(seconds), duration(floor), f"{seconds / floor:.1f} x")
             )
         lines += ["", *markdown((name, "ours", "floor", "ours is … the floor"), cells)]
-    if cells := results.get("stem", {}).get("cells"):
-        rows = [(c["stem"], c["batch_norm"], spread(c["val_acc"])) for c in cells]
-        lines += ["", *markdown(("frozen stem", "BatchNorm", "validation accuracy"), rows)]
     lines.append("")
     lines += [origin(name, results[name]) for name in PARTS if name in results]
     return "\n".join(lines) + "\n"
-
-
-def spread(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation} (n={len(values)})"
 
 
 def origin(name: str, section: dict[str, Any]) -> str:

@@ -1250,7 +1250,8 @@ def test_shipped_searches_are_what_they_say(
         "deep2_grid": 49,
         "deep2_rates": 12,
         "deep3_grid": 125,
-        "resnet18_regimes": 3,
+        "resnet18_regimes": 9,
+        "resnet18_transfer": 18,
     }
     if not wanted.sampled:
         assert len(rounds(wanted, {})[0]) == counts[config.stem]
@@ -1270,6 +1271,23 @@ def test_the_values_of_a_large_grid_are_all_checked(folder: Path) -> None:
     axes = {"lr": [i / 1e4 for i in range(1, 101)], "hidden_units": [*range(1, 101), -7]}
     with pytest.raises(ValueError, match=r"refuses .*-7"):
         small(space=axes, fixed={"max_epochs": 1}).check()
+
+
+def test_a_flag_names_a_parameter_with_dots() -> None:
+    """jsonargparse makes a mapping of ``--fixed.freezing.batch_norm``."""
+    argv = "--config resnet18_regimes.yaml --fixed.freezing.batch_norm frozen --fixed.lr 0.1"
+    argv += " --space.data.train_fraction [0.2,1] --space.hidden_units.2 [3,4]"
+    argv += " --data.eval_batch_size 7"
+    wanted, _ = read(argv.split())
+    assert "freezing" not in wanted.fixed
+    assert (wanted.fixed["freezing.batch_norm"], wanted.fixed["lr"]) == ("frozen", 0.1)
+    assert wanted.space == {
+        "regime": ["scratch", "finetune", "freeze"],
+        "lr": [0.01],
+        "data.train_fraction": [0.2, 1],
+        "hidden_units.2": [3, 4],
+    }
+    assert wanted.data["eval_batch_size"] == 7
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -473,7 +474,7 @@ def tested(search: SearchResult) -> dict[str, Any] | None:
 
 
 def image_counts(search: SearchResult) -> dict[str, int]:
-    """Number of images in the validation set (``val``) and in the test set (``test``).
+    """Number of images to train on, of all the search may use, to validate and to test on.
 
     A search records its split but not the numbers that follow from it, so they are worked out here.
     A test compares them with the data module.
@@ -484,7 +485,8 @@ def image_counts(search: SearchResult) -> dict[str, int]:
         pool, test = 1797, 180 if study else 256
     else:
         pool, test = 70_000, 7_000 if study else 10_000
-    return {"val": round((pool - test) * data["val_fraction"]), "test": test}
+    val = round((pool - test) * data["val_fraction"])
+    return {"train": pool - test - val, "val": val, "test": test}
 
 
 def noise(accuracy: float, images: int, sd: float = 0.0, n: int = 1) -> float:
@@ -632,14 +634,67 @@ def _other_setting(published: Published, search: SearchResult, ours: pd.Series) 
         search: that repeats it.
         ours: its configuration with the published parameters.
     """
-    if published.model == "ResNet18":  # the study's images were larger, its training another one
-        setting = {k: v for k, v in ours[search.params].items() if k != "regime"}
-        return f"ours: {search.about['data']['image_size']} pixels, {setting_text(setting)}"
+    if published.model == "ResNet18":  # the study's mini-batches are not known
+        return f"ours: {_resnet_setting(ours, search, published.params)}"
     winner = search.configurations.iloc[0]
     tested_another = any(winner.get(name) != ours[name] for name in search.params)
     if published.metric == "test_acc" and tested_another:
         return f"our winner: {setting_text(dict(winner[search.params]))}"
     return ""
+
+
+def _resnet_setting(
+    ours: pd.Series, search: SearchResult, known: Mapping[str, Any] = MappingProxyType({})
+) -> str:
+    """A configuration of ResNet-18 in words, without the parameters that are known."""
+    setting = {k: v for k, v in ours[search.params].items() if k not in {"regime", *known}}
+    return f"{search.about['data']['image_size']} pixels, {setting_text(setting)}"
+
+
+def best_of_regime(published: Published, searches: Sequence[SearchResult]) -> dict[str, Any] | None:
+    """Our best configuration of a published regime of ResNet-18, in any setting, on all images.
+
+    Returns:
+        ``acc``, ``sd``, ``n``, ``setting`` in words; None if there is none of this regime.
+    """
+    found = []
+    for search in searches:
+        if search.model != published.model or "regime" not in search.params:
+            continue
+        table = search.configurations
+        if table.empty or search.about["data"].get("train_fraction", 1) < 1:
+            continue
+        rows = table[table["regime"] == published.params["regime"]]
+        if "data.train_fraction" in rows:
+            rows = rows[rows["data.train_fraction"] == 1]
+        if len(rows):
+            found.append((rows.iloc[0], search))
+    if not found:
+        return None
+    ours, search = max(found, key=lambda one: one[0]["acc"])
+    n = int(ours["n"])
+    sd = ours["sd"] if n > 1 else None
+    return {"acc": ours["acc"], "sd": sd, "n": n, "setting": _resnet_setting(ours, search)}
+
+
+def by_share(searches: Sequence[SearchResult]) -> pd.DataFrame:
+    """ResNet-18's configurations in searches that vary the share of the training images.
+
+    Returns:
+        Columns ``images`` (trained on), ``regime``, ``stem``, ``batch_norm``, ``acc``, ``n``, the
+        fewest images first; empty if there are none.
+    """
+    names = {"regime": "regime", "stem": "stem", "freezing.batch_norm": "batch_norm"}
+    tables = []
+    for search in searches:
+        if search.model != "ResNet18" or not {"data.train_fraction", *names} <= set(search.params):
+            continue
+        if not _on_its_images(search):
+            continue
+        table = search.configurations.rename(columns=names)
+        images = (table["data.train_fraction"] * image_counts(search)["train"]).round().astype(int)
+        tables.append(table.assign(images=images)[["images", *names.values(), "acc", "n"]])
+    return pd.concat(tables).sort_values("images", ignore_index=True) if tables else pd.DataFrame()
 
 
 def _configuration(params: Mapping[str, Any], search: SearchResult) -> pd.Series | None:

@@ -52,6 +52,10 @@ def _rows(
 _SHALLOW_BEST = _shallow(8, 50, 0.1, 100)
 _DEEP_BEST = _deep(50, 1024, 10, 1024)
 
+_ADAM = {"max_epochs": 10, "optimizer": "adam", "lr": 0.01}
+# PyTorch's BatchNorm adapts, frozen or not, unless it is told otherwise
+_STEM = {"stem": "reset", "freezing.batch_norm": "adapt"}
+
 PUBLISHED = [
     *_rows(
         "table 2.1, best five",
@@ -121,10 +125,10 @@ PUBLISHED = [
         ],
     ),
     *_rows("section 3.5", "DeepNetwork", [(_DEEP_BEST, 0.9806)], "test_acc"),
-    # Adam, lr 0.01, 224 pixels, 10 epochs; of the first, table and text disagree (20, 10)
-    *_rows("table 4.2", "ResNet18", [({"regime": "scratch"}, 0.9909)]),
-    *_rows("table 4.3", "ResNet18", [({"regime": "finetune"}, 0.9874)]),
-    *_rows("table 4.4", "ResNet18", [({"regime": "freeze"}, 0.9157)]),
+    # 224 pixels; of the first, table and text disagree about the epochs (20, 10)
+    *_rows("table 4.2", "ResNet18", [({"regime": "scratch", **_ADAM, "max_epochs": 20}, 0.9909)]),
+    *_rows("table 4.3", "ResNet18", [({"regime": "finetune", **_ADAM, **_STEM}, 0.9874)]),
+    *_rows("table 4.4", "ResNet18", [({"regime": "freeze", **_ADAM, **_STEM}, 0.9157)]),
     *_rows("section 4.4", "ResNet18", [({"regime": "scratch"}, 0.9924)], "test_acc"),
 ]
 

@@ -385,7 +385,10 @@ def _dotted(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for name, value in parameters.items():
-        if name in ("data", "freezing", "hidden_units") and isinstance(value, Mapping):
+        # of hidden_units itself, a mapping is a range
+        if isinstance(value, Mapping) and (
+            name in ("data", "freezing") or all(key.isdigit() for key in value)
+        ):
             flat |= {f"{name}.{key}": one for key, one in value.items()}
         else:
             flat[name] = value
