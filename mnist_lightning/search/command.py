@@ -385,10 +385,11 @@ def _dotted(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for name, value in parameters.items():
-        # of hidden_units itself, a mapping is a range
-        if isinstance(value, Mapping) and (
-            name in ("data", "freezing") or all(key.isdigit() for key in value)
-        ):
+        dotted = isinstance(value, Mapping) and (
+            # of hidden_units, a mapping may be a range
+            name in ("data", "freezing") or all(str(key).isdigit() for key in value or "-")
+        )
+        if dotted:
             flat |= {f"{name}.{key}": one for key, one in value.items()}
         else:
             flat[name] = value
