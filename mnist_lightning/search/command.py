@@ -372,7 +372,24 @@ def read(argv: Sequence[str]) -> tuple[Search, dict[str, Any]]:
     if isinstance(given["strategy"], str):
         given["strategy"] = {"name": given["strategy"]}
     given["name"] = given["name"] or (Path(str(configs[-1])).stem if configs else "search")
+    for part in ("space", "fixed"):
+        given[part] = _dotted(given[part])
     return Search(**given), place
+
+
+def _dotted(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters by name; a flag ``--fixed.freezing.cache`` has come as ``{freezing: {cache: }}``.
+
+    Args:
+        parameters: of the file and of the flags; the flags come later and win.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if name in ("data", "freezing", "hidden_units") and isinstance(value, Mapping):
+            flat |= {f"{name}.{key}": one for key, one in value.items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def main(argv: Sequence[str]) -> int:
