@@ -385,11 +385,8 @@ def _dotted(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for name, value in parameters.items():
-        dotted = isinstance(value, Mapping) and (
-            # of hidden_units, a mapping may be a range
-            name in ("data", "freezing") or all(str(key).isdigit() for key in value or "-")
-        )
-        if dotted:
+        is_group = name in ("data", "freezing", "hidden_units") and isinstance(value, Mapping)
+        if is_group and not value.keys() & {"low", "high"}:  # which make a range
             flat |= {f"{name}.{key}": one for key, one in value.items()}
         else:
             flat[name] = value
