@@ -609,3 +609,18 @@ def test_from_the_command_line(
         for file in sorted(tmp_path.glob("lightning_logs/shallow/*/checkpoints/best.ckpt"))
     )
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_gpu_keeps_features_in_its_own_memory_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would fetch them from elsewhere more slowly than it computes them."""
+    layout = features.Layout((256, 14, 14), (196, 14, 1), torch.bfloat16)
+    gpu = torch.device("cuda", 0)
+    free = {gpu: 2 * 63_000 * layout.size * 2}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 10**12))
+    store = features.Store(63_000, layout, gpu)
+    assert (store.in_memory, str(store)) == (True, "6.3 GB in the GPU's memory")
+    free[gpu] -= 1
+    with pytest.raises(features.NoCache, match=r"6\.3 GB, more than half of the GPU's free memory"):
+        features.Store(63_000, layout, gpu)

@@ -647,7 +647,12 @@ def _resnet_setting(
     ours: pd.Series, search: SearchResult, known: Mapping[str, Any] = MappingProxyType({})
 ) -> str:
     """A configuration of ResNet-18 in words, without the parameters that are known."""
-    setting = {k: v for k, v in ours[search.params].items() if k not in {"regime", *known}}
+    without_effect = {
+        "scratch": {"weights", "stem", "freezing.batch_norm"},
+        "finetune": {"freezing.batch_norm"},
+    }
+    hidden = {"regime", *known, *without_effect.get(ours["regime"], ())}
+    setting = {k: v for k, v in ours[search.params].items() if k not in hidden}
     return f"{search.about['data']['image_size']} pixels, {setting_text(setting)}"
 
 

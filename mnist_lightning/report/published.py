@@ -53,8 +53,9 @@ _SHALLOW_BEST = _shallow(8, 50, 0.1, 100)
 _DEEP_BEST = _deep(50, 1024, 10, 1024)
 
 _ADAM = {"max_epochs": 10, "optimizer": "adam", "lr": 0.01}
-# PyTorch's BatchNorm adapts, frozen or not, unless it is told otherwise
-_STEM = {"stem": "reset", "freezing.batch_norm": "adapt"}
+# the first convolution drawn anew for gray images; a frozen BatchNorm adapts, as PyTorch's does
+_STEM = {"stem": "reset"}
+_ADAPT = {"freezing.batch_norm": "adapt"}
 
 PUBLISHED = [
     *_rows(
@@ -128,7 +129,7 @@ PUBLISHED = [
     # 224 pixels; of the first, table and text disagree about the epochs (20, 10)
     *_rows("table 4.2", "ResNet18", [({"regime": "scratch", **_ADAM, "max_epochs": 20}, 0.9909)]),
     *_rows("table 4.3", "ResNet18", [({"regime": "finetune", **_ADAM, **_STEM}, 0.9874)]),
-    *_rows("table 4.4", "ResNet18", [({"regime": "freeze", **_ADAM, **_STEM}, 0.9157)]),
+    *_rows("table 4.4", "ResNet18", [({"regime": "freeze", **_ADAM, **_STEM, **_ADAPT}, 0.9157)]),
     *_rows("section 4.4", "ResNet18", [({"regime": "scratch"}, 0.9924)], "test_acc"),
 ]
 
@@ -159,7 +160,7 @@ GRIDS: list[tuple[str, Mapping[str, list[Any]]]] = [
         "DeepNetwork",
         {**_OF_DEEP, "max_epochs": [10], **{f"hidden_units.{i}": _WIDTHS for i in (1, 2, 3)}},
     ),
-    ("ResNet18", {"regime": ["scratch", "finetune", "freeze"]}),
+    ("ResNet18", {"regime": ["scratch", "finetune", "freeze"], "lr": [0.01]}),
 ]
 
 # The counterpart of each table and figure of the study.
