@@ -1,7 +1,6 @@
 """Trains and tests the records, what each ingredient adds, and accuracy against training seconds.
 
     python benchmarks/records.py records [--only NAME ...]   # trains each seed, tests it once
-    python benchmarks/records.py gpu [--only NAME ...]       # likewise, ten seeds at once on a GPU
     python benchmarks/records.py adds [--only NAME ...]      # on validation, without an ingredient
     python benchmarks/records.py curve [--only NAME ...]     # on validation, with other projects
     python benchmarks/records.py table                       # writes the tables again
@@ -12,8 +11,6 @@ and records.png.
 
 - records: the commands ``fit`` and ``test``, as users run them, with the seeds 0, 1, 2, ... The
   ensembles are those of all seeds of a configuration.
-- gpu: likewise. Small networks leave most of a GPU idle, so the seeds share it; their seconds say
-  little.
 - adds: the configuration with a fifth of its training images for validation, as it is and with one
   thing changed. The test images are not looked at.
 - curve: likewise, and two other projects' examples on the same images.
@@ -32,7 +29,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,7 +51,6 @@ PAGE, PICTURE = FOLDER / "records.md", FOLDER / "records.png"
 MARK = "MEASURED "
 SEEDS = {"cnn_best": 3}
 USUAL_SEEDS = 5
-GPU_SEEDS = 10
 # what must be reached, and the aim: mean test accuracies
 ASKED = {
     "shallow_best": (0.985, 0.988),
@@ -154,39 +149,22 @@ def tested(folder: str, *runs: Path) -> float:
 
 
 def records(name: str, results: dict[str, Any]) -> None:
-    """Each seed of a record, one after the other, and the ensemble of all."""
-    _seeds("records", name, results, SEEDS.get(name, USUAL_SEEDS), at_once=1)
-
-
-def gpu(name: str, results: dict[str, Any]) -> None:
-    """Each seed of a record, all at once, and the ensemble of all."""
-    if not torch.cuda.is_available():
-        raise SystemExit("there is no GPU here")
-    _seeds("gpu", name, results, GPU_SEEDS, at_once=GPU_SEEDS)
-
-
-def _seeds(part: str, name: str, results: dict[str, Any], count: int, at_once: int) -> None:
-    """Trains and tests the seeds that are missing; keeps the runs for the ensemble."""
-    rows = results.setdefault(part, {}).setdefault(name, {"seeds": []})
-    folder = Path(tempfile.gettempdir()) / part / name
-
-    def trained(seed: int) -> dict[str, Any]:
+    """Each seed of a record, and the ensemble of all, whose runs are kept until then."""
+    rows = results.setdefault("records", {}).setdefault(name, {"seeds": []})
+    folder = Path(tempfile.gettempdir()) / "records" / name
+    for seed in range(len(rows["seeds"]), SEEDS.get(name, USUAL_SEEDS)):
         root = folder / str(seed)
         shutil.rmtree(root, ignore_errors=True)  # of an interrupted training
         root.mkdir(parents=True)
         found = fit(str(root), name, seed)
         found["test"] = tested(str(root), root / "lightning_logs" / name / "version_0")
         found["epochs"] = len(found["epochs"])
-        return found
-
-    with ThreadPoolExecutor(at_once) as pool:  # the trainings are processes
-        for found in pool.map(trained, range(len(rows["seeds"]), count)):
-            rows["seeds"].append(found)
-            save(results, part, name)
+        rows["seeds"].append(found)
+        save(results, "records", name)
     runs = sorted(folder.glob(f"*/lightning_logs/{name}/version_0"))
     if "ensemble" not in rows and len(runs) == len(rows["seeds"]):
         rows["ensemble"] = tested(str(folder), *runs)
-        save(results, part, name)
+        save(results, "records", name)
 
 
 def adds(name: str, results: dict[str, Any]) -> None:
@@ -379,7 +357,7 @@ def write(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The records; see the docstring.")
-    parser.add_argument("part", choices=("records", "gpu", "adds", "curve", "table"))
+    parser.add_argument("part", choices=("records", "adds", "curve", "table"))
     parser.add_argument("--only", nargs="*", metavar="NAME")
     given = parser.parse_args()
     started()
@@ -388,7 +366,7 @@ def main() -> None:
     names = [name for name in ASKED if name in shipped]
     if given.part == "curve":
         names = [*OTHERS, *IN_CURVE, *names]
-    parts = {"records": records, "gpu": gpu, "adds": adds, "curve": curve}
+    parts = {"records": records, "adds": adds, "curve": curve}
     for name in given.only or names:
         if given.part in parts:
             parts[given.part](name, results)
