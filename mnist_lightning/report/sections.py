@@ -189,6 +189,7 @@ def counts_text(search: SearchResult) -> str:
 
 def _facts(search: SearchResult) -> list[tuple[str, str]]:
     about, code = search.about, search.about["provenance"]["code"]
+    gpu = about["provenance"]["machine"].get("gpu")
     started, *grew = [each["provenance"]["time"] for each in [*about.get("grown_from", ()), about]]
     name, *options = [f"{k} {v}" for k, v in about["strategy"].items()]
     name = name.removeprefix("name ")
@@ -207,7 +208,7 @@ def _facts(search: SearchResult) -> list[tuple[str, str]]:
         ("seeds", ", ".join(map(str, about["seeds"]))),
         ("data", _data_text(search)),
         ("ranked by", ranked_by[search.objective]),
-        ("training time", _duration(seconds) + " on one core"),
+        ("training time", f"{_duration(seconds)} on {gpu or 'one core'}"),
         ("started", started),
         ("grew", ", ".join(grew)),
         ("code", f"mnist_lightning {code['mnist_lightning']}, {code.get('commit', '')[:12]}"),
