@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mnist_lightning import __version__
+from mnist_lightning import __version__, cores
 
 if TYPE_CHECKING:  # this package may be missing too
     from packaging.requirements import Requirement
@@ -276,40 +276,18 @@ def _memory() -> Iterator[Finding]:
 
 
 def _threads() -> Iterator[Finding]:
-    cores, said = _cores(), os.environ.get("OMP_NUM_THREADS")
-    limit = _container_cores()
-    usable = cores if limit is None else min(cores, max(1, round(limit)))
-    result = f"{cores} cores" if limit is None else f"{cores} cores, {limit:g} for this container"
+    said, limit = os.environ.get("OMP_NUM_THREADS"), cores.container_cores()
+    assigned, usable = cores.assigned_cores(), cores.usable_cores()
+    result = f"{assigned} cores" + ("" if limit is None else f", {limit:g} for this container")
     result += f", OMP_NUM_THREADS={said}" if said is not None else ""
     remedy = ""
     if said is not None and not said.isdecimal():
         remedy = f"OMP_NUM_THREADS must be a number: set it to {usable}, or unset it"
     elif said is not None and int(said) > usable:
         remedy = f"more threads than cores wait for each other: set OMP_NUM_THREADS to {usable}"
-    elif said is None and usable < cores:
-        remedy = f"convolutions would start {cores} threads: set OMP_NUM_THREADS to {usable}"
+    elif said is None and usable < assigned:
+        remedy = f"convolutions would start {assigned} threads: set OMP_NUM_THREADS to {usable}"
     yield Finding("warning" if remedy else "ok", "threads", result, remedy)
-
-
-def _cores() -> int:
-    """Number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _container_cores(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """How many cores the container may use; ``None`` if it is not limited."""
-    try:
-        if (root / "cpu.max").is_file():
-            quota, period = (root / "cpu.max").read_text().split()
-        else:
-            quota, period = (
-                (root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
-            )
-        return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError):  # no such file, or its content is "max"
-        return None
 
 
 def _disk() -> Iterator[Finding]:

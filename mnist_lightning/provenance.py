@@ -10,8 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "jsonargparse", "numpy")
 
 
@@ -82,6 +80,7 @@ def _cpu() -> str:
 
 def _gpu() -> dict[str, Any]:
     """The name of the GPU that PyTorch uses first, if it can use one."""
-    if not torch.cuda.is_available():
+    torch = sys.modules.get("torch")  # where nothing imported it, nothing was computed
+    if torch is None or not torch.cuda.is_available():
         return {}
     return {"gpu": torch.cuda.get_device_name()}

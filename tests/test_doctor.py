@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mnist_lightning import doctor
+from mnist_lightning import cores, doctor
 from mnist_lightning.__main__ import main
 from mnist_lightning.doctor import Finding
 from mnist_lightning.training import memory
@@ -203,8 +203,8 @@ def test_threads(
     remedy: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doctor, "_cores", lambda: 8)
-    monkeypatch.setattr(doctor, "_container_cores", lambda: limit)
+    monkeypatch.setattr(cores, "assigned_cores", lambda: 8)
+    monkeypatch.setattr(cores, "container_cores", lambda: limit)
     if said is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", said)
     finding = only(doctor._threads)
@@ -229,7 +229,7 @@ def test_what_a_container_allows(
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    assert doctor._container_cores(tmp_path) == expected
+    assert cores.container_cores(tmp_path) == expected
 
 
 @pytest.mark.parametrize(("gib", "level"), [(0.01, "error"), (1, "warning"), (50, "ok")])

@@ -5,6 +5,8 @@ Also tests the lists of hooks that allow this. ``test_parity`` tests what users 
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -275,6 +277,26 @@ def test_threads(make, flag, variable, number: int, monkeypatch: pytest.MonkeyPa
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+class Prepared(MNISTDataModule):
+    """It may do any work on the CPU."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+
+def test_a_training_on_a_gpu_needs_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    gpu = SimpleNamespace(root_device=torch.device("cuda"))
+
+    def few(data: MNISTDataModule) -> int | None:
+        return ex._few_threads(SimpleNamespace(strategy=gpu, datamodule=data), ResNet18())
+
+    assert few(MNISTDataModule()) == 1
+    assert few(Prepared()) is None
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert few(MNISTDataModule()) is None
 
 
 # 1e10 operations; a step takes 6 for each image and parameter

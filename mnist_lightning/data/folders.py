@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from mnist_lightning.cores import usable_cores
 from mnist_lightning.data.photos import FORMATS, MOST_PIXELS, decode
 from mnist_lightning.files import MOST_CLASSES, printable, write_json
 
@@ -232,7 +233,7 @@ def _read(
     quiet, total = not sys.stderr.isatty(), len(listing.files)
     with (
         tqdm(desc=f"reading {folder.name}", total=total, leave=False, disable=quiet) as bar,
-        ThreadPoolExecutor(os.cpu_count()) as threads,
+        ThreadPoolExecutor(usable_cores()) as threads,
     ):
         for some in threads.map(put_some, range(0, total, _AT_ONCE)):
             readable += some
@@ -260,7 +261,7 @@ def _digests(array: np.ndarray) -> list[bytes]:
         return [hashlib.blake2b(row.data, digest_size=16).digest() for row in rows]
 
     large = array[0].nbytes >= 2**16
-    with ThreadPoolExecutor(os.cpu_count() if large else 1) as threads:
+    with ThreadPoolExecutor(usable_cores() if large else 1) as threads:
         return [d for part in threads.map(of_rows, range(0, len(array), 1000)) for d in part]
 
 

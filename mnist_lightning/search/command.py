@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import re
 import signal
 import statistics
@@ -17,6 +16,7 @@ from mnist_lightning import console
 from mnist_lightning.checks import check_count
 from mnist_lightning.classes import allow_classes, class_path, naming, parser_settings
 from mnist_lightning.configs import SearchByName, check_named
+from mnist_lightning.cores import usable_cores
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.files import printable, write_bytes
 from mnist_lightning.search import space
@@ -94,7 +94,7 @@ def run(
         _say_plan(search, results.records(), left, max(workers, 1))
         if search.sampled:
             _fill_indices(search, results, meeting_point, key)
-        threads = max(1, (os.cpu_count() or 1) // max(workers, 1))
+        threads = max(1, usable_cores() // max(workers, 1))
         arguments = (search, key, results.path, storage, device, threads)
         _train(Progress(search, results, images), leases, workers, arguments)
     else:
@@ -127,7 +127,7 @@ def _useful_workers(search: Search, left: Sequence[WorkUnit], workers: int | Non
     if workers is None:
         alone = not (left[0].together or search.model_class in SMALL)
         # trainings that each want the whole GPU take turns
-        workers = 1 if alone and torch.cuda.is_available() else os.cpu_count() or 1
+        workers = 1 if alone and torch.cuda.is_available() else usable_cores()
     if search.second_round is None and search.strategy["name"] != "refine":
         workers = min(workers, len(left))  # no later round will need more
     return workers

@@ -360,8 +360,9 @@ class Execution(Callback):
 
     A ``Classifier`` adds it to the Trainer. It prints how the training takes its steps, at the
     start and when this changes. Small networks train on one thread, which is faster than several
-    and leaves the others to other programs; convolutions use all threads. All changes that it makes
-    for a training are undone when the training ends, also after an exception.
+    and leaves the others to other programs; convolutions use all threads, unless a GPU computes
+    them. All changes that it makes for a training are undone when the training ends, also after an
+    exception.
 
     Args:
         steps: mini-batches in an execution, one update for each. They are the same mini-batches and
@@ -391,9 +392,8 @@ class Execution(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._undo.close()
-        if trainer.strategy.root_device.type != "cpu":
-            return
-        self._undo.enter_context(kept_memory())
+        if trainer.strategy.root_device.type == "cpu":
+            self._undo.enter_context(kept_memory())
         if threads := self.threads or _few_threads(trainer, pl_module):
             self._undo.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)
@@ -441,10 +441,16 @@ class Execution(Callback):
 
 
 def _few_threads(trainer: Trainer, module: LightningModule) -> int | None:
-    """Returns 1 if mini-batches are too small for several threads, unless the user chose."""
+    """Returns 1 if there is too little work for several threads, unless the user chose.
+
+    That is so if mini-batches are small, or if a GPU does the work. Each of several trainings on a
+    GPU would otherwise start a thread for each core, which wait for each other.
+    """
     data = getattr(trainer, "datamodule", None)
     if "OMP_NUM_THREADS" in os.environ or not isinstance(data, MNISTDataModule):
         return None
+    if trainer.strategy.root_device.type != "cpu":
+        return None if altered(data, DATA_NAMES) else 1
     small = not _convolves(module) and _operations(module, data.batch_size) < ONE_THREAD
     return 1 if small else None
 
