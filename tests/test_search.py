@@ -1335,6 +1335,8 @@ def test_flags_win_over_the_file(folder: Path, capsys: pytest.CaptureFixture[str
         ({"space": {"data.batch_size": [8]}}, "is called batch_size here"),
         ({"space": {"data.eval_batch_size": [8]}}, "changes no result"),
         ({"data": {"source": "digits", "split": "mine"}}, "split must be one of"),
+        ({"trainer": {"check_val_every_n_epoch": 2}}, "after each epoch: .* got 2 and 1.0"),
+        ({"trainer": {"limit_val_batches": 0}}, "after each epoch: .* got 1 and 0"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_trained(

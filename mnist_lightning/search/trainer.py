@@ -49,10 +49,16 @@ def make_trainer(search: Search, max_epochs: int, *callbacks: Callback) -> Train
     try:
         trainer = Trainer(**{**settings, **search.trainer})
         memory.check_processes(trainer.num_devices)
-        return trainer
     except Exception as error:
         reason = " ".join(str(error).split())
         raise Lack(f"the Trainer refuses {dict(search.trainer)}: {reason}") from error
+    every, batches = trainer.check_val_every_n_epoch, trainer.limit_val_batches
+    if every != 1 or not batches:
+        raise Lack(
+            "a search compares trials after each epoch: check_val_every_n_epoch must be 1, and"
+            f" limit_val_batches above 0; got {every} and {batches}"
+        )
+    return trainer
 
 
 def fit(
