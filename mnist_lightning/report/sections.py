@@ -294,7 +294,10 @@ def _published_rows(compared: Sequence[SearchResult]) -> pd.DataFrame:
     rows = against[chosen & against["repeated"].notna()]
     labels = pd.Series("", rows.index)
     for _, index in rows.groupby("where", sort=False).groups.items():
-        labels[index] = _differences([PUBLISHED[i].params for i in index])
+        settings = [PUBLISHED[i].params for i in index]
+        if len(settings) == 1:  # the first parameter is the one that the table is about
+            settings = [dict(list(settings[0].items())[:1])]
+        labels[index] = _differences(settings)
     another = rows["note"].str.startswith("ours: ")
     return rows.assign(
         group=rows["model"] + ", " + rows["where"],
