@@ -498,7 +498,7 @@ class CLI(LightningCLI):
             checkpoints.check_agrees(
                 self.model, dict(self.datamodule.hparams), self.checkpoint, self.checkpoint_path
             )
-        _check_image_size(self.model, _spec(self.datamodule))
+        _check_image_size(self.model, self.datamodule)
         own.check_can(self.command, self.model)
         settings = self._get(self.config_init, "trainer")
         for name in ("max_epochs", "max_steps", "limit_train_batches"):
@@ -956,16 +956,20 @@ def _plain_spec(data: LightningDataModule) -> dict[str, Any]:
     return _spec(data).plain()
 
 
-def _check_image_size(model: LightningModule, spec: DataSpec) -> None:
+def _check_image_size(model: LightningModule, data: LightningDataModule) -> None:
+    spec = _spec(data)
     if spec.shape == DataSpec().shape:  # every model takes these
         return
     try:
         with torch.no_grad():
             copy.deepcopy(getattr(model, "net", model)).eval()(torch.zeros(1, *spec.shape))
     except RuntimeError as error:
+        flags = "--data.image_size"
+        if getattr(data, "source", None) == "folder":  # other sets have the channels that they have
+            flags += ", --data.channels"
         raise ValueError(
             f"{type(model).__name__} does not take images of {spec.height} x {spec.width} pixels"
-            f" with {spec.channels} channels: --data.image_size, --data.channels"
+            f" with {spec.channels} channels: {flags}"
         ) from error
 
 

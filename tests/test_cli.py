@@ -205,7 +205,9 @@ def test_other_data_are_refused(flag: str, capsys: pytest.CaptureFixture) -> Non
     assert "trained on other data" in capsys.readouterr().err
 
 
-def test_own_model_from_another_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_model_from_another_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A user's Classifier in a file: trained by name, tested by checkpoint and name."""
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
@@ -219,6 +221,12 @@ def test_own_model_from_another_module(tmp_path: Path, monkeypatch: pytest.Monke
     fit = "fit --model mine.Mine --data.source digits --trainer.max_epochs 1"
     assert main(fit.split()) == 0
     assert main("test --ckpt_path Mine --model mine.Mine".split()) == 0
+    capsys.readouterr()
+    assert main([*fit.split(), "--data.image_size", "20"]) == 1
+    refused = (
+        "error: Mine does not take images of 20 x 20 pixels with 1 channels: --data.image_size"
+    )
+    assert capsys.readouterr().err.strip() == refused  # only a folder's images have --data.channels
 
 
 def test_config_names_work_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
