@@ -474,7 +474,7 @@ def tested(search: SearchResult) -> dict[str, Any] | None:
 
 
 def image_counts(search: SearchResult) -> dict[str, int]:
-    """Number of images to train on, of all the search may use, to validate and to test on.
+    """Number of images in the validation set (``val``) and in the test set (``test``).
 
     A search records its split but not the numbers that follow from it, so they are worked out here.
     A test compares them with the data module.
@@ -485,8 +485,7 @@ def image_counts(search: SearchResult) -> dict[str, int]:
         pool, test = 1797, 180 if study else 256
     else:
         pool, test = 70_000, 7_000 if study else 10_000
-    val = round((pool - test) * data["val_fraction"])
-    return {"train": pool - test - val, "val": val, "test": test}
+    return {"val": round((pool - test) * data["val_fraction"]), "test": test}
 
 
 def noise(accuracy: float, images: int, sd: float = 0.0, n: int = 1) -> float:
@@ -686,20 +685,22 @@ def by_share(searches: Sequence[SearchResult]) -> pd.DataFrame:
     """ResNet-18's configurations in searches that vary the share of the training images.
 
     Returns:
-        Columns ``images`` (trained on), ``regime``, ``stem``, ``batch_norm``, ``acc``, ``n``, the
-        fewest images first; empty if there are none.
+        Columns ``share`` (of the training images), ``regime``, ``stem``, ``batch_norm``, ``acc``,
+        ``n``, the smallest share first; empty if there are none.
     """
-    names = {"regime": "regime", "stem": "stem", "freezing.batch_norm": "batch_norm"}
+    names = {
+        "data.train_fraction": "share",
+        "regime": "regime",
+        "stem": "stem",
+        "freezing.batch_norm": "batch_norm",
+    }
     tables = []
     for search in searches:
-        if search.model != "ResNet18" or not {"data.train_fraction", *names} <= set(search.params):
-            continue
-        if not _on_its_images(search):
-            continue
-        table = search.configurations.rename(columns=names)
-        images = (table["data.train_fraction"] * image_counts(search)["train"]).round().astype(int)
-        tables.append(table.assign(images=images)[["images", *names.values(), "acc", "n"]])
-    return pd.concat(tables).sort_values("images", ignore_index=True) if tables else pd.DataFrame()
+        complete = search.model == "ResNet18" and names.keys() <= set(search.params)
+        if complete and _on_its_images(search):
+            table = search.configurations.rename(columns=names)
+            tables.append(table[[*names.values(), "acc", "n"]])
+    return pd.concat(tables).sort_values("share", ignore_index=True) if tables else pd.DataFrame()
 
 
 def _configuration(params: Mapping[str, Any], search: SearchResult) -> pd.Series | None:

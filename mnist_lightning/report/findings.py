@@ -386,7 +386,7 @@ def _transfer(searches: Sequence[SearchResult]) -> list[str]:
     if table.empty:
         return []
     usual = table[(table["stem"] == "sum") & (table["batch_norm"] == "frozen")]
-    accuracies = usual.pivot_table("acc", "images", "regime", aggfunc="max")
+    accuracies = usual.pivot_table("acc", "share", "regime", aggfunc="max")
     if not {"scratch", "finetune", "freeze"} <= set(accuracies):
         return []
     accuracies = accuracies.dropna()
@@ -398,9 +398,9 @@ def _transfer(searches: Sequence[SearchResult]) -> list[str]:
     else:
         headline = "What ImageNet's weights give on digits"
     words = "; ".join(
-        f"with {images:,} images {row['scratch']:.4f}, {row['finetune']:.4f} and"
+        f"with {100 * share:g} % of the images {row['scratch']:.4f}, {row['finetune']:.4f} and"
         f" {row['freeze']:.4f}"
-        for images, row in accuracies.iterrows()
+        for share, row in accuracies.iterrows()
     )
     return [
         f"**{headline}.** ResNet-18 from scratch, fine-tuned and partly frozen, on validation:"
@@ -415,15 +415,15 @@ def _stem(searches: Sequence[SearchResult]) -> list[str]:
     if table.empty:
         return []
     frozen = table[table["regime"] == "freeze"]
-    accuracies = frozen.pivot_table("acc", "images", ["batch_norm", "stem"], aggfunc="max")
+    accuracies = frozen.pivot_table("acc", "share", ["batch_norm", "stem"], aggfunc="max")
     ways = [(norm, stem) for norm in ("frozen", "adapt") for stem in ("sum", "reset")]
     if not set(ways) <= set(accuracies) or (accuracies := accuracies[ways].dropna()).empty:
         return []
     words = "; ".join(
-        f"with {images:,} images {row['frozen', 'sum']:.4f} and {row['frozen', 'reset']:.4f} if"
-        f" BatchNorm is frozen, {row['adapt', 'sum']:.4f} and {row['adapt', 'reset']:.4f} if it"
-        " adapts"
-        for images, row in accuracies.iterrows()
+        f"with {100 * share:g} % of the images {row['frozen', 'sum']:.4f} and"
+        f" {row['frozen', 'reset']:.4f} if BatchNorm is frozen, {row['adapt', 'sum']:.4f} and"
+        f" {row['adapt', 'reset']:.4f} if it adapts"
+        for share, row in accuracies.iterrows()
     )
     return [
         "**What a random frozen stem costs.** ResNet-18 partly frozen, with the pretrained first"
