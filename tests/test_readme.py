@@ -77,6 +77,25 @@ def resnet(name: str, regime: str) -> pd.Series:
     return trial
 
 
+BOTH = ("scratch", "finetune")
+
+
+def transfer(share: float, regime: str) -> float:
+    """The mean accuracy of three seeds with a share of the images."""
+    table = analysis.by_share(list(searches().values()))
+    usual = (table["stem"] == "sum") & (table["batch_norm"] == "frozen")
+    (row,) = table[usual & (table["share"] == share) & (table["regime"] == regime)].itertuples()
+    assert row.n == 3
+    return row.acc
+
+
+def few_validated() -> int:
+    """Images that the searches with few images validate on: mini-batches of the config's size."""
+    batches = searches()["resnet18_transfer_few"].about["trainer"]["limit_val_batches"]
+    config = yaml.safe_load((ROOT / "configs/search/resnet18_transfer.yaml").read_text())
+    return batches * config["data"]["eval_batch_size"]
+
+
 def shallow_steps() -> list[float]:
     """Batch size of ``shallow``, and its steps in an epoch."""
     batch_size = yaml.safe_load((ROOT / "configs" / "shallow.yaml").read_text())["data"][
@@ -234,6 +253,22 @@ CLAIMS: list[tuple[str, Callable[[], Any]]] = [
         lambda: [resnet("regimes", "freeze")["val_acc"], published("table 4.4")],
     ),
     ("it reaches {:.4f}, the most", lambda: resnet("freeze", "freeze")["val_acc"]),
+    # When ImageNet helps
+    (
+        "at {} pixels reaches a validation accuracy of {:.4f} from scratch and {:.4f} fine-tuned"
+        " with 100 training images, {:.4f} and {:.4f} with 1,000, and {:.4f} and {:.4f} with 10,000"
+        " (n={})",
+        lambda: [
+            *{s.about["data"]["image_size"] for n, s in searches().items() if "transfer" in n},
+            *(transfer(share, way) for share in (0.002, 0.02, 0.2) for way in BOTH),
+            *{len(s.about["seeds"]) for n, s in searches().items() if "transfer" in n},
+        ],
+    ),
+    ("With 100 and 1,000 images these are accuracies on the first {:,}", few_validated),
+    (
+        "it reaches {:.4f} with 100 images and {:.4f} with 1,000",
+        lambda: [transfer(share, "freeze") for share in (0.002, 0.02)],
+    ),
     # What did not help
     (
         "ResNet-18 at 28 pixels is {:.2f} times as fast in bf16 as in fp32",
