@@ -292,15 +292,20 @@ def _published_rows(compared: Sequence[SearchResult]) -> pd.DataFrame:
     against = analysis.against_the_study(compared)
     chosen = (against["metric"] == "val_acc") & (against["published"] > 0.9)
     rows = against[chosen & against["repeated"].notna()]
-    labels = pd.Series("", rows.index)
+    labels, groups = pd.Series("", rows.index), rows["model"] + ", " + rows["where"]
     for _, index in rows.groupby("where", sort=False).groups.items():
         settings = [PUBLISHED[i].params for i in index]
         if len(settings) == 1:  # the first parameter is the one that the table is about
             settings = [dict(list(settings[0].items())[:1])]
         labels[index] = _differences(settings)
+    alone = rows[~rows["where"].duplicated(keep=False)]
+    for model, wheres in alone.groupby("model")["where"]:
+        first, last = wheres.iloc[0], wheres.iloc[-1]
+        if first != last:  # tables of one figure each share a heading
+            groups[wheres.index] = f"{model}, {first} to {last.removeprefix('table ')}"
     another = rows["note"].str.startswith("ours: ")
     return rows.assign(
-        group=rows["model"] + ", " + rows["where"],
+        group=groups,
         label=labels.where(~another, labels + " *"),
         acc=rows["repeated"],
     )
