@@ -411,7 +411,8 @@ def _transfer(searches: Sequence[SearchResult]) -> list[str]:
 
 def _stem(searches: Sequence[SearchResult]) -> list[str]:
     """What it costs to draw the first convolution anew, and to freeze it at random."""
-    table = analysis.by_share(searches)
+    # only those that vary it: others have other numbers of seeds
+    table = analysis.by_share([search for search in searches if "stem" in search.axes])
     if table.empty:
         return []
     frozen = table[table["regime"] == "freeze"]
