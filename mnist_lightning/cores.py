@@ -10,6 +10,16 @@ def usable_cores() -> int:
     return cores if limit is None else min(cores, max(1, round(limit)))
 
 
+def threads_each(processes: int) -> int:
+    """Threads for each of several processes: its share of the cores, or ``OMP_NUM_THREADS``.
+
+    The smaller of the two: who sets the variable to 1 has said that other programs run here.
+    """
+    share = max(1, usable_cores() // max(processes, 1))
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(chosen)) if chosen.isdigit() and int(chosen) else share
+
+
 def assigned_cores() -> int:
     """Number of cores that the operating system lets this process run on."""
     if hasattr(os, "sched_getaffinity"):

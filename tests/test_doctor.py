@@ -214,6 +214,30 @@ def test_threads(
 
 
 @pytest.mark.parametrize(
+    ("said", "processes", "threads"),
+    [
+        (None, 1, 8),
+        (None, 3, 2),
+        (None, 20, 1),
+        (None, 0, 8),  # in this process
+        ("1", 2, 1),
+        ("6", 2, 4),
+        ("64", 1, 8),
+        ("many", 1, 8),
+        ("0", 1, 8),
+    ],
+)
+def test_threads_of_each_of_several_processes(
+    said: str | None, processes: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "assigned_cores", lambda: 8)
+    monkeypatch.setattr(cores, "container_cores", lambda: None)
+    if said is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert cores.threads_each(processes) == threads
+
+
+@pytest.mark.parametrize(
     ("files", "expected"),
     [
         ({"cpu.max": "150000 100000"}, 1.5),

@@ -676,9 +676,10 @@ def best_of_regime(published: Published, searches: Sequence[SearchResult]) -> di
     if not found:
         return None
     ours, search = max(found, key=lambda one: one[0]["acc"])
+    setting = _resnet_setting(ours, search, {"data.train_fraction": 1})
     n = int(ours["n"])
     sd = ours["sd"] if n > 1 else None
-    return {"acc": ours["acc"], "sd": sd, "n": n, "setting": _resnet_setting(ours, search)}
+    return {"acc": ours["acc"], "sd": sd, "n": n, "setting": setting}
 
 
 def by_share(searches: Sequence[SearchResult]) -> pd.DataFrame:

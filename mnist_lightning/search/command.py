@@ -16,7 +16,7 @@ from mnist_lightning import console
 from mnist_lightning.checks import check_count
 from mnist_lightning.classes import allow_classes, class_path, naming, parser_settings
 from mnist_lightning.configs import SearchByName, check_named
-from mnist_lightning.cores import usable_cores
+from mnist_lightning.cores import threads_each, usable_cores
 from mnist_lightning.data.module import MNISTDataModule
 from mnist_lightning.files import printable, write_bytes
 from mnist_lightning.search import space
@@ -94,8 +94,7 @@ def run(
         _say_plan(search, results.records(), left, max(workers, 1))
         if search.sampled:
             _fill_indices(search, results, meeting_point, key)
-        threads = max(1, usable_cores() // max(workers, 1))
-        arguments = (search, key, results.path, storage, device, threads)
+        arguments = (search, key, results.path, storage, device, threads_each(workers))
         _train(Progress(search, results, images), leases, workers, arguments)
     else:
         print(f"holds all its {counted(len(results.records()), 'trial')}: nothing to train")
