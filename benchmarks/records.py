@@ -51,6 +51,8 @@ PAGE, PICTURE = FOLDER / "records.md", FOLDER / "records.png"
 MARK = "MEASURED "
 SEEDS = {"cnn_best": 3}
 USUAL_SEEDS = 5
+# what each ingredient adds: with all the usual seeds where a training takes less than a minute
+QUICK = ("cnn_15s", "cnn_minute")
 # what must be reached, and the aim: mean test accuracies
 ASKED = {
     "shallow_best": (0.985, 0.988),
@@ -64,11 +66,18 @@ ASKED = {
 WITHOUT = {
     "shift and rotation": "--data.augment.shift 0 --data.augment.rotate 0",
     "bending (elastic)": "--data.augment.elastic 0",
+    "other sizes (scale)": "--data.augment.scale 0",
     "label smoothing": "--model.label_smoothing 0",
     "one_cycle (a constant rate)": "--model.schedule constant",
     "weight decay": "--model.weight_decay 0",
     "test-time shifts": "--model.tta 0",
     "bf16": "--trainer.precision 32-true",
+}
+# with an ingredient that no record has
+WITH = {
+    "averaged weights (EMA)": (
+        "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging"
+    ),
 }
 IN_CURVE = ("perceptron", "shallow", "deep2", "deep3", "conv")
 OTHERS = {
@@ -168,7 +177,7 @@ def records(name: str, results: dict[str, Any]) -> None:
 
 
 def adds(name: str, results: dict[str, Any]) -> None:
-    """A record on validation: as it is, and without each ingredient that it has."""
+    """A record on validation: as it is, without each ingredient that it has, and with others."""
     rows = results.setdefault("adds", {}).setdefault(name, {})
     settings = json.dumps(read_config(config(name)))
     epochs = read_config(config(name))["trainer"]["max_epochs"]
@@ -178,9 +187,10 @@ def adds(name: str, results: dict[str, Any]) -> None:
         for what, flags in WITHOUT.items()
         if f'"{flags.split()[0].rpartition(".")[2]}"' in settings
     }
+    ways |= WITH
     for what, flags in ways.items():
         found = rows.setdefault(what, [])
-        for seed in range(len(found), SEEDS.get(name, USUAL_SEEDS)):
+        for seed in range(len(found), USUAL_SEEDS if name in QUICK else 3):
             with tempfile.TemporaryDirectory() as folder:
                 measured = fit(folder, name, seed, f"{at_the_end} {flags}")
             found.append({"seed": seed, "val": measured["epochs"][-1]["accuracy"]})
@@ -290,7 +300,8 @@ def each_ingredient(results: dict[str, Any]) -> list[str]:
         rows.append((f"`{name}`", "as it is", spread(values.pop("as it is")), ""))
         for what, found in values.items():
             change = f"{statistics.mean(found) - usual:+.4f}"
-            rows.append((f"`{name}`", f"without {what}", spread(found), change))
+            word = "with" if what in WITH else "without"
+            rows.append((f"`{name}`", f"{word} {what}", spread(found), change))
     header = ("config", "changed", "validation accuracy", "difference")
     return [*markdown(header, rows), "", *origins(results, "adds")]
 
