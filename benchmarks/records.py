@@ -169,6 +169,7 @@ def records(name: str, results: dict[str, Any]) -> None:
         found["test"] = tested(str(root), root / "lightning_logs" / name / "version_0")
         found["epochs"] = len(found["epochs"])
         rows["seeds"].append(found)
+        rows.pop("ensemble", None)  # of fewer seeds
         save(results, "records", name)
     runs = sorted(folder.glob(f"*/lightning_logs/{name}/version_0"))
     if "ensemble" not in rows and len(runs) == len(rows["seeds"]):
