@@ -22,6 +22,7 @@ the process to the first step.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -81,8 +82,8 @@ WITH = {
 }
 IN_CURVE = ("perceptron", "shallow", "deep2", "deep3", "conv")
 OTHERS = {
-    "mnist_pytorch": "the example of pytorch/examples",
-    "mnist_template": "lightning-hydra-template's default",
+    "mnist_pytorch": "pytorch/examples",
+    "mnist_template": "lightning-hydra-template",
 }
 VALIDATION = "--data.split canonical --data.val_fraction 0.2 --early_stopping.enabled no"
 
@@ -318,26 +319,43 @@ def each_curve(results: dict[str, Any]) -> list[str]:
 
 
 def picture(curves: dict[str, Any]) -> Figure:
-    """Validation error against training seconds, both on logarithmic scales."""
+    """Validation error against training seconds, both on logarithmic scales.
+
+    The records have colors; the other configurations are gray, and other projects dotted.
+    """
     matplotlib.use("Agg")
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    for name, epochs in sorted(curves.items()):
+    colors = dict(zip(ASKED, matplotlib.colormaps["Dark2"].colors, strict=False))
+    ends = {
+        name: (math.log10(epochs[-1]["seconds"]), math.log10(1 - epochs[-1]["accuracy"]))
+        for name, epochs in curves.items()
+    }
+    for name, epochs in curves.items():
         seconds = [epoch["seconds"] for epoch in epochs]
         errors = [100 * (1 - epoch["accuracy"]) for epoch in epochs]
-        style = {"linestyle": ":"} if name in OTHERS else {}
-        (line,) = axes.plot(seconds, errors, linewidth=1, alpha=0.5, **style)
-        axes.plot(seconds[-1], errors[-1], "o", color=line.get_color())
+        other = name in OTHERS
+        color = colors.get(name, "black" if other else "gray")
+        axes.plot(seconds, errors, ":" if other else "-", linewidth=1, alpha=0.5, color=color)
+        axes.plot(seconds[-1], errors[-1], "o", color=color)
+        # not over another name
+        x, y = ends[name]
+        apart = [(x2 - x, y2 - y) for key, (x2, y2) in ends.items() if key != name]
+        left = any(0 < dx < 0.5 and abs(dy) < 0.05 for dx, dy in apart)
+        below = any(-0.1 < dx < 0 and 0 < dy < 0.1 for dx, dy in apart)
         axes.annotate(
             OTHERS.get(name, name),
             (seconds[-1], errors[-1]),
-            xytext=(5, 3),
+            xytext=(-5 if left else 5, -10 if below else 3),
             textcoords="offset points",
-            color=line.get_color(),
+            horizontalalignment="right" if left else "left",
+            color=color,
             fontsize=8,
         )
     axes.set(xscale="log", yscale="log", xlabel="training seconds, two cores")
     axes.set_ylabel("validation error in %")
+    axes.set_xlim(right=3 * max(epochs[-1]["seconds"] for epochs in curves.values()))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.25, which="both")
