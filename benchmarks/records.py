@@ -254,7 +254,7 @@ def each_record(results: dict[str, Any]) -> list[str]:
     rows = []
     for name, (must, aim) in ASKED.items():
         if name not in results["records"]:
-            rows.append((f"`{name}`", *[""] * 4, "not measured", str(must), str(aim)))
+            rows.append((f"`{name}`", *[""] * 5, "not measured", str(must), str(aim)))
             continue
         seeds = results["records"][name]["seeds"]
         test = [row["test"] for row in seeds]
@@ -263,9 +263,11 @@ def each_record(results: dict[str, Any]) -> list[str]:
         )
         met = ("yes" if statistics.mean(test) >= least else "**no**" for least in (must, aim))
         facts = f"{seeds[0]['parameters']:,}", str(seeds[0]["epochs"])
+        longest = max(row["seconds"] for row in seeds)
         goals = (f"{goal}: {mark}" for goal, mark in zip((must, aim), met, strict=True))
-        rows.append((f"`{name}`", *facts, duration(seconds), duration(start), spread(test), *goals))
-    header = ("config", "parameters", "epochs", "training", "start-up", "test accuracy")
+        times = map(duration, (seconds, longest, start))
+        rows.append((f"`{name}`", *facts, *times, spread(test), *goals))
+    header = ("config", "parameters", "epochs", "training", "longest", "start-up", "test accuracy")
     return [*markdown((*header, "must", "aim"), rows), "", *origins(results, "records")]
 
 
