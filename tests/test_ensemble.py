@@ -128,6 +128,11 @@ def test_a_test_is_recorded_in_a_folder_of_its_own(there: Path, capsys: Printed)
     assert [entry["evaluation"] for entry in entries] == [1, 2]
     assert entries[0]["test/acc"] == pytest.approx(float(right), abs=1e-6)
     assert [member["checkpoint"] for member in entries[0]["members"]] == ALL.split()
+    assert main(["report", str(FOLDER.parent)]) == 0
+    page = Path("report/README.md").read_text()
+    assert f"**{FOLDER.parent.name}/{FOLDER.name}** is an ensemble of 3 models. " in page
+    assert f"right in **{entries[0]['test/acc']:.4f}**" in page
+    assert "- members: a.ckpt, b.ckpt, c.ckpt\n" in page
     assert json.loads((FOLDER / "provenance.json").read_text())[0]["members"]
     assert main(["test", "--ckpt_path", "ensemble"]) == 0  # by its name, as a run
     assert "test evaluation 3" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from mnist_lightning.files import read_json
 from mnist_lightning.report import analysis, figures
 from mnist_lightning.report.sections import Block, Drawing, Picture, Section, Table, mistakes
 from mnist_lightning.runs import evaluations
+from mnist_lightning.runs.ensembles import members_of
 from mnist_lightning.runs.folder import newest_first
 
 MOST = 24  # runs on a page; the curves of more could not be told apart
@@ -28,7 +29,7 @@ _PICTURE_BYTES = 2**20
 
 @dataclass
 class RunResult:
-    """A run as its folder records it.
+    """A run as its folder records it, or an ensemble, which has no epochs and no settings.
 
     Args:
         path: the folder, ``version_N``.
@@ -38,6 +39,7 @@ class RunResult:
         origins: an entry of ``provenance.json`` for each start of the training.
         tests: the test evaluations.
         robustness: the evaluations on changed test images.
+        members: the checkpoints of an ensemble.
     """
 
     path: Path
@@ -47,9 +49,12 @@ class RunResult:
     origins: list[dict[str, Any]] = field(default_factory=list)
     tests: list[dict[str, Any]] = field(default_factory=list)
     robustness: list[dict[str, Any]] = field(default_factory=list)
+    members: list[str] = field(default_factory=list)
 
     @property
     def model(self) -> str:
+        if self.members:
+            return "Ensemble"
         return str(self.settings.get("model.class_path", "a model")).rpartition(".")[2]
 
     @property
@@ -65,10 +70,17 @@ class RunResult:
 
 
 def run_folders(path: Path) -> list[Path]:
-    """The folder itself if it is of a run, else the runs ``version_N`` in it, oldest first."""
-    if (path / "config.yaml").is_file() and not (path / "search.json").exists():
+    """The folder itself if it is of a run, else the runs ``version_N`` in it, oldest first.
+
+    Ensembles count as runs.
+    """
+    if _is_run(path) and not (path / "search.json").exists():
         return [path]
-    return [run for run in newest_first(path)[::-1] if (run / "config.yaml").is_file()]
+    return [run for run in newest_first(path)[::-1] if _is_run(run)]
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() or bool(members_of(folder))
 
 
 def read(folders: Sequence[Path]) -> list[RunResult]:
@@ -92,15 +104,16 @@ def _read(folder: Path) -> RunResult:
         curves = pd.read_csv(file) if file.is_file() else pd.DataFrame()
     except (ValueError, OSError) as error:
         raise ValueError(f"{file} is damaged: {remedy}") from error
-    origin = folder / "provenance.json"
+    origin, config = folder / "provenance.json", folder / "config.yaml"
     return RunResult(
         folder,
         f"{folder.parent.name}/{folder.name}",
         curves,
-        dict(_flat(read_config(folder / "config.yaml"))),
+        dict(_flat(read_config(config))) if config.is_file() else {},
         read_json(origin, remedy, kind=list) if origin.is_file() else [],
         evaluations.read(folder),
         evaluations.read(folder, "robustness.json"),
+        [member["checkpoint"] for member in members_of(folder)],
     )
 
 
@@ -124,6 +137,10 @@ def in_words(runs: Sequence[RunResult]) -> list[str]:
             said.append(
                 f"**{run.name}** ({run.model}) was trained on the validation images too, for"
                 f" {len(run.curves)} epochs: it has no validation accuracy. {_tested(run)}"
+            )
+        elif run.members:
+            said.append(
+                f"**{run.name}** is an ensemble of {len(run.members)} models. {_tested(run)}"
             )
     if not ranked:
         return said or ["No epoch with a validation has finished yet."]
@@ -218,7 +235,7 @@ def _results(runs: Sequence[RunResult]) -> pd.DataFrame:
             {
                 "run": run.name,
                 "model": run.model,
-                "epochs": len(run.curves),
+                "epochs": None if run.members else len(run.curves),
                 "best_epoch": int(best["epoch"]) if best else None,
                 "acc": best.get("val/acc"),
                 "val_loss": best.get("val/loss"),
@@ -231,6 +248,7 @@ def _results(runs: Sequence[RunResult]) -> pd.DataFrame:
 
 
 def _different(runs: Sequence[RunResult]) -> pd.DataFrame | None:
+    runs = [run for run in runs if run.settings]
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = []
     for name in names:
@@ -263,10 +281,13 @@ def _robustness(runs: Sequence[RunResult]) -> pd.DataFrame | None:
 def section(run: RunResult) -> Section:
     """What is said of one run."""
     epochs = f"{len(run.curves)} epoch{'s' if len(run.curves) != 1 else ''}"
-    return Section(run.name, run.model, epochs, _facts(run), _blocks(run))
+    size = f"{len(run.members)} members" if run.members else epochs
+    return Section(run.name, run.model, size, _facts(run), _blocks(run))
 
 
 def _facts(run: RunResult) -> list[tuple[str, str]]:
+    if run.members:
+        return [("members", ", ".join(run.members))]
     chosen = {k: v for k, v in run.settings.items() if k.startswith("model.") and v is not None}
     model = [f"{k.removeprefix('model.')} {analysis.value_text(v)}" for k, v in chosen.items()]
     facts = [("model", ", ".join(m for m in model if not m.startswith("class_path")))]

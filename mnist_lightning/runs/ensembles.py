@@ -8,17 +8,15 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mnist_lightning.console import is_first_process, short
 from mnist_lightning.files import read_json, write_json, write_torch
 from mnist_lightning.provenance import provenance
 
-if TYPE_CHECKING:
-    from mnist_lightning.runs.folder import RunFolder
-
 NAME = "ensemble"
 _OPTION = "--ckpt_path"
+_MEMBER = ("checkpoint", "sha256")
 
 
 def as_one(argv: Sequence[str]) -> list[str]:
@@ -58,7 +56,8 @@ def _joined(paths: Sequence[Path], folder: Path, trust: bool) -> Path:
             raise ValueError(f"{_OPTION} {member['checkpoint']}: it is named twice")
     content = _content(paths, trust)  # before a folder is made or found: it imports the classes
     for run in map(RunFolder, newest_first(folder)):
-        if run.best.is_file() and _digests(run) == digests:
+        known = members_of(run.path) if run.best.is_file() else []
+        if sorted(member["sha256"] for member in known) == digests:
             return run.best
     run = RunFolder.make(folder)
     if is_first_process():
@@ -68,11 +67,12 @@ def _joined(paths: Sequence[Path], folder: Path, trust: bool) -> Path:
     return run.best
 
 
-def _digests(run: "RunFolder") -> list[str] | None:
-    with suppress(ValueError, KeyError, TypeError, IndexError):
-        (facts,) = read_json(run.path / "provenance.json", "", list)
-        return sorted(member["sha256"] for member in facts["members"])
-    return None
+def members_of(folder: Path) -> list[dict[str, str]]:
+    """``checkpoint`` and ``sha256`` of each member; none if the folder is not of an ensemble."""
+    with suppress(ValueError, KeyError, TypeError, OSError):
+        (facts,) = read_json(folder / "provenance.json", "", list)
+        return [{key: str(member[key]) for key in _MEMBER} for member in facts["members"]]
+    return []
 
 
 def _content(paths: Sequence[Path], trust: bool) -> dict[str, Any]:
