@@ -76,8 +76,9 @@ WITHOUT = {
 }
 # with an ingredient that no record has
 WITH = {
-    "averaged weights (EMA)": (
+    "averaged weights (EMA, decay 0.98)": (
         "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging"
+        " --trainer.callbacks.decay 0.98"
     ),
 }
 IN_CURVE = ("perceptron", "shallow", "deep2", "deep3", "conv")
