@@ -3,14 +3,17 @@
     python benchmarks/records.py records [--only NAME ...]   # trains each seed, tests it once
     python benchmarks/records.py adds [--only NAME ...]      # on validation, without an ingredient
     python benchmarks/records.py curve [--only NAME ...]     # on validation, with other projects
+    python benchmarks/records.py longer [--only NAME ...]    # as records, more epochs and seeds
     python benchmarks/records.py table                       # writes the tables again
 
-Needs the real MNIST (MNIST_DATA_DIR or data/) and the machine to itself. Writes
-results/records.json after each training, goes on where it was interrupted, and writes records.md
-and records.png.
+Needs the real MNIST (MNIST_DATA_DIR or data/). Writes results/records.json after each training,
+goes on where it was interrupted, and writes records.md and records.png. Seconds are right only if
+the machine has nothing else to do; where they do not matter (adds, longer), --at_once trains
+several.
 
 - records: the commands ``fit`` and ``test``, as users run them, with the seeds 0, 1, 2, ... The
   ensembles are those of all seeds of a configuration.
+- longer: likewise, two configurations with more epochs and ten seeds; meant for a GPU.
 - adds: the configuration with a fifth of its training images for validation, as it is and with one
   thing changed. The test images are not looked at.
 - curve: likewise, and two other projects' examples on the same images.
@@ -30,7 +33,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import cache
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +57,8 @@ PAGE, PICTURE = FOLDER / "records.md", FOLDER / "records.png"
 MARK = "MEASURED "
 SEEDS = {"cnn_15s": 10, "cnn_minute": 10, "cnn_best": 3}
 USUAL_SEEDS = 5
+LONGER = {"mlp_best": "--trainer.max_epochs 300", "cnn_best": "--trainer.max_epochs 60"}
+LONGER_SEEDS = 10
 # what each ingredient adds: with all the usual seeds where a training takes less than a minute
 QUICK = ("cnn_15s", "cnn_minute")
 # what must be reached, and the aim: mean test accuracies
@@ -159,27 +166,34 @@ def tested(folder: str, *runs: Path) -> float:
     return float(evaluation["test/acc"])
 
 
-def records(name: str, results: dict[str, Any]) -> None:
+def records(name: str, results: dict[str, Any], at_once: int, part: str = "records") -> None:
     """Each seed of a record, and the ensemble of all, whose runs are kept until then."""
-    rows = results.setdefault("records", {}).setdefault(name, {"seeds": []})
-    folder = Path(tempfile.gettempdir()) / "records" / name
-    for seed in range(len(rows["seeds"]), SEEDS.get(name, USUAL_SEEDS)):
+    longer = part == "longer"
+    seeds = LONGER_SEEDS if longer else SEEDS.get(name, USUAL_SEEDS)
+    rows = results.setdefault(part, {}).setdefault(name, {"seeds": []})
+    folder = Path(tempfile.gettempdir()) / part / name
+
+    def one(seed: int) -> dict[str, Any]:
         root = folder / str(seed)
         shutil.rmtree(root, ignore_errors=True)  # of an interrupted training
         root.mkdir(parents=True)
-        found = fit(str(root), name, seed)
+        found = fit(str(root), name, seed, LONGER[name] if longer else "")
         found["test"] = tested(str(root), root / "lightning_logs" / name / "version_0")
-        found["epochs"] = len(found["epochs"])
-        rows["seeds"].append(found)
-        rows.pop("ensemble", None)  # of fewer seeds
-        save(results, "records", name)
+        return found | {"epochs": len(found["epochs"])}
+
+    missing = range(len(rows["seeds"]), seeds)
+    with ThreadPoolExecutor(at_once) as pool:
+        for found in pool.map(one, missing):
+            rows["seeds"].append(found)
+            rows.pop("ensemble", None)  # of fewer seeds
+            save(results, part, name)
     runs = sorted(folder.glob(f"*/lightning_logs/{name}/version_0"))
     if "ensemble" not in rows and len(runs) == len(rows["seeds"]):
         rows["ensemble"] = tested(str(folder), *runs)
-        save(results, "records", name)
+        save(results, part, name)
 
 
-def adds(name: str, results: dict[str, Any]) -> None:
+def adds(name: str, results: dict[str, Any], at_once: int) -> None:
     """A record on validation: as it is, without each ingredient that it has, and with others."""
     rows = results.setdefault("adds", {}).setdefault(name, {})
     settings = json.dumps(read_config(config(name)))
@@ -191,16 +205,24 @@ def adds(name: str, results: dict[str, Any]) -> None:
         if f'"{flags.split()[0].rpartition(".")[2]}"' in settings
     }
     ways |= WITH
-    for what, flags in ways.items():
-        found = rows.setdefault(what, [])
-        for seed in range(len(found), USUAL_SEEDS if name in QUICK else 3):
-            with tempfile.TemporaryDirectory() as folder:
-                measured = fit(folder, name, seed, f"{at_the_end} {flags}")
-            found.append({"seed": seed, "val": measured["epochs"][-1]["accuracy"]})
+    missing = [
+        (what, seed)
+        for what in ways
+        for seed in range(len(rows.setdefault(what, [])), USUAL_SEEDS if name in QUICK else 3)
+    ]
+
+    def one(what: str, seed: int) -> tuple[str, dict[str, Any]]:
+        with tempfile.TemporaryDirectory() as folder:
+            measured = fit(folder, name, seed, f"{at_the_end} {ways[what]}")
+        return what, {"seed": seed, "val": measured["epochs"][-1]["accuracy"]}
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for what, found in pool.map(one, *zip(*missing, strict=True)) if missing else ():
+            rows[what].append(found)
             save(results, "adds", name)
 
 
-def curve(name: str, results: dict[str, Any]) -> None:
+def curve(name: str, results: dict[str, Any], at_once: int) -> None:
     """Accuracy against seconds, after each epoch, of one seed."""
     rows = results.setdefault("curve", {})
     if name in rows:
@@ -251,6 +273,15 @@ def summary(results: dict[str, Any]) -> list[str]:
     return markdown(("config", "what", "parameters", "training, two cores", "test accuracy"), rows)
 
 
+def each_longer(results: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, found in results.get("longer", {}).items():
+        for seeds in (results["records"][name]["seeds"], found["seeds"]):
+            test = spread([row["test"] for row in seeds])
+            rows.append((f"`{name}`", str(seeds[0]["epochs"]), test))
+    return [*markdown(("config", "epochs", "test accuracy"), rows), "", *origins(results, "longer")]
+
+
 def each_record(results: dict[str, Any]) -> list[str]:
     rows = []
     for name, (must, aim) in ASKED.items():
@@ -279,9 +310,13 @@ def origins(results: dict[str, Any], part: str) -> list[str]:
         facts = results["provenance"][f"{part}/{name}"]
         code, machine, versions = facts["code"], facts["machine"], facts["versions"]
         commit = code.get("commit", "unknown")[:10] + ", modified" * code.get("modified", False)
+        if "gpu" in machine:
+            where = machine["gpu"]
+        else:
+            load = f"load {facts['load']:.1f} at the end"
+            where = f"{machine['cpu']}, {machine['cores']} cores, {load}"
         lines.append(
-            f"- `{name}`: {machine['cpu']}, {machine['cores']} cores, load {facts['load']:.1f} at"
-            f" the end; torch {versions['torch']}, lightning {versions['lightning']};"
+            f"- `{name}`: {where}; torch {versions['torch']}, lightning {versions['lightning']};"
             f" commit {commit}; {facts['time'][:10]}"
         )
     return lines
@@ -376,7 +411,7 @@ def into(text: str, mark: str, table: list[str]) -> str:
 def written(results: dict[str, Any]) -> dict[Path, str]:
     """The files that contain results, with these."""
     text = PAGE.read_text()
-    for table in (each_record, ensembles, each_ingredient, each_curve):
+    for table in (each_record, ensembles, each_longer, each_ingredient, each_curve):
         text = into(text, table.__name__, table(results))
     return {PAGE: text, README: into(README.read_text(), "records", summary(results))}
 
@@ -390,8 +425,9 @@ def write(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The records; see the docstring.")
-    parser.add_argument("part", choices=("records", "adds", "curve", "table"))
+    parser.add_argument("part", choices=("records", "longer", "adds", "curve", "table"))
     parser.add_argument("--only", nargs="*", metavar="NAME")
+    parser.add_argument("--at_once", type=int, default=1, metavar="N", help="trainings at a time")
     given = parser.parse_args()
     started()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
@@ -399,10 +435,17 @@ def main() -> None:
     names = [name for name in ASKED if name in shipped]
     if given.part == "curve":
         names = [*OTHERS, *IN_CURVE, *names]
-    parts = {"records": records, "adds": adds, "curve": curve}
+    if given.part == "longer":
+        names = list(LONGER)
+    parts: dict[str, Callable[[str, dict[str, Any], int], None]] = {
+        "records": records,
+        "adds": adds,
+        "curve": curve,
+        "longer": partial(records, part="longer"),
+    }
     for name in given.only or names:
         if given.part in parts:
-            parts[given.part](name, results)
+            parts[given.part](name, results, given.at_once)
             print(f"{given.part} {name}", flush=True)
     write(results)
 
