@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.tuner.lr_finder import _LRCallback
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 
@@ -395,6 +396,14 @@ class Classifier(LightningModule):
         )
         return make_schedule(self, optimizer, self.schedule, self.warmup_epochs)
 
+    def on_fit_start(self) -> None:
+        """Warns if the training computes in bf16 on a processor that has no instructions for it."""
+        bf16 = "bf16" in str(self.trainer.precision)
+        if bf16 and self.device.type == "cpu" and _emulates_bf16():
+            rank_zero_warn(
+                "this processor computes bf16 slowly; --trainer.precision 32-true is faster here"
+            )
+
     def configure_callbacks(self) -> list[Callback]:
         """Adds ``Execution`` and ``FrozenCache`` if the Trainer does not have them."""
         present = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -434,3 +443,10 @@ class Classifier(LightningModule):
             for name in ("momentum", "nesterov", "weight_decay", "schedule", "warmup_epochs")
             if name in hyper_parameters or name in self.hparams
         }
+
+
+def _emulates_bf16() -> bool:
+    if not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return not any(capabilities.get(name) for name in ("avx512_bf16", "bf16"))  # x86, ARM

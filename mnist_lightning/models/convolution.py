@@ -3,8 +3,6 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
 
 from mnist_lightning.models.classifier import Classifier, Spec
 from mnist_lightning.models.optimization import OptimizerName
@@ -55,22 +53,3 @@ class ConvNetwork(Classifier):
         )
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         super().__init__(net, lr, optimizer, spec, **options)
-
-    def on_fit_start(self) -> None:
-        warn_of_slow_bf16(self)
-
-
-def warn_of_slow_bf16(module: LightningModule) -> None:
-    """Warns if the training computes in bf16 on a processor that has no instructions for it."""
-    bf16 = "bf16" in str(module.trainer.precision)
-    if bf16 and module.device.type == "cpu" and _emulates_bf16():
-        rank_zero_warn(
-            "this processor computes bf16 slowly; --trainer.precision 32-true is faster here"
-        )
-
-
-def _emulates_bf16() -> bool:
-    if not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return not any(capabilities.get(name) for name in ("avx512_bf16", "bf16"))  # x86, ARM

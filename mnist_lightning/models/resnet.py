@@ -9,7 +9,6 @@ from torchvision.models import resnet18
 
 from mnist_lightning.checks import check_choice
 from mnist_lightning.models.classifier import Classifier, Spec
-from mnist_lightning.models.convolution import warn_of_slow_bf16
 from mnist_lightning.models.optimization import OptimizerName, Schedule
 from mnist_lightning.models.pretrained import pretrained_tensors
 from mnist_lightning.spec import DataSpec
@@ -123,10 +122,10 @@ class ResNet18(Classifier):
         return [LayerFreezing(), *added] if self.trained_by_default and not has_one else added
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         self.load_pretrained()
         if self.hparams["compile"]:
             self.net.compile()  # in place, so that the names of the weights do not change
-        warn_of_slow_bf16(self)
 
     def configure_optimizers(self) -> Any:
         # fused: one pass over the 11 million parameters; the default takes several
