@@ -208,7 +208,7 @@ def adds(name: str, results: dict[str, Any], at_once: int) -> None:
     missing = [
         (what, seed)
         for what in ways
-        for seed in range(len(rows.setdefault(what, [])), USUAL_SEEDS if name in QUICK else 3)
+        for seed in range(len(rows.get(what, [])), USUAL_SEEDS if name in QUICK else 3)
     ]
 
     def one(what: str, seed: int) -> tuple[str, dict[str, Any]]:
@@ -218,7 +218,7 @@ def adds(name: str, results: dict[str, Any], at_once: int) -> None:
 
     with ThreadPoolExecutor(at_once) as pool:
         for what, found in pool.map(one, *zip(*missing, strict=True)) if missing else ():
-            rows[what].append(found)
+            rows.setdefault(what, []).append(found)
             save(results, "adds", name)
 
 
