@@ -162,7 +162,8 @@ def tested(folder: str, *runs: Path) -> float:
     run(folder, *"-m mnist_lightning test --ckpt_path".split(), *last, *trust)
     logs = Path(folder) / "lightning_logs"
     where = runs[0] if len(runs) == 1 else next((logs / "ensemble").glob("version_*"))
-    return float(evaluations.read(where)[-1]["test/acc"])
+    (evaluation,) = evaluations.read(where)
+    return float(evaluation["test/acc"])
 
 
 def records(name: str, results: dict[str, Any], at_once: int, part: str = "records") -> None:
@@ -188,6 +189,7 @@ def records(name: str, results: dict[str, Any], at_once: int, part: str = "recor
             save(results, part, name)
     runs = sorted(folder.glob(f"*/lightning_logs/{name}/version_0"))
     if "ensemble" not in rows and len(runs) == len(rows["seeds"]):
+        shutil.rmtree(folder / "lightning_logs", ignore_errors=True)  # an ensemble of fewer seeds
         rows["ensemble"] = tested(str(folder), *runs)
         save(results, part, name)
 
@@ -221,7 +223,7 @@ def adds(name: str, results: dict[str, Any], at_once: int) -> None:
             save(results, "adds", name)
 
 
-def curve(name: str, results: dict[str, Any], at_once: int) -> None:
+def curve(name: str, results: dict[str, Any]) -> None:
     """Accuracy against seconds, after each epoch, of one seed."""
     rows = results.setdefault("curve", {})
     if name in rows:
@@ -436,15 +438,15 @@ def main() -> None:
         names = [*OTHERS, *IN_CURVE, *names]
     if given.part == "longer":
         names = list(LONGER)
-    parts: dict[str, Callable[[str, dict[str, Any], int], None]] = {
-        "records": records,
-        "adds": adds,
+    parts: dict[str, Callable[[str, dict[str, Any]], None]] = {
+        "records": partial(records, at_once=given.at_once),
+        "longer": partial(records, at_once=given.at_once, part="longer"),
+        "adds": partial(adds, at_once=given.at_once),
         "curve": curve,
-        "longer": partial(records, part="longer"),
     }
     for name in given.only or names:
         if given.part in parts:
-            parts[given.part](name, results, given.at_once)
+            parts[given.part](name, results)
             print(f"{given.part} {name}", flush=True)
     write(results)
 

@@ -96,7 +96,7 @@ class Perceptron(Classifier):
         self._moves = None
         for parameter, move in zip(self.net.parameters(), moves, strict=True):
             if parameter.requires_grad:
-                move = move.to(parameter.dtype)  # of the products in mixed precision
+                move = move.to(parameter.dtype)  # mixed precision computes it in 16 bits
                 # with several processes, the sum over all their mini-batches
                 total = self.trainer.strategy.reduce(move, reduce_op="sum")
                 gradient = -total * cast(Tensor, loss_leaf.grad)
