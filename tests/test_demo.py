@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,14 +193,45 @@ def serve(model: Classifier, host: str = demo.LOOPBACK) -> Iterator[demo.Server]
         server = demo.Server(listening, demo.App(model, host))
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[demo.Server]:
     yield from serve(small("shallow"))
+
+
+def test_no_thread_is_left_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python aborts if it ends a thread that is in PyTorch, which also frees its tensors there."""
+    computing, ended = threading.Event(), threading.Event()
+    before = set(threading.enumerate())
+
+    def answer(self: demo.App, picture: bytes) -> dict[str, Any]:
+        computing.set()
+        assert ended.wait(20)
+        return {}
+
+    monkeypatch.setattr(demo.App, "answer", answer)
+    monkeypatch.setattr(demo._Handler, "timeout", 3600)
+    serving = serve(small("shallow"))
+    server = next(serving)
+    connect = partial(socket.create_connection, (demo.LOOPBACK, server.port), 20)
+    with connect() as silent, connect() as asking:
+        silent.sendall(HEAD)  # and never the rest
+        asking.sendall(HEAD + b"Content-Length: 1\r\n\r\n1")
+        assert computing.wait(20)
+        closing = threading.Thread(target=lambda: next(serving, None))
+        closing.start()
+        assert silent.recv(1) == b""  # the server hangs up, and waits for the answer
+        assert closing.is_alive()
+        ended.set()
+        closing.join(20)
+        left = set(threading.enumerate()) - before
+        assert not [thread for thread in left if not isinstance(thread, threading.Timer)]
 
 
 def ask(

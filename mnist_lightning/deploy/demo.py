@@ -13,6 +13,7 @@ import tempfile
 import threading
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,13 +231,18 @@ class _Handler(WSGIRequestHandler):
 class Server(ThreadedWSGIServer):
     """Serves on a socket that listens already, with a limited number of threads."""
 
+    # Python would end a daemon thread inside PyTorch, which aborts the process
+    daemon_threads = False
+
     def __init__(self, listening: socket.socket, app: App) -> None:
+        self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self._open: set[socket.socket] = set()
         host, port = listening.getsockname()[:2]
         super().__init__(host, port, app, _Handler, fd=listening.fileno())
-        self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._free.acquire()  # further connections wait
+        self._open.add(request)
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -247,7 +253,15 @@ class Server(ThreadedWSGIServer):
             super().process_request_thread(request, client_address)
         finally:
             clock.cancel()
+            self._open.discard(request)
             self._free.release()
+
+    def server_close(self) -> None:
+        """Hangs up on all clients, and waits for the threads, which may be computing an answer."""
+        for request in list(self._open):
+            with suppress(OSError):  # it has just ended
+                request.shutdown(socket.SHUT_RDWR)
+        super().server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Prints nothing about requests that are none."""
