@@ -4,6 +4,7 @@ Also tests the lists of hooks that allow this. ``test_parity`` tests what users 
 """
 
 import inspect
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +94,25 @@ def test_many_steps_in_one_execution_equal_one_at_a_time(case: str, steps: int) 
     assert many.trainer.fit_loop.state_dict() == one.trainer.fit_loop.state_dict()
     assert one.said[0].startswith("one step at a time: as requested")
     assert many.said[0].startswith(f"steps per execution: {steps}, autograd")
+
+
+def test_nvml_is_not_asked_in_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where PyTorch has found no GPU, its optimizers ask the driver's library for none again."""
+    name = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    monkeypatch.setenv(name, "1")  # as Lightning sets it
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    seen = set()
+
+    class Look(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            seen.add(os.environ.get(name))
+
+    Run(lambda: ShallowNetwork(20, optimizer="adam"), None, Look(), max_steps=3)
+    assert seen == {None}
+    assert os.environ[name] == "1"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with ex._quick_gpu_check():
+        assert os.environ[name] == "1"
 
 
 @pytest.mark.parametrize("units", [[20], [30, 20], [30, 5, 20]], ids=["1", "2", "3"])

@@ -32,6 +32,9 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Makes the optimizer of all parameters of a module.
 
+    Adam and AdamW are PyTorch's fused ones where it has them: one pass over the parameters, where
+    the default takes several. Gradients are clipped and unscaled as with any other optimizer.
+
     Args:
         module: its parameters are trained.
         name: of the optimizer.
@@ -44,6 +47,8 @@ def make_optimizer(
         **more: other arguments of PyTorch's optimizer.
     """
     settings = {"lr": lr, **more}
+    if name != "sgd" and _can_fuse(module):
+        settings["fused"] = True
     if momentum:
         settings |= {"momentum": momentum, "nesterov": nesterov}
     if weight_decay is not None:
@@ -58,7 +63,18 @@ def make_optimizer(
             (kept if is_bias else decayed).append(parameter)
         groups = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
-    return OPTIMIZERS[name](groups, **settings)
+    optimizer = OPTIMIZERS[name](groups, **settings)
+    # A fused optimizer offers to unscale gradients within its step, and Lightning then refuses to
+    # clip them in mixed precision. Without the offer they are unscaled before, for any optimizer.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
+
+
+def _can_fuse(module: nn.Module) -> bool:
+    return all(
+        parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda", "mps")
+        for parameter in module.parameters()
+    )
 
 
 def make_schedule(

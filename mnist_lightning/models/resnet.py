@@ -128,5 +128,5 @@ class ResNet18(Classifier):
             self.net.compile()  # in place, so that the names of the weights do not change
 
     def configure_optimizers(self) -> Any:
-        # fused: one pass over the 11 million parameters; the default takes several
+        # SGD too: one pass over the 11 million parameters; the default takes several
         return self._optimization(fused=True)

@@ -60,6 +60,7 @@ MOST_STEPS = 256
 # With fewer operations per mini-batch, threads wait for each other longer than they compute.
 ONE_THREAD = 2e9
 
+_NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 PRECISIONS = (Precision, MixedPrecision, DoublePrecision, HalfPrecision)
 
@@ -394,6 +395,7 @@ class Execution(Callback):
         self._undo.close()
         if trainer.strategy.root_device.type == "cpu":
             self._undo.enter_context(kept_memory())
+            self._undo.enter_context(_quick_gpu_check())
         if threads := self.threads or _few_threads(trainer, pl_module):
             self._undo.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)
@@ -476,6 +478,21 @@ def kept_memory() -> Iterator[None]:
         libc.mallopt(most_mappings, 65536)  # glibc's defaults
         libc.mallopt(trim_threshold, 128 * 1024)
         libc.malloc_trim(0)
+
+
+@contextmanager
+def _quick_gpu_check() -> Iterator[None]:
+    """Makes PyTorch's check for a GPU quick where there is none.
+
+    Its optimizers check in each step. Lightning makes them ask the driver's library, NVML, which
+    does not initialise CUDA, but takes 0.1 ms: as much as the whole update of a small network.
+    """
+    asked = None if torch.cuda.is_available() else os.environ.pop(_NVML_CHECK, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[_NVML_CHECK] = asked
 
 
 class _EpochLoop(_TrainingEpochLoop):
