@@ -299,7 +299,7 @@ def measure(quick: bool) -> dict[str, Any]:
             )
             if bf16 and "four, vmap" in others:
                 others.remove("four, vmap")  # its BatchNorm takes no bf16
-            for names, times in ((MAIN, rounds), (others, 1)):
+            for names, times in ((MAIN, rounds), (sorted(others), 1)):
                 ways = {way: partial(measured, way, name, steps, bf16) for way in names}
                 for way, runs in alternate(ways, times).items():
                     key = f"{name}, {'bf16' if bf16 else 'fp32'}, {way}"
