@@ -141,7 +141,7 @@ ADAMS = {
 
 
 @pytest.mark.parametrize("clip", [None, 0.1])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("name", ADAMS)
 def test_fused_adam_equals_the_default_one(name: str, precision: str, clip: float | None) -> None:
     """Also with clipped gradients in mixed precision, which Lightning refuses to a fused one."""
